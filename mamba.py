@@ -2,32 +2,31 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
 # ///
-"""Mamba in one file: a selective state space language model, trained, sampled and evaluated in plain PyTorch.
+"""Mamba: a language model on selective state spaces, trained, sampled and evaluated in pure PyTorch.
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
 
-    @@COMMANDS@@
+@@COMMANDS@@
 
-| code                 | shape        | paper                                                                        |
-|----------------------|--------------|------------------------------------------------------------------------------|
-| u, y                 | (B, L, D)    | x, y: input and output of the SSM; D here is the paper's expanded width ED   |
-| delta                | (B, L, D)    | Δ: step size, softplus(parameter + s_Δ(x)); large: take in, small: ignore    |
-| A                    | (D, N)       | A: diagonal, negative; a_t = exp(Δ_t A) is the decay of the state            |
-| B, C                 | (B, L, N)    | B, C: what of the input enters the state, what of the state is read out      |
-| D                    | (D,)         | the skip connection D, which the paper's algorithms leave out                |
-| z                    | (B, L, D)    | the gating branch of Figure 3                                                |
-| state, h             | (B, D, N)    | h_t: all that the model remembers                                            |
-| d_model, d_inner     |              | D, ED of Figure 3; E = 2                                                     |
-| d_state, rank        |              | N = 16; R = D/16, the rank of s_Δ                                            |
+code               shape       paper
+u, y               (B, L, D)   x, y: input and output of the state space model; D here is the paper's E D
+delta              (B, L, D)   Δ: step size; large takes the input in, small ignores it
+A                  (D, N)      A: diagonal and negative; exp(Δ A) is what the state keeps of itself
+B, C               (B, L, N)   B, C: how the input enters the state, and how the state is read
+D                  (D,)        the skip connection, which the paper's algorithms leave out
+z                  (B, L, D)   the gating branch of Figure 3
+state, h           (B, D, N)   h_t: all that the model remembers
+rank               R           rank of the projection s_Δ
 
-Where to look: `selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel, `MambaBlock` is Figure 3.
+`selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel, `MambaBlock` is Figure 3.
 
-Differences from the paper: (1) B is discretised by Euler's rule, delta B u, as in the official code; equation (4) has the
-exact zero-order hold. (2) The scan is pure PyTorch; the paper's is a fused CUDA kernel. (3) The default model, text and
-number of steps are those of a laptop. (4) Windows are drawn as epochs of shuffled, non-overlapping stretches of the text.
-(5) The SSM's input-independent B and C (`selective`) start at 1 and at a normal draw, as S4D's; the paper does not say.
+Differences from the paper
+1. B is discretised by Euler's rule, as in the official code; equation (4) has the zero-order hold.
+2. The scan is pure PyTorch in blocks that fit the cache; the paper's is one fused CUDA kernel.
+3. Model, text and number of steps are a laptop's; the rates are the paper's. Validation data are not the Pile.
+4. Where B or C is input-independent (`--selective`) it starts at 1, or from a normal draw, as in S4D; not in the paper.
 
-Not included: tensor parallelism, mixture with attention layers, Mamba-2, training data of the paper (the Pile).
+Not included: Mamba-2, hybrids with attention, tensor parallelism, decoding with a beam.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import heapq
 import importlib
@@ -60,6 +60,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import tiktoken
@@ -73,31 +74,30 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MambaConfig:
-    """The model's sizes; the defaults are the 130M model's but for vocab_size."""
+    """The model's sizes; the defaults are the paper's 130M model."""
 
     d_model: int = 768  # width of the residual stream
     n_layer: int = 24
-    vocab_size: int = 50277  # logits; the embedding has more rows, see pad_vocab_size_multiple
+    vocab_size: int = 50277  # number of logits
     d_state: int = 16  # N, states a channel
     d_conv: int = 4  # taps of the convolution
-    expand: int = 2  # E, the block's width in units of d_model
-    dt_rank: int | str = "auto"  # R; auto = ceil(d_model / 16)
-    dt_min: float = 0.001  # step sizes at initialisation: log-uniform from here
+    expand: int = 2  # E: the block is this much wider than the residual stream
+    dt_rank: int | str = "auto"  # R; auto is d_model / 16, rounded up
+    dt_min: float = 0.001  # step sizes at the start of training are log-uniform from here
     dt_max: float = 0.1  # to here,
-    dt_init_floor: float = 1e-4  # and nowhere below this
+    dt_init_floor: float = 1e-4  # and never less than this
     bias: bool = False  # of in_proj and out_proj
     conv_bias: bool = True
     tie_embeddings: bool = True  # the head's weight is the embedding's
-    pad_vocab_size_multiple: int = 8  # rows of the embedding are rounded up to this
+    pad_vocab_size_multiple: int = 8  # the embedding has this many rows, or a multiple
     norm_eps: float = 1e-5
-    selective: tuple[str, ...] = ("delta", "B", "C")  # which depend on the input; none: time-invariant, as S4D
+    selective: tuple[str, ...] = ("delta", "B", "C")  # what depends on the input; nothing: time-invariant, as S4D
 
     def __post_init__(self):
-        if unknown := set(self.selective) - {"delta", "B", "C"}:
-            raise UserError(f"selective has {sorted(unknown)}, must be among delta, B, C; drop what is not")
+        unknown = set(self.selective) - {"delta", "B", "C"}
+        require(not unknown, f"selective {sorted(unknown)}: must be among delta, B and C; leave it out")
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"{name} = {value} must be at least 1; raise it")
+            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be at least 1; raise it")
 
     @property
     def d_inner(self) -> int:
@@ -109,78 +109,52 @@ class MambaConfig:
 
 
 def flag(default, text: str):
-    """A field of a job's config and its flag: default and help."""
+    """A field of `Config`, and a flag with its default and help."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a training run; a flag each."""
+    """Everything that decides a run; each field is a flag."""
 
     data: str = flag("", "text file, folder, .jsonl or .bin of tokens; empty: the documentation that ships with Python")
     tokenizer: str = flag("bpe:1024", "byte, bpe:N, a tiktoken encoding, a .tiktoken file or a tokenizer.json")
-    d_model: int = flag(192, "width of the residual stream; paper: 768 for 130M to 2560 for 2.8B")
+    d_model: int = flag(192, "width of the residual stream; paper: 768 (130M) to 2,560 (2.8B)")
     n_layer: int = flag(4, "Mamba blocks; paper: 24 to 64")
-    d_state: int = flag(16, "N, states a channel")
-    selective: str = flag("delta,B,C", "which of delta, B, C depend on the input; empty: a time-invariant model")
-    steps: int = flag(400, "optimiser steps; paper: 4,800 for 130M")
-    batch: int = flag(16, "sequences a step, over all processes; paper: half a million tokens a step")
-    accumulate: int = flag(1, "micro-batches that a process splits its share of the batch into, to save memory")
+    d_state: int = flag(16, "states a channel, N")
+    selective: str = flag("delta,B,C", "which of delta, B, C depend on the input; empty: none, time-invariant as S4D")
+    steps: int = flag(400, "optimiser steps; paper: 4,800 (130M)")
+    batch: int = flag(16, "sequences a step, over all processes; paper: 256, half a million tokens")
+    accumulate: int = flag(1, "micro-batches into which a process splits its part of the batch, to save memory")
     length: int = flag(256, "tokens a sequence; paper: 2,048")
-    lr: float = flag(3e-3, "peak learning rate; paper: 5 x GPT-3's, so 3e-3 for 130M")
+    lr: float = flag(3e-3, "peak learning rate; paper: 3e-3 (130M), five times GPT-3's")
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine")
-    warmup: float = flag(0.1, "share of the steps in which the rate rises linearly")
-    weight_decay: float = flag(0.1, "of matrices; not of A_log, D, norms and biases")
+    warmup: float = flag(0.1, "part of the steps in which the rate rises")
+    weight_decay: float = flag(0.1, "of matrices; none for A_log, D, norms and biases")
     beta2: float = flag(0.95, "AdamW's second beta; the first is 0.9")
     clip: float = flag(1.0, "largest norm of the gradient")
     carry_state: bool = flag(False, "let the state run on from batch to batch over contiguous text, gradients cut")
-    document_resets: bool = flag(False, "reset the state where a document starts; the paper packs without")
-    eval_every: int = flag(100, "steps between evaluations and checkpoints")
-    eval_tokens: int = flag(20_000, "validation tokens of those; the last evaluation takes all (0: always all)")
-    seed: int = flag(0, "seed of initialisation, data order and sampling")
-    device: str = flag("auto", "auto (cuda, mps or cpu), or a torch device")
-    compile: bool = flag(False, "torch.compile what surrounds the scan")
+    document_resets: bool = flag(False, "reset the state where a document starts; the paper packs them without")
+    eval_every: int = flag(100, "steps from one evaluation and checkpoint to the next")
+    eval_tokens: int = flag(20_000, "validation tokens for these, 0 for all; the last one takes all")
+    compile: bool = flag(False, "torch.compile all but the scan")
+    checkpoint: str = flag("", "sample, eval: checkpoint or folder of either layout; empty: OUT/checkpoint.pt")
+    prompt: str = flag("The class", "sample: text to go on from")
+    tokens: int = flag(300, "sample: tokens to write")
+    temperature: float = flag(0.8, "sample: 0 takes the likeliest token")
+    top_k: int = flag(0, "sample: draw from the k likeliest tokens; 0: from all")
+    top_p: float = flag(1.0, "sample: draw from the fewest tokens that together are this likely")
+    seed: int = flag(0, "seed of initialisation, data order and samples")
+    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
     out: str = flag("out/mamba", "folder of checkpoint, metrics, result and picture")
-    resume: bool = flag(False, "go on from the checkpoint in --out")
-    smoke: bool = flag(False, "a tiny model for a few steps: does it run at all?")
+    resume: bool = flag(False, "go on from OUT/checkpoint.pt")
+    smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
 
 
 SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "eval_every": 2, "eval_tokens": 500}
-SMOKE |= {"tokenizer": "byte"}
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Write text with a checkpoint."""
-
-    checkpoint: str = flag(
-        "out/mamba/checkpoint.pt", "our checkpoint, or a folder in the official or Hugging Face layout"
-    )
-    prompt: str = flag("The class", "text to go on from")
-    tokenizer: str = flag("", "as for train; empty: the checkpoint's own, or tokenizer.json in its folder")
-    tokens: int = flag(300, "tokens to write")
-    temperature: float = flag(0.8, "0 takes the likeliest token")
-    top_k: int = flag(0, "draw from the k likeliest tokens; 0: from all")
-    top_p: float = flag(1.0, "draw from the fewest tokens of at least this probability together")
-    seed: int = flag(0, "seed of the draws")
-    device: str = flag("auto", "auto (cuda, mps or cpu), or a torch device")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Loss of a checkpoint on text."""
-
-    checkpoint: str = flag(
-        "out/mamba/checkpoint.pt", "our checkpoint, or a folder in the official or Hugging Face layout"
-    )
-    data: str = flag("", "as for train; its validation part is scored")
-    tokenizer: str = flag("", "as for train; empty: the checkpoint's own, or tokenizer.json in its folder")
-    length: int = flag(256, "tokens a window")
-    batch: int = flag(16, "windows at once")
-    carry_state: bool = flag(False, "let the state run on from window to window")
-    document_resets: bool = flag(False, "reset the state where a document starts")
-    device: str = flag("auto", "auto (cuda, mps or cpu), or a torch device")
-    out: str = flag("", "folder for eval.json; empty: print only")
+SMOKE |= {"tokenizer": "byte", "tokens": 50}
+FREE = {"accumulate", "compile", "device", "out", "resume", "smoke"}  # what may differ on resuming
+FREE |= {"checkpoint", "prompt", "tokens", "temperature", "top_k", "top_p"}
 
 
 # ----- Shared block: the same text in every script --------------------------------------------------------------------
@@ -190,30 +164,32 @@ class UserError(ValueError):
     """Bad input from the user: one line that says the value, the rule and the fix."""
 
 
+def require(fits: bool, message: str) -> None:
+    """Raise UserError with the message unless the input fits."""
+    if not fits:
+        raise UserError(message)
+
+
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> argparse.ArgumentParser:
-    """A flag for every field of a job's config dataclass, with its help and its default; unknown flags exit with 2."""
+    """A flag for every field of the config dataclass, with its help and default."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     for field in dataclasses.fields(config_class):
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if isinstance(field.default, bool)
-            else {"type": type(field.default)}
-        )
+        boolean = isinstance(field.default, bool)
+        kind = {"action": argparse.BooleanOptionalAction} if boolean else {"type": type(field.default)}
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
     return parser
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of that name; auto is cuda, mps or cpu, the first that is there."""
+    """The torch device of that name; auto is cuda, mps or cpu, the first there is."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        torch.empty(1, device=name)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try auto or cpu") from None
-    return torch.device(name)
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try auto") from None
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
@@ -228,28 +204,24 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write value as readable JSON, atomically."""
+    """Write value as indented JSON, atomically."""
     write_atomically(path, lambda name: Path(name).write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
 
 
 def progress_line(step: int, steps: int, parts: dict[str, str], seconds_a_step: float) -> str:
-    """`step 10/400 · loss 3.21 · ... · 4:12 left`, on a line of its own in a terminal and in a log alike."""
+    """`step 10/400 · loss 3.21 · ... · 4:12 left`: one line, the same in a terminal and in a log."""
     left = round((steps - step) * seconds_a_step)
-    words = [f"step {step:,}/{steps:,}", *(f"{k} {v}" for k, v in parts.items()), f"{left // 60}:{left % 60:02} left"]
-    return " · ".join(words)
+    return " · ".join([f"step {step:,}/{steps:,}", *map(" ".join, parts.items()), f"{left // 60}:{left % 60:02} left"])
 
 
 def result_record(config: object, device: torch.device, **rest) -> dict:
-    """What a result file says of its run: config, command, versions, device, this script's hash, and `rest`."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    record = {"config": dataclasses.asdict(config), "argv": sys.argv, "versions": versions, "device": name}
-    return record | {"script_sha256": script} | rest
+    """What a result file says of its run: config, command, seed, versions, device, this script's hash, and `rest`."""
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    record = {"config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed}
+    record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return record | rest
 
 
 # ----- Data: documents -> tokens -> train and valid ------------------------------------------------------------------
@@ -260,12 +232,6 @@ CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
     r"\s+(?!\S)|\s"
 )
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise UserError(message) unless `ok`."""
-    if not ok:
-        raise UserError(message)
 
 
 def python_documents() -> list[str]:
@@ -365,11 +331,6 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def byte_lengths(self) -> np.ndarray:
-        """Bytes of each token, int64 (vocab_size,): 1 for the separator, 0 for an id without a token."""
-        lengths = [1 if i == self.separator else len(self.bytes_of.get(i, b"")) for i in range(self.vocab_size)]
-        return np.array(lengths, np.int64)
 
     def to_json(self) -> str:
         """The whole tokenizer as JSON, bytes as Latin-1."""
@@ -525,6 +486,12 @@ class Corpus:
     separator: int | None
     source: str
 
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of each token, int64 (vocab_size,): 1 for the separator, 0 for an id without a token or tokenizer."""
+        texts = self.tokenizer.bytes_of if self.tokenizer else {}
+        sizes = [1 if texts and i == self.separator else len(texts.get(i, b"")) for i in range(self.vocab_size)]
+        return np.array(sizes, np.int64)
+
 
 def load_corpus(path: str, tokenizer_name: str, tokenizer: Tokenizer | None = None) -> Corpus:
     """Corpus of `path`: text (see `read_documents`), "" for `python_documents`, or a .bin (see `load_tokens`).
@@ -633,21 +600,11 @@ def ngram_baselines(corpus: Corpus) -> dict[str, float]:
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    starts: Tensor | None = None,
-    return_final_state: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective state space model (Algorithm 2): h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t h_t + D u_t.
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, initial_state: Tensor | None = None,
+    starts: Tensor | None = None, return_final_state: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The selective scan of Algorithm 2: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, and y_t = C_t h_t + D u_t.
 
     u, delta, z: (B, L, D); A: (D, N) real; B, C: (B, L, N), or (D, N) when input-independent (Algorithm 1, S4);
     D, delta_bias: (D,); initial_state: (B, D, N); starts: (B, L) bool, True where the state is reset *before* that
@@ -655,28 +612,19 @@ def selective_scan(
     Returns y (B, L, D) in u's dtype, and with `return_final_state` the last state (B, D, N). Everything is computed in
     float32, or in float64 for float64 u. Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts)
+    check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts)
     if backend == "auto":
         backend = "chunked"  # the fastest that works here
-    if backend not in SCANS:
-        raise UserError(f"scan backend {backend!r} does not exist; choose auto, {', '.join(SCANS)}")
+    require(backend in SCANS, f"scan backend {backend!r} does not exist; choose auto, {', '.join(SCANS)}")
     with torch.autocast(u.device.type, enabled=False):
-        y, state = SCANS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts)
+        y, state = SCANS[backend](u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts)
     return (y, state) if return_final_state else y
 
 
 def selective_scan_step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
+    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One position of `selective_scan`: equation (2), discretised by equation (4) for A and by Euler's rule for B.
 
     state: (B, D, N); u, delta, z: (B, D); A: (D, N); B, C: (B, N), or (1, D, N) when input-independent.
@@ -699,11 +647,10 @@ def selective_scan_step(
     return y.to(dtype), state
 
 
-def _scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts):
+def scan_sequential(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts):
     """The recurrence, one position after another: for reading, and slow under autograd."""
-    dtype = _state_dtype(u)
+    dtype, ys = state_dtype(u), []
     state = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    ys = []
     for t in range(u.shape[1]):
         if starts is not None:
             state = state.masked_fill(starts[:, t, None, None], 0.0)
@@ -715,43 +662,43 @@ def _scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initia
 
 
 @torch.compiler.disable
-def _scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts):
-    """The parallel scan in pure PyTorch; see `ChunkedScan`."""
+def scan_chunked(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts):
+    """The parallel scan in pure PyTorch: `ChunkedScan`, with its hand-written backward."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _ChunkedScanFunction.apply(*tensors, delta_softplus, starts)
-    y, state, _ = ChunkedScan(*tensors[:-1], delta_softplus, starts).forward(initial_state, save=False)
-    return y, state
+        return ChunkedScanFunction.apply(*tensors, delta_softplus, starts)
+    return ChunkedScan(*tensors[:-1], delta_softplus, starts).forward(initial_state, save=False)[:2]
 
 
-SCANS = {"sequential": _scan_sequential, "chunked": _scan_chunked}
+SCANS = {"sequential": scan_sequential, "chunked": scan_chunked}
 
 
-def _state_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
+def state_dtype(x: Tensor) -> torch.dtype:
+    """States are float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> None:
+def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> None:
     """Raise ValueError with the tensor's name, its shape and the shape it should have."""
-    if u.ndim != 3 or A.ndim != 2 or 0 in u.shape:
-        raise UserError(
-            f"selective_scan: u {tuple(u.shape)} must be (B, L, D), none of them 0, and A {tuple(A.shape)} (D, N)"
-        )
-    (b, l, d), n = u.shape, A.shape[1]
-    want = {"delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,), "z": (b, l, d)}
-    want |= {"delta_bias": (d,), "initial_state": (b, d, n), "starts": (b, l)}
-    given = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    given |= {"initial_state": initial_state, "starts": starts}
-    for name, x in given.items():
-        static = name in "BC" and x.shape == (d, n)
-        if x is not None and x.shape != want[name] and not static:
-            raise UserError(f"selective_scan: {name} is {tuple(x.shape)}, must be {want[name]} for u {tuple(u.shape)}")
-    if starts is not None and starts.dtype != torch.bool:
-        raise UserError(f"selective_scan: starts is {starts.dtype}, must be torch.bool; use starts.bool()")
+    fits = u.ndim == 3 and A.ndim == 2 and u.numel() > 0
+    require(
+        fits, f"selective_scan: u {tuple(u.shape)} must be (B, L, D) and not empty, A {tuple(A.shape)} must be (D, N)"
+    )
+    (batch, length, d), n = u.shape, A.shape[1]
+    full, weights, channels = (batch, length, d), (batch, length, n), (d,)
+    for name, x, shape in (
+        ("delta", delta, full), ("A", A, (d, n)), ("B", B, weights), ("C", C, weights), ("D", D, channels),
+        ("z", z, full), ("delta_bias", delta_bias, channels), ("initial_state", initial_state, (batch, d, n)),
+        ("starts", starts, (batch, length)),
+    ):  # fmt: skip
+        fits = x is None or x.shape == shape or (name in "BC" and x.shape == (d, n))
+        require(fits, f"selective_scan: {name} {fits or tuple(x.shape)} must be {shape} for u {tuple(u.shape)}")
+    fits = starts is None or starts.dtype == torch.bool
+    require(fits, "selective_scan: starts must be torch.bool; use starts.bool()")
 
 
 def scan_(a: Tensor, h: Tensor, state: Tensor) -> None:
-    """In place, h_t = a_t h_{t-1} + h_t along dim 1 of (Q, T, N, K); `state` (Q, N, K) is h_{-1} before, h_{T-1} after."""
+    """In place, h_t = a_t h_{t-1} + h_t over dim 1 of (Q, T, N, D); state (Q, N, D) is h_{-1}, then h_{T-1}."""
     last = state
     for a_t, h_t in zip(a.unbind(1), h.unbind(1), strict=True):
         last = h_t.addcmul_(a_t, last)
@@ -761,7 +708,7 @@ def scan_(a: Tensor, h: Tensor, state: Tensor) -> None:
 def scan_back_(a: Tensor, g: Tensor, grad_state: Tensor) -> None:
     """The adjoint of `scan_`, in place: g_t = g_t + a_{t+1} g_{t+1} from t = T-1 down.
 
-    `grad_state` (Q, N, K) is a_T g_T before (the gradient for the last state), a_0 g_0 after (for the first).
+    grad_state (Q, N, D) is a_T g_T before, the gradient of the last state, and a_0 g_0 after, that of the first.
     """
     a, g = a.unbind(1), g.unbind(1)
     g[-1].add_(grad_state)
@@ -772,221 +719,182 @@ def scan_back_(a: Tensor, g: Tensor, grad_state: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Window:
-    """Positions of a segment whose inputs are loaded together: `blocks` blocks of `T`, from position `first` on."""
+    """In each of `segments` stretches of `length` positions, from `first` on: `blocks` blocks of T from `offset` on."""
 
-    first: int
-    blocks: int
-    T: int
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows x channels x a stretch of the sequence, cut into `segments` of `length` that are scanned side by side."""
-
-    rows: slice
-    channels: slice
     first: int
     segments: int
     length: int
-    T: int  # positions a block
-    blocks: int  # blocks a window
+    offset: int
+    blocks: int
+    T: int
 
-    def windows(self) -> list[Window]:
-        whole = self.length // self.T * self.T
-        size = self.blocks * self.T
-        windows = [Window(w, min(size, whole - w) // self.T, self.T) for w in range(0, whole, size)]
-        return windows + [Window(whole, 1, self.length - whole)] * (whole < self.length)
-
-    def view(self, x: Tensor, window: Window) -> Tensor:
-        """(B, L, ...) -> this tile's rows, this window's positions: (blocks, segments, rows, T, ...)."""
-        x = x[self.rows, self.first : self.first + self.segments * self.length].unflatten(
-            1, (self.segments, self.length)
-        )
-        x = x[:, :, window.first : window.first + window.blocks * window.T].unflatten(2, (window.blocks, window.T))
+    def view(self, x: Tensor) -> Tensor:
+        """(B, L, ...) -> (blocks, segments, B, T, ...), a view."""
+        x = x[:, self.first : self.first + self.segments * self.length].unflatten(1, (self.segments, self.length))
+        x = x[:, :, self.offset : self.offset + self.blocks * self.T].unflatten(2, (self.blocks, self.T))
         return x.transpose(0, 2)
 
-    def store(self, out: Tensor, value: Tensor, window: Window) -> None:
-        """Copy value (blocks, Q, T, K) to its place in out (B, L, K)."""
-        view = self.view(out, window)
-        view.copy_(value.view(view.shape))
-
-    def starts(self, starts: Tensor | None, window: Window) -> list[Tensor | None]:
+    def starts(self, starts: Tensor | None) -> list[Tensor | None]:
         """The document starts of each block, (Q, T)."""
-        return [None] * window.blocks if starts is None else list(self.view(starts, window).flatten(1, 2))
+        return [None] * self.blocks if starts is None else list(self.view(starts).flatten(1, 2))
 
 
 class ChunkedScan:
-    """The scan as reduce, combine, scan: segments of the sequence side by side, and in each one block after another.
+    """The scan as reduce, combine, scan: chunks of the sequence side by side, and within each one block after another.
 
     Where batch x channels alone would leave the machine idle the sequence is cut into S segments, which become rows
-    beside the batch's. Their end states from a zero start are found first (reduce); the true start of each follows from
-    its neighbour's, start_{s+1} = end_s + exp(A sum_t delta_t) start_s (combine); then all are scanned from there.
-    Within a segment, blocks of T positions (Q rows, T, N, K channels) stay in the cache while exp, the recurrence and
-    the product with C pass over them: the (B, L, D, N) states never exist. The backward pass starts each block from its
-    saved first state, computes the others again, and runs the adjoint recurrence g_t = C_t dy_t + a_{t+1} g_{t+1}.
-    Nothing is divided by a product of decays, so that exp(delta A) may underflow to 0. All sums have a fixed order.
+    beside the batch's: Q = S B. Their end states from a zero start come first (reduce); from these the true start of
+    each, start_{s+1} = end_s + exp(A sum_t delta_t) start_s (combine); then all are scanned from there. In a segment,
+    blocks of T positions, (Q, T, N, D), stay in the cache while the exponential, the recurrence and the product with C
+    pass over them: the (B, L, D, N) states never exist. The backward pass starts each block from its saved first state,
+    computes the other states again, and runs the adjoint recurrence g_t = C_t dy_t + a_{t+1} g_{t+1}. Nothing is
+    divided by a product of decays, so that exp(delta A) may underflow to 0; every sum has a fixed order.
     """
 
-    # Elements: advanced together by one step (at least, at most), in a block of states, in a window of inputs.
-    SIZES = {"cpu": (2**12, 2**16, 3 * 2**17, 2**17), "cuda": (2**18, 2**22, 2**26, 2**24)}
+    # Elements that a step should advance at least; elements in a block of states; and in a window of inputs.
+    SIZES: ClassVar = {"cpu": (2**12, 3 * 2**17, 2**17), "cuda": (2**18, 2**26, 2**24)}
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
         self.u, self.delta, self.B, self.C, self.z, self.starts = u, delta, B, C, z, starts
-        self.delta_softplus, self.dtype = delta_softplus, _state_dtype(u)
-        self.A = A.t().to(self.dtype).contiguous()  # (N, D): channels last, as everywhere below
-        self.static = {
-            k: w.t().to(self.dtype) for k, w in (("B", B), ("C", C)) if w.ndim == 2
-        }  # input-independent: (N, D)
+        self.delta_softplus, self.dtype = delta_softplus, state_dtype(u)
+        self.A = A.t().to(self.dtype).contiguous()  # (N, D): channels last, here and below
+        self.static = {k: w.t().to(self.dtype) for k, w in (("B", B), ("C", C)) if w.ndim == 2}  # (N, D)
         self.D, self.delta_bias = (None if w is None else w.to(self.dtype) for w in (D, delta_bias))
         self.scratch: dict[str, Tensor] = {}
-        self.zero = self.A.new_zeros(())
-        self.ones = self.A.new_ones(
-            max(t.T * t.segments * (t.rows.stop - t.rows.start) for t in self.tiles()) * A.shape[1]
-        )
+        self.zero, self.one = self.A.new_zeros(()), self.A.new_ones(())
 
-    def tiles(self):
-        """Yield the tiles (rows, channels, first position, segments, length, T, blocks a window) in scan order."""
-        (batch, length, channels), N = self.u.shape, self.A.shape[0]
-        least, most, block, window = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
-        K = max(1, min(channels, most // N))
-        R = max(1, min(batch, most // (N * K)))
-        S = max(1, min(math.isqrt(length), -(-least // (N * K * R))))
-        stretches = [(0, S, length // S)] + [(length - length % S, 1, length % S)] * (length % S > 0)
-        for row in range(0, batch, R):
-            for channel in range(0, channels, K):
-                for first, segments, n in stretches:
-                    rows, cols = slice(row, min(batch, row + R)), slice(channel, min(channels, channel + K))
-                    Q, k = segments * (rows.stop - rows.start), cols.stop - cols.start
-                    T = min(n, max(4, block // (Q * N * k)))
-                    yield Tile(rows, cols, first, segments, n, T, max(1, window // (T * Q * k)))
+    def stretches(self) -> list[list[Window]]:
+        """The sequence as one stretch of S segments and, if S does not divide L, one more; each as its windows."""
+        (batch, L, D), N = self.u.shape, self.A.shape[0]
+        least, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
+        S = max(1, min(math.isqrt(L), least // (batch * N * D)))
+        stretches = []
+        for first, segments, length in ((0, S, L // S), (L - L % S, 1, L % S)):
+            Q = segments * batch
+            T = max(1, min(length, max(4, block // (Q * N * D))))
+            J, whole = max(1, inputs // (T * Q * D)), length // T * T
+            spans = [(w, min(J, (whole - w) // T), T) for w in range(0, whole, J * T)]
+            spans += [(whole, 1, length - whole)] * (whole < length)
+            stretches.append([Window(first, segments, length, *span) for span in spans])
+        return [windows for windows in stretches if windows]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """Scratch memory, kept from block to block: asking the system for it anew costs more than the arithmetic."""
-        size = math.prod(shape)
-        flat = self.scratch.get(name)
+        size, flat = math.prod(shape), self.scratch.get(name)
         if flat is None or flat.numel() < size:
             flat = self.scratch[name] = self.u.new_empty(size, dtype=self.dtype)
         return flat[:size].view(shape)
 
-    def load(self, name: str, x: Tensor, tile: Tile, window: Window) -> Tensor:
-        """A window of x (B, L, K or N) as contiguous (blocks, Q, T, K or N)."""
-        view = tile.view(x, window)
+    def load(self, name: str, x: Tensor, window: Window) -> Tensor:
+        """A window of x (B, L, D or N) as contiguous (blocks, Q, T, D or N)."""
+        view = window.view(x)
         return self.buffer(name, *view.shape).copy_(view).flatten(1, 2)
 
-    def load_delta(self, tile: Tile, window: Window) -> tuple[Tensor, Tensor]:
-        """Step sizes before and after the softplus, each (blocks, Q, T, K)."""
-        raw = self.load("raw", self.delta[..., tile.channels], tile, window)
+    def load_inputs(self, window: Window) -> SimpleNamespace:
+        """u, delta before (raw) and after the softplus, x = delta u, and z, each (blocks, Q, T, D)."""
+        v = SimpleNamespace(u=self.load("u", self.u, window), raw=self.load("raw", self.delta, window), z=None)
         if self.delta_bias is not None:
-            raw += self.delta_bias[tile.channels]
-        if not self.delta_softplus:
-            return raw, raw
-        return raw, torch.logaddexp(raw, self.zero, out=self.buffer("delta", *raw.shape))  # log(e^raw + e^0)
-
-    def load_backward(self, dy: Tensor, tile: Tile, window: Window) -> SimpleNamespace:
-        """What the backward pass needs of a window, each (blocks, Q, T, K); g_y is the gradient before the gate."""
-        raw, delta = self.load_delta(tile, window)
-        u, dy = (self.load(k, x[..., tile.channels], tile, window) for k, x in (("u", self.u), ("dy", dy)))
-        v = SimpleNamespace(raw=raw, delta=delta, u=u, dy=dy, g_y=dy, z=None)
-        v.x, v.y, v.g_x, v.g_delta, v.spare = (self.buffer(k, *u.shape) for k in ("x", "y", "g_x", "g_delta", "spare"))
-        torch.mul(delta, u, out=v.x)
+            v.raw += self.delta_bias
+        v.delta = v.raw
+        if self.delta_softplus:
+            v.delta = torch.logaddexp(v.raw, self.zero, out=self.buffer("delta", *v.u.shape))  # log(e^raw + e^0)
+        v.x = torch.mul(v.delta, v.u, out=self.buffer("x", *v.u.shape))
         if self.z is not None:
-            v.z = self.load("z", self.z[..., tile.channels], tile, window)
-            v.gate = torch.sigmoid(v.z, out=self.buffer("gate", *u.shape))
-            v.g_y = torch.mul(dy, v.gate, out=self.buffer("g_y", *u.shape)).mul_(v.z)
+            v.z = self.load("z", self.z, window)
+            v.gate = torch.sigmoid(v.z, out=self.buffer("gate", *v.u.shape))  # SiLU(z) = z gate
         return v
 
-    def load_weights(self, name: str, tile: Tile, window: Window) -> list[Tensor]:
-        """B or C for each block, to multiply (Q, T, N, K): (Q, T, N, 1), or (N, K) when input-independent."""
+    def load_weights(self, name: str, window: Window) -> list[Tensor]:
+        """B or C for each block, to multiply (Q, T, N, D): (Q, T, N, 1), or (N, D) when input-independent."""
         if name in self.static:
-            return [self.static[name][:, tile.channels]] * window.blocks
-        return list(self.load(name, getattr(self, name), tile, window).unsqueeze(-1))
+            return [self.static[name]] * window.blocks
+        return list(self.load(name, getattr(self, name), window).unsqueeze(-1))
 
-    def load_weight_grads(self, name: str, grad: Tensor, tile: Tile, window: Window) -> list[Tensor]:
-        """Where each block's gradient of B or C goes: scratch to write (Q, T, N, 1), or a sum to add to (N, K)."""
-        if name in self.static:
-            return [grad[:, tile.channels]] * window.blocks
-        return list(self.buffer("g_" + name, *tile.view(grad, window).shape).flatten(1, 2).unsqueeze(-1))
-
-    def decay(self, delta: Tensor, tile: Tile, starts: Tensor | None) -> Tensor:
-        """a_t = exp(delta_t A), and 0 where a document starts: (Q, T, N, K) from delta (Q, T, K)."""
-        A = self.A[:, tile.channels]
-        a = torch.mul(delta.unsqueeze(2), A, out=self.buffer("a", *delta.shape[:2], *A.shape)).exp_()
+    def decay(self, delta: Tensor, starts: Tensor | None) -> Tensor:
+        """a_t = exp(delta_t A), and 0 where a document starts: (Q, T, N, D) from delta (Q, T, D)."""
+        a = torch.mul(delta.unsqueeze(2), self.A, out=self.buffer("a", *delta.shape[:2], *self.A.shape)).exp_()
         return a if starts is None else a.masked_fill_(starts[..., None, None], 0.0)
 
+    def outer(self, v: Tensor, weights: Tensor, name: str) -> Tensor:
+        """v (Q, T, D) times weights (Q, T, N, 1) or (N, D), in the buffer `name`: (Q, T, N, D)."""
+        return torch.mul(v.unsqueeze(2), weights, out=self.buffer(name, *v.shape[:2], *self.A.shape))
+
     def contract(self, weights: Tensor, h: Tensor, out: Tensor, spare: str = "a") -> None:
-        """out (Q, T, K) = the sum over n of weights * h (Q, T, N, K). `spare` names a buffer that may be overwritten."""
-        Q, T, N, K = h.shape
+        """out (Q, T, D) = the sum over n of weights * h (Q, T, N, D). `spare` names a buffer free to use."""
+        Q, T, N, D = h.shape
         if weights.ndim == 2:
-            h = torch.mul(h, weights, out=self.buffer(spare, *h.shape))
-            weights = self.ones[: Q * T * N]
-        torch.bmm(weights.view(Q * T, 1, N), h.view(Q * T, N, K), out=out.view(Q * T, 1, K))
+            h, weights = torch.mul(h, weights, out=self.buffer(spare, *h.shape)), self.one.expand(Q, T, N)
+        torch.bmm(weights.reshape(Q * T, 1, N), h.view(Q * T, N, D), out=out.view(Q * T, 1, D))
 
-    def reduce(self, v: Tensor, h: Tensor, grad: Tensor, spare: str = "a") -> None:
-        """The adjoint of `contract` in the weights: v (Q, T, K) times h, written to (Q, T, N, 1) or added to (N, K)."""
-        Q, T, N, K = h.shape
-        if grad.ndim == 2:
-            product = torch.mul(h, v.unsqueeze(2), out=self.buffer(spare, *h.shape))
-            ones, total = self.ones[: Q * T].view(1, -1), self.buffer("sum", 1, N * K)
-            grad += torch.mm(ones, product.view(Q * T, N * K), out=total).view(N, K)
+    def contract_back(self, v: Tensor, h: Tensor, grad: Tensor, spare: str = "a") -> None:
+        """The gradient of `contract`'s weights, for v (Q, T, D): writes grad (Q, T, N, 1), or adds to grad (N, D)."""
+        Q, T, N, D = h.shape
+        if grad.ndim == 4:
+            torch.bmm(v.view(Q * T, 1, D), h.view(Q * T, N, D).mT, out=grad.view(Q * T, 1, N))
         else:
-            torch.bmm(v.view(Q * T, 1, K), h.view(Q * T, N, K).mT, out=grad.view(Q * T, 1, N))
+            rows = torch.mul(h, v.unsqueeze(2), out=self.buffer(spare, *h.shape)).view(Q * T, N * D)
+            grad += torch.mm(self.one.expand(1, Q * T), rows, out=self.buffer("sum", 1, N * D)).view(N, D)
 
-    def combine(self, ends: Tensor, total: Tensor, tile: Tile, carry: Tensor, order: list[int]) -> Tensor:
-        """The carry into each segment (Q, N, K), given its neighbours' results from zero and their summed step sizes."""
-        decay = torch.mul(total.unsqueeze(1), self.A[:, tile.channels]).exp_()  # (Q, N, K)
+    def carries(self, windows: list[Window], carry: Tensor, reduce: Callable, order: int) -> Tensor:
+        """What enters each segment (Q, N, D), when `carry` (B, N, D) enters the first (order 1) or the last (-1).
+
+        `reduce(window, state)` takes a state through a window and returns the window's sum of delta over time (Q, D).
+        """
+        S, batch = windows[0].segments, len(carry)
+        if S == 1:
+            return carry.clone()
+        ends = carry.new_zeros(S * batch, *carry.shape[1:])
+        total = sum(reduce(window, ends) for window in windows[::order])
+        decay = torch.mul(total.unsqueeze(1), self.A).exp_()
         if self.starts is not None:
-            reset = tile.view(self.starts, Window(0, 1, tile.length)).any(-1)  # (1, S, R)
+            reset = dataclasses.replace(windows[0], offset=0, blocks=1, T=windows[0].length).view(self.starts).any(-1)
             decay.masked_fill_(reset.view(-1, 1, 1), 0.0)
-        into, ends, decay = (x.view(tile.segments, -1, *x.shape[1:]) for x in (torch.empty_like(ends), ends, decay))
-        into[order[0]] = carry
-        for s, after in itertools.pairwise(order):
-            torch.addcmul(ends[s], decay[s], into[s], out=into[after])
-        return into.flatten(0, 1)
+        entering, ends, decay = (x.view(S, batch, *carry.shape[1:]) for x in (torch.empty_like(ends), ends, decay))
+        entering[0 if order == 1 else -1] = carry
+        for s, after in itertools.pairwise(range(S)[::order]):
+            torch.addcmul(ends[s], decay[s], entering[s], out=entering[after])
+        return entering.flatten(0, 1)
 
     def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """y (B, L, D), the last state (B, D, N), and with `save` each tile's states at the starts of its blocks."""
-        y, saved = torch.empty_like(self.u, memory_format=torch.contiguous_format), []
-        state = self.u.new_zeros(len(self.u), *self.A.shape, dtype=self.dtype)  # (B, N, D)
+        """y (B, L, D), the last state (B, D, N) and, with `save`, the states that enter each block."""
+        y, saved = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device), []
+        state = self.A.new_zeros(len(self.u), *self.A.shape)  # (B, N, D)
         if initial_state is not None:
             state += initial_state.mT
-        for tile in self.tiles():
-            into = state[tile.rows, :, tile.channels].contiguous()
-            if tile.segments > 1:
-                ends = into.new_zeros(tile.segments * len(into), *into.shape[1:])
-                total = self.forward_tile(tile, ends)
-                into = self.combine(ends, total, tile, into, list(range(tile.segments)))
-            saved.append(into.new_empty(-(-tile.length // tile.T), *into.shape) if save else None)
-            self.forward_tile(tile, into, y, saved[-1])
-            state[tile.rows, :, tile.channels] = into.view(tile.segments, -1, *into.shape[1:])[-1]
+        for windows in self.stretches():
+            entering = self.carries(windows, state, self.forward_window, 1)
+            for window in windows:
+                saved.append(entering.new_empty(window.blocks, *entering.shape) if save else None)
+                self.forward_window(window, entering, y, saved[-1])
+            state = entering[-len(state) :]
         return y, state.mT.contiguous(), saved
 
-    def forward_tile(self, tile: Tile, state: Tensor, y: Tensor | None = None, saved: Tensor | None = None) -> Tensor:
-        """Advance state (Q, N, K) in place over the tile; write y, if given. Returns the sum of delta over time (Q, K)."""
-        total = state.new_zeros(len(state), state.shape[-1])
-        for window in tile.windows():
-            _, delta = self.load_delta(tile, window)
-            u = self.load("u", self.u[..., tile.channels], tile, window)
-            x = torch.mul(delta, u, out=self.buffer("x", *u.shape))
-            B = self.load_weights("B", tile, window)
-            C = None if y is None else self.load_weights("C", tile, window)
-            out = self.buffer("y", *u.shape)
-            for j, starts in enumerate(tile.starts(self.starts, window)):
-                if saved is not None:
-                    saved[window.first // tile.T + j] = state
-                a = self.decay(delta[j], tile, starts)
-                h = torch.mul(x[j].unsqueeze(2), B[j], out=self.buffer("h", *a.shape))
-                scan_(a, h, state)
-                if y is not None:
-                    self.contract(C[j], h, out[j], spare=a)
-            total += delta.sum((0, 2))
+    def forward_window(
+        self, window: Window, state: Tensor, y: Tensor | None = None, saved: Tensor | None = None
+    ) -> Tensor:
+        """Take state (Q, N, D) through the window, in place; write y, if given. Returns the sum of delta (Q, D)."""
+        v, B, C = self.load_inputs(window), self.load_weights("B", window), self.load_weights("C", window)
+        out = self.buffer("y", *v.u.shape)
+        for j, starts in enumerate(window.starts(self.starts)):
+            if saved is not None:
+                saved[j] = state
+            a = self.decay(v.delta[j], starts)
+            h = self.outer(v.x[j], B[j], "h")
+            scan_(a, h, state)
             if y is not None:
-                if self.D is not None:
-                    out.addcmul_(u, self.D[tile.channels])
-                if self.z is not None:
-                    z = self.load("z", self.z[..., tile.channels], tile, window)
-                    out.mul_(z).mul_(z.sigmoid_())
-                tile.store(y[..., tile.channels], out, window)
-        return total
+                self.contract(C[j], h, out[j])
+        if y is not None:
+            if self.D is not None:
+                out.addcmul_(v.u, self.D)
+            if v.z is not None:
+                out.mul_(v.z).mul_(v.gate)
+            self.store(y, out, window)
+        return v.delta.sum((0, 2))
+
+    def store(self, out: Tensor, value: Tensor, window: Window) -> None:
+        """Copy value (blocks, Q, T, D) to its place in out (B, L, D)."""
+        view = window.view(out)
+        view.copy_(value.view(view.shape))
 
     def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
         """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
@@ -994,102 +902,97 @@ class ChunkedScan:
         for k in ("A", "B", "C", "D", "delta_bias"):
             x = self.static.get(k, getattr(self, k))
             grads[k] = None if x is None else torch.zeros(x.shape, dtype=self.dtype, device=x.device)
-        grad_state = grad_state.mT.to(self.dtype).clone(memory_format=torch.contiguous_format)  # (B, N, D)
-        for tile, states in reversed(list(zip(self.tiles(), saved, strict=True))):
-            into = grad_state[tile.rows, :, tile.channels].contiguous()
-            if tile.segments > 1:
-                ends = into.new_zeros(tile.segments * len(into), *into.shape[1:])
-                total = self.backward_reduce(tile, ends, dy)
-                into = self.combine(ends, total, tile, into, list(range(tile.segments))[::-1])
-            self.backward_tile(tile, into, dy, states, grads)
-            grad_state[tile.rows, :, tile.channels] = into.view(tile.segments, -1, *into.shape[1:])[0]
+        grad_state, saved = grad_state.mT.to(self.dtype), list(saved)
+        for windows in reversed(self.stretches()):
+            reduce = functools.partial(self.backward_window, dy)
+            entering = self.carries(windows, grad_state, reduce, -1)
+            for window in reversed(windows):
+                self.backward_window(dy, window, entering, saved.pop(), grads)
+            grad_state = entering[: len(grad_state)]
         return grads | {k: grads[k].t() for k in ("A", *self.static)} | {"initial_state": grad_state.mT}
 
-    def backward_reduce(self, tile: Tile, grad_state: Tensor, dy: Tensor) -> Tensor:
-        """Take grad_state (Q, N, K) back over the tile, in place. Returns the sum of delta over time (Q, K)."""
-        total = grad_state.new_zeros(len(grad_state), grad_state.shape[-1])
-        for window in reversed(tile.windows()):
-            v, C = self.load_backward(dy, tile, window), self.load_weights("C", tile, window)
-            starts = tile.starts(self.starts, window)
-            for j in reversed(range(window.blocks)):
-                a = self.decay(v.delta[j], tile, starts[j])
-                g = torch.mul(v.g_y[j].unsqueeze(2), C[j], out=self.buffer("h", *a.shape))
-                scan_back_(a, g, grad_state)
-            total += v.delta.sum((0, 2))
-        return total
+    def backward_window(self, dy, window: Window, grad_state: Tensor, saved=None, grads: dict | None = None) -> Tensor:
+        """Take grad_state (Q, N, D) back through the window, in place; with `grads`, write or add to all gradients."""
+        v, B, C = self.load_inputs(window), self.load_weights("B", window), self.load_weights("C", window)
+        v.dy = v.g_y = self.load("dy", dy, window)  # g_y: the gradient before the gate
+        if v.z is not None:
+            v.g_y = torch.mul(v.dy, v.gate, out=self.buffer("g_y", *v.u.shape)).mul_(v.z)
+        v.y, v.g_x, v.g_delta = (self.buffer(k, *v.u.shape) for k in ("y", "g_x", "g_delta"))
+        g_B, g_C = (None, None) if grads is None else (self.grad_weights(k, grads[k], window) for k in "BC")
+        starts = window.starts(self.starts)
+        for j in reversed(range(window.blocks)):
+            a = self.decay(v.delta[j], starts[j])
+            if grads is None:
+                scan_back_(a, self.outer(v.g_y[j], C[j], "h"), grad_state)
+                continue
+            h, w = self.outer(v.x[j], B[j], "h"), self.buffer("w", *a.shape)  # w_t = a_t h_{t-1}
+            torch.mul(a[:, 0], saved[j], out=w[:, 0])
+            scan_(a, h, self.buffer("state", *saved[j].shape).copy_(saved[j]))
+            torch.mul(a[:, 1:], h[:, :-1], out=w[:, 1:])
+            if v.z is not None:
+                self.contract(C[j], h, v.y[j], spare="spare")
+            self.contract_back(v.g_y[j], h, g_C[j], spare="spare")
+            g = self.outer(v.g_y[j], C[j], "h")
+            scan_back_(a, g, grad_state)
+            self.contract_back(v.x[j], g, g_B[j])
+            self.contract(B[j], g, v.g_x[j])
+            w *= g  # the gradient of delta_t A, since a_t = exp(delta_t A)
+            self.contract_back(v.delta[j], w, grads["A"])
+            self.contract(self.A, w, v.g_delta[j])
+        if grads is not None:
+            self.finish_gradients(window, v, grads)
+        return v.delta.sum((0, 2))
 
-    def backward_tile(self, tile: Tile, grad_state: Tensor, dy: Tensor, saved: Tensor, grads: dict) -> None:
-        """Take grad_state (Q, N, K) back over the tile, in place; write, or add to, the gradients of all inputs."""
-        A, g_A = self.A[:, tile.channels], grads["A"][:, tile.channels]
-        for window in reversed(tile.windows()):
-            v, starts = self.load_backward(dy, tile, window), tile.starts(self.starts, window)
-            B, C = (self.load_weights(k, tile, window) for k in "BC")
-            g_B, g_C = (self.load_weight_grads(k, grads[k], tile, window) for k in "BC")
-            for j in reversed(range(window.blocks)):
-                a = self.decay(v.delta[j], tile, starts[j])
-                h = torch.mul(v.x[j].unsqueeze(2), B[j], out=self.buffer("h", *a.shape))
-                w = self.buffer("w", *a.shape)  # w_t = a_t h_{t-1}
-                state = self.buffer("state", *grad_state.shape).copy_(saved[window.first // tile.T + j])
-                torch.mul(a[:, 0], state, out=w[:, 0])
-                scan_(a, h, state)
-                torch.mul(a[:, 1:], h[:, :-1], out=w[:, 1:])
-                if v.z is not None:
-                    self.contract(C[j], h, v.y[j], spare="spare")
-                self.reduce(v.g_y[j], h, g_C[j], spare="spare")
-                g = torch.mul(v.g_y[j].unsqueeze(2), C[j], out=h)
-                scan_back_(a, g, grad_state)
-                self.reduce(v.x[j], g, g_B[j])
-                self.contract(B[j], g, v.g_x[j])
-                w *= g  # the gradient of delta_t A, since a_t = exp(delta_t A)
-                self.reduce(v.delta[j], w, g_A)
-                self.contract(A, w, v.g_delta[j])
-            for k in {"B", "C"} - self.static.keys():
-                view = tile.view(grads[k], window)
-                view += self.buffer("g_" + k, *view.shape)
-            self.backward_inputs(tile, window, v, grads)
+    def grad_weights(self, name: str, grad: Tensor, window: Window) -> list[Tensor]:
+        """Where each block's gradient of B or C goes: scratch to write (Q, T, N, 1), or the sum (N, D) to add to."""
+        if name in self.static:
+            return [grad] * window.blocks
+        return list(self.buffer("g_" + name, *window.view(grad).shape).flatten(1, 2).unsqueeze(-1))
 
-    def backward_inputs(self, tile: Tile, window: Window, v: SimpleNamespace, grads: dict) -> None:
-        """From the gradients of x = delta u and of delta A: those of u, delta, z, D and delta_bias, for a window."""
-        K = tile.channels
+    def finish_gradients(self, window: Window, v: SimpleNamespace, grads: dict) -> None:
+        """From the gradients of x = delta u and of delta A to those of u, delta, z, D, delta_bias, B and C."""
+        for k in {"B", "C"} - self.static.keys():
+            self.store(grads[k], self.buffer("g_" + k, *window.view(grads[k]).shape), window)
         if v.z is not None:
             if self.D is not None:
-                v.y.addcmul_(v.u, self.D[K])
-            slope = torch.neg(v.gate, out=v.spare).add_(1).mul_(v.z).add_(1).mul_(v.gate)  # of SiLU(z)
-            tile.store(grads["z"][..., K], slope.mul_(v.y).mul_(v.dy), window)
+                v.y.addcmul_(v.u, self.D)
+            silu = v.z.mul_(v.gate)
+            slope = torch.add(v.gate, silu, out=self.buffer("slope", *v.u.shape)).addcmul_(silu, v.gate, value=-1)
+            self.store(grads["z"], slope.mul_(v.y).mul_(v.dy), window)
         v.g_delta.addcmul_(v.u, v.g_x)
         g_u = v.g_x.mul_(v.delta)
         if self.D is not None:
-            g_u.addcmul_(v.g_y, self.D[K])
-            grads["D"][K] += torch.mul(v.g_y, v.u, out=v.spare).sum((0, 1, 2))
+            g_u.addcmul_(v.g_y, self.D)
+            grads["D"] += v.g_y.mul_(v.u).sum((0, 1, 2))
         if self.delta_softplus:
             v.g_delta.mul_(v.raw.sigmoid_())
         if self.delta_bias is not None:
-            grads["delta_bias"][K] += v.g_delta.sum((0, 1, 2))
-        tile.store(grads["u"][..., K], g_u, window)
-        tile.store(grads["delta"][..., K], v.g_delta, window)
+            grads["delta_bias"] += v.g_delta.sum((0, 1, 2))
+        self.store(grads["u"], g_u, window)
+        self.store(grads["delta"], v.g_delta, window)
 
 
-class _ChunkedScanFunction(torch.autograd.Function):
-    """`ChunkedScan` with its hand-written backward, for autograd."""
+class ChunkedScanFunction(torch.autograd.Function):
+    """`ChunkedScan` for autograd."""
+
+    NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts):
-        scan = ChunkedScan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts)
-        y, state, saved = scan.forward(initial_state, save=True)
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, starts, *saved)
-        ctx.delta_softplus = delta_softplus
+    def forward(ctx, *arguments):
+        *tensors, initial_state, ctx.delta_softplus, starts = arguments
+        y, state, saved = ChunkedScan(*tensors, ctx.delta_softplus, starts).forward(initial_state, save=True)
+        ctx.save_for_backward(*tensors, initial_state, starts, *saved)
         return y, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_state):
-        *inputs, initial_state, starts = ctx.saved_tensors[:10]
+        *tensors, initial_state, starts = ctx.saved_tensors[:10]
         with torch.autocast(grad_y.device.type, enabled=False):
-            scan = ChunkedScan(*inputs, ctx.delta_softplus, starts)
+            scan = ChunkedScan(*tensors, ctx.delta_softplus, starts)
             grads = scan.backward(grad_y, grad_state, ctx.saved_tensors[10:])
-        names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-        inputs = (*inputs, initial_state)
-        return *(None if x is None else grads[k].to(x.dtype) for k, x in zip(names, inputs, strict=True)), None, None
+        pairs = zip(ChunkedScanFunction.NAMES, (*tensors, initial_state), strict=True)
+        return *(None if x is None else grads[k].to(x.dtype) for k, x in pairs), None, None
 
 
 # ----- The model ------------------------------------------------------------------------------------------------------
@@ -1124,56 +1027,44 @@ class MambaBlock(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         E, N, R = config.d_inner, config.d_state, config.rank
-        self.selective, self.sizes = config.selective, [R, N, N]
+        self.selective, sizes = config.selective, {"delta": R, "B": N, "C": N}
+        self.sizes = [size for name, size in sizes.items() if name in self.selective]
         self.in_proj = nn.Linear(config.d_model, 2 * E, bias=config.bias)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=config.conv_bias)
-        sizes = [size for name, size in zip(("delta", "B", "C"), self.sizes, strict=True) if name in self.selective]
-        self.x_proj = nn.Linear(E, sum(sizes), bias=False) if sizes else None
+        self.x_proj = nn.Linear(E, sum(self.sizes), bias=False) if self.sizes else None
         self.dt_proj = nn.Linear(R, E, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # S4D-real: A = -1, -2, ...
+        self.D = nn.Parameter(torch.ones(E))
         if "delta" not in self.selective:
             self.dt_proj.weight = None  # the bias alone is then the step size
-        self.A_log = nn.Parameter(torch.empty(E, N))
-        self.D = nn.Parameter(torch.empty(E))
-        for name in ("B", "C"):  # input-independent ones as in S4D: a value per channel and state
-            if name not in self.selective:
-                self.register_parameter(name, nn.Parameter(torch.empty(E, N)))
+        if "B" not in self.selective:  # input-independent: a value per channel and state, as in S4D
+            self.B = nn.Parameter(torch.ones(E, N))
+        if "C" not in self.selective:
+            self.C = nn.Parameter(torch.randn(E, N))
         self.out_proj = nn.Linear(E, config.d_model, bias=config.bias)
         self.reset_parameters(config)
 
     @torch.no_grad()
     def reset_parameters(self, config: MambaConfig) -> None:
         """The official initialisation; what is not named here keeps PyTorch's default, as there."""
-        self.A_log.copy_(
-            torch.arange(1, config.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log)
-        )  # S4D-real
-        self.D.fill_(1.0)
         if self.dt_proj.weight is not None:
             nn.init.uniform_(self.dt_proj.weight, -(config.rank**-0.5), config.rank**-0.5)
-        log_min, log_max = math.log(config.dt_min), math.log(config.dt_max)
-        dt = torch.exp(torch.rand(config.d_inner) * (log_max - log_min) + log_min).clamp(min=config.dt_init_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # so that softplus(bias) = dt
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(config.d_inner) * (high - low) + low).clamp(min=config.dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         self.out_proj.weight /= math.sqrt(config.n_layer)
         for linear in (self.in_proj, self.out_proj):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-        if "B" not in self.selective:
-            nn.init.ones_(self.B)
-        if "C" not in self.selective:
-            nn.init.normal_(self.C)
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The step size before bias and softplus (.., E), B and C: (.., N) from the input x (.., E), or constants."""
-        parts = iter(())
-        if self.x_proj is not None:
-            sizes = [s for name, s in zip(("delta", "B", "C"), self.sizes, strict=True) if name in self.selective]
-            parts = iter(self.x_proj(x).split(sizes, dim=-1))
+        """delta (.., E), before bias and softplus, B and C (.., N), from x (.., E): selection, section 3.2."""
+        parts = iter(self.x_proj(x).split(self.sizes, dim=-1) if self.sizes else ())
         delta = F.linear(next(parts), self.dt_proj.weight) if "delta" in self.selective else torch.zeros_like(x)
-        B = next(parts) if "B" in self.selective else self.B
-        C = next(parts) if "C" in self.selective else self.C
-        return delta, B, C
+        return delta, *(next(parts) if name in self.selective else getattr(self, name) for name in ("B", "C"))
 
-    def forward(self, x: Tensor, state=None, starts: Tensor | None = None, backend: str = "auto"):
+    def forward(self, x: Tensor, state=None, starts: Tensor | None = None):
         """x (B, L, d_model) -> (B, L, d_model) and the state after it: window (B, W-1, E), SSM state (B, E, N)."""
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
@@ -1181,9 +1072,7 @@ class MambaBlock(nn.Module):
         x = F.silu(x)
         delta, B, C = self.select(x)
         A = -torch.exp(self.A_log.float())
-        y, h = selective_scan(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, True, h, starts, return_final_state=True, backend=backend
-        )
+        y, h = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, True, h, starts, return_final_state=True)
         return self.out_proj(y), (window, h)
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -1261,7 +1150,7 @@ class Mamba(nn.Module):
     def init_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """The state before the first token, for `forward` and `step`."""
         weight, c = self.lm_head.weight, self.config
-        h = weight.new_zeros(batch, c.d_inner, c.d_state, dtype=_state_dtype(weight))
+        h = weight.new_zeros(batch, c.d_inner, c.d_state, dtype=state_dtype(weight))
         return [(weight.new_zeros(batch, c.d_conv - 1, c.d_inner), h) for _ in range(c.n_layer)]
 
     def step(self, token: Tensor, state: list) -> tuple[Tensor, list]:
@@ -1276,8 +1165,8 @@ class Mamba(nn.Module):
     @torch.inference_mode()
     def stream(self, tokens: Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield `max_new_tokens` tokens (B,) that follow the prompt (B, L >= 1): parallel prefill, then `step`."""
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise UserError(f"the prompt has shape {tuple(tokens.shape)}, must be (B, L) with L >= 1; give one token")
+        fits = tokens.ndim == 2 and tokens.shape[1] > 0
+        require(fits, f"prompt of shape {tuple(tokens.shape)}: must be (B, L) with L >= 1; give at least one token")
         logits, state = self(tokens, return_state=True)
         logits = logits[:, -1]
         for i in range(max_new_tokens):
@@ -1298,7 +1187,7 @@ class Mamba(nn.Module):
     def generate(
         self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, stop_token=None
     ) -> Tensor:
-        """tokens (B, L) and up to `max_new_tokens` more (B, L + n); after `stop_token` a row repeats it. Greedy at 0."""
+        """tokens (B, L) and up to `max_new_tokens` more, (B, L + n); after a `stop_token` a row repeats it."""
         new, done = [], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for token in self.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator):
             new.append(token if stop_token is None else token.masked_fill(done, stop_token))
@@ -1311,10 +1200,8 @@ class Mamba(nn.Module):
 
 def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
     """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k and top_p cut the tail, in that order."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise UserError(
-            f"sampling: {temperature=}, {top_k=}, {top_p=} must be >= 0, >= 1 and in (0, 1]; mend the one that is not"
-        )
+    fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    require(fits, f"{temperature=}, {top_k=}, {top_p=}: must be >= 0, >= 1 and in (0, 1]; correct the one that is not")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -1329,155 +1216,112 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
 
 # ----- Checkpoint folders: the official layout and Hugging Face's -----------------------------------------------------
 
+NAMES = {  # Hugging Face's name of each of our fields
+    "d_model": "hidden_size", "n_layer": "num_hidden_layers", "vocab_size": "vocab_size", "d_state": "state_size",
+    "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank", "dt_min": "time_step_min",
+    "dt_max": "time_step_max", "dt_init_floor": "time_step_floor", "bias": "use_bias", "conv_bias": "use_conv_bias",
+    "tie_embeddings": "tie_word_embeddings", "norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
+
+
+def read_config(fields: dict) -> tuple[dict, list[str]]:
+    """A config.json of either layout -> arguments of MambaConfig, and what in it we do not do."""
+    if "hidden_size" in fields:
+        given = {ours: fields[theirs] for ours, theirs in NAMES.items() if theirs in fields}
+        need = {"model_type": "mamba", "hidden_act": "silu"}
+        need["intermediate_size"] = int(fields.get("expand", 2) * fields["hidden_size"])
+        given["pad_vocab_size_multiple"] = 1
+    else:
+        given, known = dict(fields.get("ssm_cfg") or {}), {field.name for field in dataclasses.fields(MambaConfig)}
+        need = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "ssm_cfg.layer": "Mamba1"}
+        fields = fields | {"ssm_cfg.layer": given.pop("layer", "Mamba1")}
+        for name in ("dt_init", "dt_scale", "use_fast_path"):  # of initialisation and speed only
+            given.pop(name, None)
+        need |= {f"ssm_cfg.{name}": None for name in given.keys() - known}
+        fields |= {f"ssm_cfg.{name}": given.pop(name) for name in given.keys() - known}
+        ours = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
+        given |= {name: fields[name] for name in ours if name in fields}
+    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in need.items() if (fields.get(k) or v) != v]
+    problems += [f"{k} is missing" for k in ("d_model", "n_layer", "vocab_size") if k not in given]
+    return given, problems
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        shards = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else [name]
+        if not index.is_file() and not (folder / name).is_file():
+            continue
+        tensors = {}
+        for shard in sorted(set(shards)):
+            require(
+                (folder / shard).is_file(), f"{folder / shard}: named in {index.name}, but not there; copy it there"
+            )
+            tensors |= load_torch(folder / shard)
+        return {k.replace("backbone.embedding.", "backbone.embeddings."): v.float() for k, v in tensors.items()}
+    raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
+
+
+def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
+    """The contents of a .safetensors file, by the safetensors package, or of a torch.save; data only, never code."""
+    try:
+        if path.suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except ImportError:
+        raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
+
 
 def read_folder(folder: str) -> Mamba:
-    """Read a local folder in the official layout (config.json, pytorch_model.bin) or Hugging Face's, sharded or not.
-
-    Raises ValueError once, listing everything: config fields that this file does not do, missing, extra or misshapen
-    tensors. Float tensors are kept in float32.
-    """
+    """The model in a local folder; raises ValueError once, listing all that does not fit in its config or tensors."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no config.json, must be a folder with one and its weights; check the path")
-    fields = json.loads(path.read_text("utf-8"))
-    config, problems = (config_from_huggingface if "hidden_size" in fields else config_from_official)(fields)
-    if problems:
-        raise UserError(f"{path}: not supported here: {'; '.join(problems)}; use a plain Mamba checkpoint")
-    tensors = {
-        k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in read_tensors(Path(folder)).items()
-    }
-    model = Mamba(config)
+    require(
+        path.is_file(), f"{folder}: holds no config.json, must be a folder with one and its weights; correct the path"
+    )
+    given, problems = read_config(json.loads(path.read_text("utf-8")))
+    require(not problems, f"{path}: cannot be done here: {'; '.join(problems)}; give a plain Mamba")
+    model, tensors = Mamba(MambaConfig(**given)), read_tensors(Path(folder))
     want = model.state_dict()
-    if config.tie_embeddings:
-        tensors.setdefault("lm_head.weight", tensors.get("backbone.embeddings.weight", torch.empty(0)))
+    if model.config.tie_embeddings and "backbone.embeddings.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
     problems = [f"{k} is missing" for k in want.keys() - tensors.keys()]
     problems += [f"{k} is extra" for k in tensors.keys() - want.keys()]
     for k in want.keys() & tensors.keys():
         if want[k].shape != tensors[k].shape:
             problems.append(f"{k} is {tuple(tensors[k].shape)}, must be {tuple(want[k].shape)}")
-    if problems:
-        raise UserError(
-            f"{folder}: the weights do not fit config.json: {'; '.join(sorted(problems))}; check both files"
-        )
+    require(not problems, f"{folder}: the weights do not fit config.json: {'; '.join(sorted(problems))}; mend either")
     model.load_state_dict(tensors)
     return model
 
 
-def config_from_official(fields: dict) -> tuple[MambaConfig, list[str]]:
-    """state-spaces/mamba's config.json -> config, and what is in it that we do not do."""
-    ssm = dict(fields.get("ssm_cfg") or {})
-    problems = [f"{k} = {fields[k]!r}" for k in ("d_intermediate", "attn_layer_idx", "attn_cfg") if fields.get(k)]
-    problems += [f"{k} = false" for k in ("rms_norm",) if not fields.get(k, True)]
-    if (layer := ssm.pop("layer", "Mamba1")) != "Mamba1":
-        problems.append(f"ssm_cfg.layer = {layer!r}")
-    for k in ("dt_init", "dt_scale", "use_fast_path"):  # of initialisation and speed: nothing in a trained model
-        ssm.pop(k, None)
-    known = {f.name for f in dataclasses.fields(MambaConfig)} - {"selective", "d_model", "n_layer", "vocab_size"}
-    problems += [f"ssm_cfg.{k} = {ssm.pop(k)!r}" for k in ssm.keys() - known]
-    missing = [f"{k} is missing" for k in ("d_model", "n_layer", "vocab_size") if k not in fields]
-    if missing:
-        return None, problems + missing
-    kept = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-    return MambaConfig(**{k: fields[k] for k in kept if k in fields}, **ssm), problems
-
-
-HUGGINGFACE = {  # their name of each of our fields
-    "d_model": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "vocab_size": "vocab_size",
-    "d_state": "state_size",
-    "d_conv": "conv_kernel",
-    "expand": "expand",
-    "dt_rank": "time_step_rank",
-    "dt_min": "time_step_min",
-    "dt_max": "time_step_max",
-    "dt_init_floor": "time_step_floor",
-    "bias": "use_bias",
-    "conv_bias": "use_conv_bias",
-    "tie_embeddings": "tie_word_embeddings",
-    "norm_eps": "layer_norm_epsilon",
-}
-
-
-def config_from_huggingface(fields: dict) -> tuple[MambaConfig, list[str]]:
-    """A Hugging Face config.json -> config, and what is in it that we do not do."""
-    problems = []
-    if fields.get("model_type") != "mamba":
-        problems.append(f"model_type = {fields.get('model_type')!r}")
-    if fields.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act = {fields['hidden_act']!r}")
-    given = {ours: fields[theirs] for ours, theirs in HUGGINGFACE.items() if theirs in fields}
-    missing = [f"{HUGGINGFACE[k]} is missing" for k in ("d_model", "n_layer", "vocab_size") if k not in given]
-    if missing:
-        return None, problems + missing
-    config = MambaConfig(**given, pad_vocab_size_multiple=1)
-    if fields.get("intermediate_size", config.d_inner) != config.d_inner:
-        problems.append(f"intermediate_size = {fields['intermediate_size']} is not expand x hidden_size")
-    return config, problems
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or pytorch_model.bin, or of the shards that its .index.json names, as float32."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        elif (folder / name).is_file():
-            files = [name]
-        else:
-            continue
-        tensors = {}
-        for file in files:
-            if not (folder / file).is_file():
-                raise UserError(f"{folder / file}: {index.name} names this shard, but it is not there; copy it there")
-            tensors |= load_safetensors(folder / file) if name.endswith(".safetensors") else load_torch(folder / file)
-        return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    raise UserError(
-        f"{folder}: holds neither model.safetensors nor pytorch_model.bin (nor an index of shards); add one"
-    )
-
-
-def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
-    """torch.load of data only, never of code."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{path}: not a checkpoint that torch can read ({str(error).splitlines()[0][:80]})") from None
-
-
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, by the safetensors package."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: needs the safetensors package; pip install safetensors") from None
-    return load_file(path)
-
-
 def write_folder(model: Mamba, folder: str) -> None:
-    """Write Hugging Face's layout, which `transformers` reads: config.json and the weights, without vocabulary padding."""
+    """Write Hugging Face's layout, which `transformers` reads; the vocabulary's padding is cut off."""
     config = model.config
-    if set(config.selective) != {"delta", "B", "C"}:
-        raise UserError(
-            f"selective={config.selective}: Hugging Face's layout holds fully selective models only; use those"
-        )
-    fields = {theirs: getattr(config, ours) for ours, theirs in HUGGINGFACE.items()}
+    fits = set(config.selective) == {"delta", "B", "C"}
+    require(
+        fits, f"selective {config.selective}: Hugging Face's layout holds fully selective models; save the checkpoint"
+    )
+    fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     fields |= {"time_step_rank": config.rank, "intermediate_size": config.d_inner, "hidden_act": "silu"}
     fields |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "residual_in_fp32": True}
-    fields |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     for k in ("backbone.embeddings.weight", "lm_head.weight"):
         tensors[k] = tensors[k][: config.vocab_size].clone()
     if config.tie_embeddings:
         del tensors["lm_head.weight"]
-    os.makedirs(folder, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / "config.json", fields)
     try:
-        from safetensors.torch import save_file
+        save = functools.partial(
+            importlib.import_module("safetensors.torch").save_file, tensors, metadata={"format": "pt"}
+        )
+        write_atomically(Path(folder) / "model.safetensors", save)
     except ImportError:
-        write_atomically(Path(folder) / "pytorch_model.bin", lambda path: torch.save(tensors, path))
-    else:
-        write_atomically(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+        write_atomically(Path(folder) / "pytorch_model.bin", lambda name: torch.save(tensors, name))
 
 
 # ----- Train ----------------------------------------------------------------------------------------------------------
@@ -1494,8 +1338,9 @@ class Batches:
         self.size, self.batch, self.length, self.seed, self.carry = len(tokens), batch, length, seed, carry
         rows = batch if carry else 1
         self.windows = (len(tokens) - 1) // rows // length  # of a row, or of an epoch
-        if self.windows < 1:
-            raise UserError(f"{len(tokens):,} tokens: too few for {rows} stretches of --length {length}; lower one")
+        require(
+            self.windows > 0, f"{len(tokens):,} tokens: too few for {rows} stretches of --length {length}; lower one"
+        )
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
     def offsets(self, step: int) -> np.ndarray:
@@ -1518,18 +1363,15 @@ class Batches:
         return not self.carry or step % self.windows == 0
 
 
-def gather(corpus: Corpus, tokens: np.ndarray, offsets, config: Config | EvalConfig, device: torch.device):
-    """Inputs and targets (B, L) for the windows at `offsets`, and with document_resets their starts (B, L) bool.
+def gather(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device: torch.device):
+    """Inputs and targets (B, L) of the windows at `offsets`, and their starts (B, L) bool with document_resets.
 
     Windows that the text's end cuts short must be alike. Raises ValueError for a token outside the vocabulary.
     """
     window = torch.from_numpy(np.stack([tokens[o : o + config.length + 1] for o in offsets]).astype(np.int64))
-    if (top := int(window.max())) >= corpus.vocab_size:
-        raise UserError(
-            f"{corpus.source}: token {top} is outside the vocabulary of {corpus.vocab_size}; correct the data"
-        )
-    window, starts = window.to(device), None
-    x, y = window[:, :-1], window[:, 1:]
+    top, size, starts = int(window.max()), corpus.vocab_size, None
+    require(top < size, f"{corpus.source}: token {top} is outside the vocabulary of {size}; correct the data")
+    x, y = window.to(device).split([window.shape[1] - 1, 1], 1)[0], window[:, 1:].to(device)
     if config.document_resets and corpus.separator is not None:
         before = torch.tensor([[int(tokens[o - 1]) if o else corpus.separator] for o in offsets], device=device)
         starts = torch.cat([before, x[:, :-1]], dim=1) == corpus.separator
@@ -1542,79 +1384,74 @@ def learning_rate(step: int, config: Config) -> float:
     if step < warm:
         return config.lr * (step + 1) / warm
     share = (step - warm) / max(1, config.steps - 1 - warm)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only, and never for A_log."""
-    decayed = {k for k, p in model.named_parameters() if p.ndim >= 2 and k.split(".")[-1] not in ("A_log", "B", "C")}
-    groups = [
-        {
-            "params": [p for k, p in model.named_parameters() if (k in decayed) == yes],
-            "weight_decay": yes * config.weight_decay,
-        }
-        for yes in (True, False)
-    ]
+    """AdamW; weight decay for matrices only, and not for A_log or an input-independent B or C."""
+    groups: dict[bool, list] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and name.split(".")[-1] not in ("A_log", "B", "C")].append(parameter)
+    groups = [{"params": ps, "weight_decay": config.weight_decay * decayed} for decayed, ps in groups.items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
 
 
-@torch.no_grad()
-def evaluate(model: Mamba, tokens: np.ndarray, corpus: Corpus, config: Config | EvalConfig, limit: int = 0) -> dict:
-    """Loss in nats a token and bits a byte: every token but the first predicted once, window by window.
+def autocast(device: torch.device):
+    """bfloat16 on CUDA, around float32 parameters; elsewhere nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    With config.carry_state the windows run on from one another; otherwise each starts from nothing. `limit` tokens, or
-    all of them at 0.
+
+@torch.no_grad()
+def evaluate(model: Mamba, corpus: Corpus, config: Config, limit: int = 0) -> dict:
+    """Loss on the validation text in nats a token and bits a byte: every token but the first predicted once.
+
+    Windows of config.length run on from one another with config.carry_state, else each starts from nothing. `limit`
+    tokens, or all of them at 0.
     """
-    tokens = tokens[: limit + 1] if limit else tokens
+    tokens = corpus.valid[: limit + 1] if limit else corpus.valid
     offsets = range(0, len(tokens) - 1, config.length)
-    whole = [o for o in offsets if o + config.length < len(tokens)]
+    whole = (len(tokens) - 1) // config.length
     rows = 1 if config.carry_state else config.batch
-    chunks = [whole[i : i + rows] for i in range(0, len(whole), rows)] + [[o] for o in offsets[len(whole) :]]
-    sizes = None if corpus.tokenizer is None else torch.from_numpy(corpus.tokenizer.byte_lengths())
-    device, state = next(model.parameters()).device, None
-    nats = count = size = 0
-    for chunk in chunks:
+    chunks = [offsets[i : min(i + rows, whole)] for i in range(0, whole, rows)] + [offsets[whole:]]
+    sizes = torch.from_numpy(corpus.byte_lengths())
+    device, state, nats, count, size = next(model.parameters()).device, None, 0.0, 0, 0
+    for chunk in filter(len, chunks):
         x, y, starts = gather(corpus, tokens, chunk, config, device)
         with autocast(device):
             logits, state = model(x, state if config.carry_state else None, starts, return_state=True)
         nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
-        count += y.numel()
-        size += 0 if sizes is None else int(sizes[y.cpu()].sum())
+        count, size = count + y.numel(), size + int(sizes[y.cpu()].sum())
     return {"loss": nats / count, "bits_a_byte": nats / math.log(2) / size if size else None, "tokens": count}
-
-
-def autocast(device: torch.device):
-    """bfloat16 on CUDA, with float32 parameters; elsewhere nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class Run:
     """A training run: model, optimiser and position, one step at a time; what a checkpoint holds."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device):
-        self.config, self.corpus, self.device = config, corpus, device
+        self.config, self.corpus, self.device, self.path = config, corpus, device, Path(config.out) / "checkpoint.pt"
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         parts = self.world * config.accumulate
-        if config.batch % parts:
-            raise UserError(
-                f"--batch {config.batch} must be a multiple of processes x --accumulate = {parts}; change one"
-            )
+        require(
+            config.batch % parts == 0,
+            f"--batch {config.batch}: must be a multiple of processes x --accumulate, {parts}",
+        )
         size, first = config.batch // parts, config.batch // self.world * self.rank
         self.micro = [slice(first + i * size, first + (i + 1) * size) for i in range(config.accumulate)]
         self.batches = Batches(corpus.train, config.batch, config.length, config.seed, config.carry_state)
+        selective = tuple(name for name in config.selective.split(",") if name)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.model = Mamba(model_config(config, corpus.vocab_size)).to(device)
+            sizes = (config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
+            self.model = Mamba(MambaConfig(*sizes, selective=selective)).to(device)
         self.optimizer = make_optimizer(self.model, config, device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.step, self.best = 0, math.inf
-        self.carried: list = [None] * config.accumulate  # each micro-batch's state, with carry_state
-        self.path = Path(config.out) / "checkpoint.pt"
+        self.carried: list = [None] * config.accumulate  # with carry_state, the state after each micro-batch
 
     def train_step(self) -> tuple[float, float]:
-        """One optimiser step. Returns loss (nats a token) and gradient norm; raises FloatingPointError if not finite."""
+        """One optimiser step: loss (nats a token) and gradient norm. Raises FloatingPointError if not finite."""
         total = torch.zeros((), device=self.device)
         for i, rows in enumerate(self.micro):
             offsets = self.batches.offsets(self.step)[rows]
@@ -1624,19 +1461,18 @@ class Run:
             with contextlib.nullcontext() if self.world == 1 or last else self.forward.no_sync():
                 with autocast(self.device):
                     logits, state = self.forward(x, state, starts, return_state=True)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
-                (loss / len(self.micro)).backward()
-            self.carried[i] = [(w.detach(), h.detach()) for w, h in state] if self.config.carry_state else None
-            total += loss.detach() / len(self.micro)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / len(self.micro)
+                loss.backward()
+            if self.config.carry_state:
+                self.carried[i] = [(window.detach(), h.detach()) for window, h in state]
+            total += loss.detach()
         if self.world > 1:
             dist.all_reduce(total)
         loss = total.item() / self.world
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
         if not math.isfinite(loss + norm):
             kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {kept}; try a lower --lr"
-            )
+            raise FloatingPointError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {kept}; lower --lr")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         self.optimizer.step()
@@ -1646,199 +1482,169 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, atomically; every process must call it."""
-        carried = self.carried
-        if self.config.carry_state and self.step:  # all rows, in order, whatever the number of processes
-            parts: list = [None] * self.world
-            dist.all_gather_object(parts, carried) if self.world > 1 else parts.__setitem__(0, carried)
+        parts = [self.carried]
+        if self.config.carry_state and self.world > 1:
+            parts = [None] * self.world
+            dist.all_gather_object(parts, self.carried)
+        carried = []
+        if self.config.carry_state:  # of the whole batch, however many processes and micro-batches it was split over
             layers = zip(*itertools.chain(*parts), strict=True)
-            carried = [tuple(torch.cat(column).cpu() for column in zip(*layer, strict=True)) for layer in layers]
+            carried = [[torch.cat(pieces).cpu() for pieces in zip(*layer, strict=True)] for layer in layers]
         if self.rank == 0:
-            tokenizer = None if self.corpus.tokenizer is None else self.corpus.tokenizer.to_json()
-            cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-            content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-            content |= {"best": self.best, "carried": carried, "rng": torch.get_rng_state(), "cuda_rng": cuda}
-            content |= {"config": dataclasses.asdict(self.config), "tokenizer": tokenizer}
-            content |= {"model_config": dataclasses.asdict(self.model.config)}
+            tokenizer = self.corpus.tokenizer and self.corpus.tokenizer.to_json()
+            content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "carried": carried}
+            content |= {"step": self.step, "best": self.best, "rng": torch.get_rng_state(), "tokenizer": tokenizer}
+            content |= {
+                k: dataclasses.asdict(c) for k, c in (("config", self.config), ("model_config", self.model.config))
+            }
             write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self) -> None:
         """Go on from the checkpoint in config.out. Raises ValueError naming every field in which its config differs."""
-        content = load_torch(self.path, self.device)
-        now, free = dataclasses.asdict(self.config), ("out", "device", "resume", "compile", "accumulate")
+        content, now = load_torch(self.path, self.device), dataclasses.asdict(self.config)
         differing = [
-            f"{k} was {v!r}, is {now.get(k)!r}"
-            for k, v in content["config"].items()
-            if k not in free and v != now.get(k)
+            f"{k} was {v!r}, is {now[k]!r}" for k, v in content["config"].items() if k not in FREE and v != now[k]
         ]
-        if differing:
-            raise UserError(f"{self.path}: saved with another config: {'; '.join(differing)}; give the same flags")
+        require(not differing, f"{self.path}: saved with another config: {'; '.join(differing)}; give the same flags")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.best = content["step"], content["best"]
         if self.config.carry_state:
-            self.carried = [
-                [(w[r].to(self.device), h[r].to(self.device)) for w, h in content["carried"]] for r in self.micro
-            ]
+            layers = [[tensor.to(self.device) for tensor in layer] for layer in content["carried"]]
+            self.carried = [[(window[rows], h[rows]) for window, h in layers] for rows in self.micro]
         torch.set_rng_state(content["rng"].cpu())
-        if content["cuda_rng"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_rng"]])
-
-
-def model_config(config: Config, vocab_size: int) -> MambaConfig:
-    """The model that a run's config asks for."""
-    selective = tuple(name for name in config.selective.split(",") if name)
-    return MambaConfig(config.d_model, config.n_layer, vocab_size, d_state=config.d_state, selective=selective)
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep freed blocks: giving them back and fetching them anew each step costs up to half the time."""
+    """Have glibc keep freed blocks: giving them back and fetching them anew each step takes up to half the time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from the heap,
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which is never trimmed
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, as small ones do,
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def train(config: Config) -> dict:
-    """Train as config says; write checkpoint.pt, metrics.jsonl, result.json and loss.png to config.out."""
-    began, device = time.perf_counter(), pick_device(config.device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    """The job `train`: writes checkpoint.pt, metrics.jsonl, result.json and loss.png to config.out."""
+    began, device, out = time.perf_counter(), pick_device(config.device), Path(config.out)
+    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.is_initialized() and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     keep_memory()
-    out = Path(config.out)
     tokenizer = None
     if config.resume:
-        if not (out / "checkpoint.pt").is_file():
-            raise UserError(f"--resume: {out} holds no checkpoint.pt, must be the folder of a run; leave --resume out")
+        fits = (out / "checkpoint.pt").is_file()
+        require(fits, f"--resume: {out} holds no checkpoint.pt, must be the folder of a run; correct --out")
         saved = load_torch(out / "checkpoint.pt")["tokenizer"]
-        tokenizer = None if saved is None else Tokenizer.from_json(saved)
+        tokenizer = saved and Tokenizer.from_json(saved)
     corpus = load_corpus(config.data, config.tokenizer, tokenizer)
-    for part, tokens in (("training", corpus.train), ("validation", corpus.valid)):
-        check_length(
-            tokens, config.length if part == "training" else 1, f"{config.data or 'default data'}, {part} part"
-        )
+    check_length(corpus.train, config.length, f"{corpus.source}, training part")
+    check_length(corpus.valid, 1, f"{corpus.source}, validation part")
     run = Run(config, corpus, device)
     out.mkdir(parents=True, exist_ok=True)
     if config.resume:
         run.load()
     say = print if run.rank == 0 else lambda *_, **__: None
-    count = sum(p.numel() for p in run.model.parameters())
+    count, sizes = sum(p.numel() for p in run.model.parameters()), (len(corpus.train), len(corpus.valid))
     say(
-        f"{count:,} parameters on {device} · {corpus.source}: {len(corpus.train):,} training, {len(corpus.valid):,} validation tokens"
+        f"{count:,} parameters on {device} · {corpus.source}: {sizes[0]:,} tokens to train on, {sizes[1]:,} to validate"
     )
     baselines = ngram_baselines(corpus) if run.rank == 0 else {}
     say("bits a byte of n-grams on the same text: " + " · ".join(f"{k} {v:.3f}" for k, v in baselines.items()))
-    history, seconds = train_loop(run, say)
+    history, pace = train_loop(run, say)
     if run.step < config.steps:
-        say(f"stopped after step {run.step}; go on with: {resume_command()}")
         raise KeyboardInterrupt
-    final = evaluate(run.model, corpus.valid, corpus, config)
-    result = {"parameters": count, "tokens_seen": config.steps * config.batch * config.length, "validation": final}
+    result = {"parameters": count, "tokens_seen": config.steps * config.batch * config.length}
     result |= {
+        "seconds_a_step": pace,
+        "validation": evaluate(run.model, corpus, config),
         "baselines_bits_a_byte": baselines,
-        "train_tokens_a_second": None if seconds is None else round(config.batch * config.length / seconds),
     }
-    say(
-        f"validation: {final['loss']:.4f} nats a token"
-        + (f", {final['bits_a_byte']:.4f} bits a byte" if final["bits_a_byte"] else "")
-    )
-    if corpus.tokenizer is not None and run.rank == 0:
-        result["sample"] = write_sample(run.model, corpus.tokenizer, SampleConfig(seed=config.seed))
+    say(f"validation: {scores_text(result['validation'])}", flush=True)
     if run.rank == 0:
+        if corpus.tokenizer:
+            result["sample"] = write_sample(run.model, corpus.tokenizer, config)
         plot(history, baselines, out / "loss.png")
         result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
         write_json(out / "result.json", result)
-        say(f"wrote {out}/result.json, metrics.jsonl and checkpoint.pt in {result['wall_seconds']:.0f} s")
+        say(f"{out}: result.json, metrics.jsonl, checkpoint.pt after {result['wall_seconds']:.0f} s")
     return result
 
 
-def resume_command() -> str:
-    """The command line of this process, with --resume."""
-    words = [w for w in sys.argv if w != "--resume"]
-    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    return shlex.join([*launcher.split(), *words, "--resume"])
-
-
-def train_loop(run: Run, say: Callable) -> tuple[list[dict], float | None]:
+def train_loop(run: Run, say: Callable) -> tuple[list[dict], float]:
     """Step to the end or to a Ctrl-C, logging, evaluating and saving. Returns the metrics and seconds a step."""
-    config, corpus, path = run.config, run.corpus, Path(run.config.out) / "metrics.jsonl"
+    config, path = run.config, Path(run.config.out) / "metrics.jsonl"
     history = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if config.resume else []
     history = [row for row in history if row["step"] <= run.step]
-    interrupted = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    first, started, paused, pace = run.step, 0.0, 0.0, None
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    first, busy = run.step, []  # seconds of each step
     try:
         with open(path if run.rank == 0 else os.devnull, "w", encoding="utf-8") as log:
             log.writelines(json.dumps(row) + "\n" for row in history)
-            while run.step < config.steps and not agree(interrupted.is_set(), run):
+            while run.step < config.steps and not stopped(stop, run):
+                began = time.perf_counter()
                 loss, norm = run.train_step()
+                busy.append(time.perf_counter() - began)
                 row = {"step": run.step, "loss": loss, "norm": norm, "lr": learning_rate(run.step - 1, config)}
-                now = time.perf_counter()
-                if run.step == first + 1:  # warm-up: not timed
-                    started = now
-                else:
-                    pace = (now - started - paused) / (run.step - first - 1)
-                due = run.step % config.eval_every == 0 or run.step == config.steps
-                if due:
-                    scores = evaluate(run.model, corpus.valid, corpus, config, config.eval_tokens)
-                    row |= {"valid_" + k: scores[k] for k in ("loss", "bits_a_byte")}
+                if due := run.step % config.eval_every == 0 or run.step == config.steps:
+                    scores = evaluate(run.model, run.corpus, config, config.eval_tokens)
+                    row |= {"valid_loss": scores["loss"], "valid_bits_a_byte": scores["bits_a_byte"]}
                     run.best = min(run.best, scores["loss"])
                     run.save()
                 history.append(row)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                if due or run.step <= 3 or run.step % max(1, config.steps // 20) == 0:
-                    say(describe(row, config, pace), flush=True)
-                paused += time.perf_counter() - now
+                pace = sum(busy[1:]) / max(1, len(busy) - 1)  # the first step warms up and does not count
+                if due or run.step - first < 3 or run.step % max(1, config.steps // 20) == 0:
+                    parts = {"loss": f"{loss:.4f}"} | ({"valid": scores_text(scores)} if due else {})
+                    parts |= {"norm": f"{norm:.2f}", "lr": f"{row['lr']:.1e}", "step": f"{pace * 1e3:.0f} ms"}
+                    parts |= {"speed": f"{config.batch * config.length / pace if pace else 0:,.0f} tok/s"}
+                    say(progress_line(run.step, config.steps, parts, pace), flush=True)
             if run.step < config.steps:
                 run.save()
+                words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
+                launcher = f"torchrun --nproc-per-node {run.world}" if run.world > 1 else "python"
+                say(f"stopped after step {run.step}; to go on: {launcher} {shlex.join(words)}")
     finally:
         signal.signal(signal.SIGINT, previous)
-    return history, pace
+    return history, pace if busy else 0.0
 
 
-def agree(interrupted: bool, run: Run) -> bool:
-    """Whether any process was interrupted, so that all stop at the same step."""
+def stopped(stop: threading.Event, run: Run) -> bool:
+    """Whether a Ctrl-C came, to any of the processes: all stop at the same step."""
     if run.world == 1:
-        return interrupted
-    flag = torch.tensor(float(interrupted), device=run.device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return stop.is_set()
+    flags = torch.tensor(float(stop.is_set()), device=run.device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
-def describe(row: dict, config: Config, pace: float | None) -> str:
-    """The progress line of a metrics row."""
-    parts = {"loss": f"{row['loss']:.4f}"}
-    if row.get("valid_loss") is not None:
-        parts["valid"] = f"{row['valid_loss']:.4f}" + (
-            f" ({row['valid_bits_a_byte']:.3f} bits a byte)" if row["valid_bits_a_byte"] else ""
-        )
-    parts |= {"norm": f"{row['norm']:.2f}", "lr": f"{row['lr']:.1e}"}
-    if pace:
-        parts |= {"step": f"{pace * 1e3:.0f} ms", "speed": f"{config.batch * config.length / pace:,.0f} tok/s"}
-    return progress_line(row["step"], config.steps, parts, pace or 0.0)
+def scores_text(scores: dict) -> str:
+    """`3.2100 nats a token, 1.9500 bits a byte`."""
+    bits = f", {scores['bits_a_byte']:.4f} bits a byte" if scores["bits_a_byte"] else ""
+    return f"{scores['loss']:.4f} nats a token{bits}"
 
 
 def plot(history: list[dict], baselines: dict[str, float], path: Path) -> None:
-    """Training and validation loss by step, and the n-grams' bits a byte, as a PNG; without matplotlib a line of text."""
+    """Training and validation loss by step as a PNG, in bits a byte where known, with the n-grams' as lines."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no picture: matplotlib is not installed; pip install matplotlib")
         return
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    bits = [row for row in history if row.get("valid_bits_a_byte")]
     valid = [row for row in history if "valid_loss" in row]
-    rate = bits[-1]["valid_bits_a_byte"] / bits[-1]["valid_loss"] if bits else 1.0  # nats a token -> bits a byte
-    axes.plot([r["step"] for r in history], [r["loss"] * rate for r in history], lw=0.7, alpha=0.5, label="training")
-    axes.plot([r["step"] for r in valid], [r["valid_loss"] * rate for r in valid], "o-", ms=3, label="validation")
+    bits = bool(valid) and valid[-1]["valid_bits_a_byte"] is not None
+    unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if bits else 1.0  # bits a byte in a nat a token
+    axes.plot([row["step"] for row in history], [row["loss"] * unit for row in history], lw=0.7, label="training")
+    axes.plot(
+        [row["step"] for row in valid], [row["valid_loss"] * unit for row in valid], "o-", ms=3, label="validation"
+    )
     for i, (name, value) in enumerate(baselines.items()):
-        axes.axhline(value, ls="--", lw=0.9, color=f"C{i + 2}", label=name)
-    axes.set(xlabel="step", ylabel="bits a byte" if bits else "nats a token", title="Mamba")
-    top = max([*baselines.values(), *(r["valid_loss"] * rate for r in valid)])
-    axes.set_ylim(0, 1.3 * top)
+        axes.axhline(value, ls="--", lw=1, color=f"C{i + 2}", label=name)
+    axes.set(xlabel="step", ylabel="bits a byte" if bits else "nats a token", title="Mamba", ylim=(0, None))
     axes.legend()
     write_atomically(path, lambda name: figure.savefig(name, dpi=150, format="png"))
     plt.close(figure)
@@ -1847,98 +1653,82 @@ def plot(history: list[dict], baselines: dict[str, float], path: Path) -> None:
 # ----- Sample, evaluate, main -----------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str, tokenizer: str, device: torch.device) -> tuple[Mamba, Tokenizer | None]:
-    """A model to use and its tokenizer, from our checkpoint file or from a folder in the official or HF layout."""
-    if not os.path.exists(path):
-        raise UserError(f"--checkpoint {path}: no such file or folder; train first or give another path")
-    named = load_tokenizer(tokenizer, []) if tokenizer else None
-    if os.path.isdir(path):
-        beside = os.path.join(path, "tokenizer.json")
-        if named is None and os.path.isfile(beside):
-            named = load_tokenizer(beside, [])
-        return Mamba.from_pretrained(path).to(device).eval(), named
-    content = load_torch(Path(path), device)
-    if missing := {"model", "model_config", "tokenizer"} - content.keys():
-        raise UserError(f"--checkpoint {path}: lacks {sorted(missing)}, must be a checkpoint of mamba.py; give one")
+def load_checkpoint(config: Config, device: torch.device) -> tuple[Mamba, Tokenizer | None]:
+    """The model of config.checkpoint, our file or a folder of either layout, and its tokenizer.
+
+    That is the checkpoint's own, or the folder's tokenizer.json, or config.tokenizer.
+    """
+    path = Path(config.checkpoint or Path(config.out) / "checkpoint.pt")
+    require(path.exists(), f"--checkpoint {path}: no such file or folder; train first, or correct the path")
+    if path.is_dir():
+        beside = path / "tokenizer.json"
+        named = str(beside) if beside.is_file() else config.tokenizer
+        return Mamba.from_pretrained(str(path)).to(device), None if named.startswith("bpe:") else load_tokenizer(
+            named, []
+        )
+    content = load_torch(path, device)
+    fits = isinstance(content, dict) and content.keys() >= {"model", "model_config", "tokenizer"}
+    require(fits, f"--checkpoint {path}: must be a checkpoint of this script; give one")
     model = Mamba(MambaConfig(**content["model_config"])).to(device)
     model.load_state_dict(content["model"])
-    if named is None and content["tokenizer"] is not None:
-        named = Tokenizer.from_json(content["tokenizer"])
-    return model.eval(), named
+    return model, content["tokenizer"] and Tokenizer.from_json(content["tokenizer"])
 
 
-def write_sample(model: Mamba, tokenizer: Tokenizer, config: SampleConfig) -> str:
-    """Print the prompt and what the model writes after it, as it comes, in whole characters; returns the text."""
+def write_sample(model: Mamba, tokenizer: Tokenizer, config: Config) -> str:
+    """Print the prompt and what the model writes after it, as it comes, in whole characters. Returns the text."""
     device, prompt = next(model.parameters()).device, tokenizer.encode(config.prompt, special=True).astype(np.int64)
-    if len(prompt) == 0 and tokenizer.separator is not None:
-        prompt = np.array([tokenizer.separator])
     generator = torch.Generator(device).manual_seed(config.seed)
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), config.prompt
-    print(f"--- sample, temperature {config.temperature} ---\n{text}", end="", flush=True)
-    options = (config.temperature, config.top_k or None, config.top_p, generator)
-    for token in model.stream(torch.from_numpy(prompt)[None].to(device), config.tokens, *options):
+    options = (config.tokens, config.temperature, config.top_k or None, config.top_p, generator)
+    print(text, end="", flush=True)
+    for token in model.stream(torch.from_numpy(prompt)[None].to(device), *options):
         piece = decoder.decode(tokenizer.decode_bytes(token.tolist()))
         print(piece, end="", flush=True)
         text += piece
-    print("\n---")
+    print()
     return text
 
 
-def sample(config: SampleConfig) -> dict:
+def sample(config: Config) -> str:
     """The job `sample`."""
-    model, tokenizer = load_checkpoint(config.checkpoint, config.tokenizer, pick_device(config.device))
-    if tokenizer is None:
-        raise UserError(f"--checkpoint {config.checkpoint}: has no tokenizer; name it by --tokenizer")
-    return {"text": write_sample(model, tokenizer, config)}
+    model, tokenizer = load_checkpoint(config, pick_device(config.device))
+    require(tokenizer is not None, f"--checkpoint {config.checkpoint}: has no tokenizer; name it by --tokenizer")
+    return write_sample(model, tokenizer, config)
 
 
-def evaluate_job(config: EvalConfig) -> dict:
+def evaluate_checkpoint(config: Config) -> dict:
     """The job `eval`: loss and bits a byte on the validation part of the data."""
-    device = pick_device(config.device)
-    model, tokenizer = load_checkpoint(config.checkpoint, config.tokenizer, device)
-    if tokenizer is None and not config.data.endswith(".bin"):
-        raise UserError(f"--checkpoint {config.checkpoint}: has no tokenizer; name it by --tokenizer")
-    corpus = load_corpus(config.data, "", tokenizer)
-    if corpus.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{corpus.source}: {corpus.vocab_size} tokens, the model knows {model.config.vocab_size}; match them"
-        )
+    model, tokenizer = load_checkpoint(config, pick_device(config.device))
+    corpus, size = load_corpus(config.data, config.tokenizer, tokenizer), model.config.vocab_size
+    fits = corpus.vocab_size <= size
+    require(
+        fits, f"{corpus.source}: has {corpus.vocab_size} tokens, the model's vocabulary {size}; give its --tokenizer"
+    )
     check_length(corpus.valid, 1, corpus.source)
-    scores = evaluate(model, corpus.valid, corpus, config)
-    bits = f" · {scores['bits_a_byte']:.4f} bits a byte" if scores["bits_a_byte"] else ""
-    print(f"{corpus.source}: {scores['loss']:.4f} nats a token{bits} · {scores['tokens']:,} tokens")
-    if config.out:
-        os.makedirs(config.out, exist_ok=True)
-        write_json(Path(config.out) / "eval.json", result_record(config, device, validation=scores))
+    scores = evaluate(model, corpus, config)
+    print(f"{corpus.source}: {scores_text(scores)}, {scores['tokens']:,} tokens")
     return scores
 
 
-JOBS = {"train": (Config, train), "sample": (SampleConfig, sample), "eval": (EvalConfig, evaluate_job)}
+JOBS = {"train": train, "sample": sample, "eval": evaluate_checkpoint}
 
 
-def build_parser(job: str = "train") -> argparse.ArgumentParser:
-    """The command line of a job."""
-    text = f"{JOBS[job][0].__doc__} Jobs: {', '.join(JOBS)} as the first word; train if there is none."
-    return add_flags(argparse.ArgumentParser(prog=f"mamba.py {job}", description=text), JOBS[job][0])
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: a job and a flag for every field of `Config`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", nargs="?", default="train", choices=JOBS, help="train, sample from or eval a checkpoint")
+    return add_flags(parser, Config)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a job from the command line. Returns 0; 2 for bad input; 1 for a run that diverged; 130 for Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    job = argv.pop(0) if argv and argv[0] in JOBS else "train"
-    config_class, work = JOBS[job]
-    config = config_class(**vars(build_parser(job).parse_args(argv)))
-    if getattr(config, "smoke", False):
-        defaults = {f.name: f.default for f in dataclasses.fields(config)}
-        config = dataclasses.replace(config, **{k: v for k, v in SMOKE.items() if getattr(config, k) == defaults[k]})
+    """Run a job from the command line. Returns 0; 1 when training diverged, 2 for bad input, 130 after Ctrl-C."""
+    arguments = vars(build_parser().parse_args(argv))
+    job = JOBS[arguments.pop("job")]
     try:
-        work(config)
-    except (UserError, OSError) as error:
+        job(Config(**arguments | (SMOKE if arguments["smoke"] else {})))
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"mamba.py: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"mamba.py: training diverged: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
     finally:
