@@ -150,11 +150,22 @@ class Config:
     resume: bool = flag(False, "go on from OUT/checkpoint.pt")
     smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
 
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "length", "eval_every"):
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1; raise it",
+            )
+        for name in ("seed", "eval_tokens", "tokens", "top_k"):
+            require(
+                getattr(self, name) >= 0,
+                f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative; raise it",
+            )
 
-SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "eval_every": 2, "eval_tokens": 500}
-SMOKE |= {"tokenizer": "byte", "tokens": 50}
-FREE = {"accumulate", "compile", "device", "out", "resume", "smoke"}  # what may differ on resuming
-FREE |= {"checkpoint", "prompt", "tokens", "temperature", "top_k", "top_p"}
+
+SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "eval_every": 2, "tokenizer": "byte"}
+SAMPLING = ("checkpoint", "prompt", "tokens", "temperature", "top_k", "top_p")
+FREE = (*SAMPLING, "accumulate", "compile", "device", "out", "resume", "smoke")  # what may differ on resuming
 
 
 # ----- Shared block: the same text in every script --------------------------------------------------------------------
@@ -309,7 +320,9 @@ class Tokenizer:
             self.encoding = tiktoken.Encoding(
                 self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=ids
             )
-        except ValueError as error:  # what its regular expressions cannot do
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise UserError(f"tokenizer {self.name!r}: tiktoken refuses it ({str(error)[:80]}); use another") from None
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
@@ -437,40 +450,58 @@ def read_huggingface(path: str) -> Tokenizer:
         flaws += [f"pre_tokenizer {c}" for c in splits if (c["type"], c.get("behavior"), c.get("invert")) != whole]
         flaws += [] if last.get("type") == "ByteLevel" and not last["add_prefix_space"] else [f"pre_tokenizer {last}"]
         for token in added:
-            touchy = form and token["normalized"] and not token["content"].isspace()
-            if touchy or token["lstrip"] or token["rstrip"] or token["single_word"]:
+            touchy = form and token["normalized"] and set(token["content"]) != {" "}
+            if touchy or not token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]:
                 flaws.append(f"added token {token['content']!r} (lstrip, rstrip, single_word or normalized)")
         patterns = [cut["pattern"].get("Regex") or re.escape(cut["pattern"]["String"]) for cut in splits]
         patterns += [GPT2] if last.get("use_regex", True) else []
         flaws += [f"{len(patterns)} split patterns"] * (len(patterns) != 1)
+        flaws += [f"split pattern {p!r} (must take in all text, without ^ and $)" for p in patterns if not covers(p)]
         added = [(token["content"], token["id"], token["special"]) for token in added]
         require(not flaws, f"{path}: unsupported: {'; '.join(flaws)}; give a byte-level BPE tokenizer.json")
         ids = {bytes(byte_of[c] for c in t): i for t, i in model["vocab"].items() if byte_of.keys() >= set(t)}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merges = [tuple(bytes(byte_of[c] for c in side) for side in pair) for pair in pairs]
         ranks = {token: ids[token] for token in [*(bytes([b]) for b in range(256)), *(a + b for a, b in merges)]}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: must be a byte-level BPE tokenizer.json, but {error!r}; give another") from None
-    if model.get("ignore_merges"):
-        ranks |= ids  # words of the vocabulary that no merge makes are tokens as well, in tiktoken always
-    rule = "merges that tiktoken would take in another order; give another"
-    require(same_merges(merges, ranks), f"{path}: unsupported: {rule}")
+    ranks |= {token: i for token, i in ids.items() if token.decode("utf-8", "replace") not in {t for t, _, _ in added}}
+    rule = "a vocabulary with merges or words that tiktoken would take otherwise; give another"
+    require(same_merges(merges, ranks, bool(model.get("ignore_merges"))), f"{path}: unsupported: {rule}")
     return Tokenizer(path, ranks, patterns[0], added, bool(form))
 
 
-def same_merges(merges: list[tuple[bytes, bytes]], ranks: dict[bytes, int]) -> bool:
-    """Whether merging by rank of the result, as tiktoken does, follows this list of merges, as Hugging Face does."""
+def covers(pattern: str) -> bool:
+    """Whether the split pattern takes in every character, and means the same to tiktoken as to Hugging Face."""
+    probe = "".join(map(chr, range(0x3100)))
+    try:
+        found = [match.group() for match in importlib.import_module("regex").finditer(pattern, probe)]
+    except ValueError:
+        return False
+    return "".join(found) == probe and not re.search(r"(?<!\[)\^|\$", pattern)
+
+
+def same_merges(merges: list[tuple[bytes, bytes]], ranks: dict[bytes, int], whole_words: bool) -> bool:
+    """Whether merging by rank of the result, as tiktoken does, follows this list of merges, as Hugging Face does.
+
+    `whole_words`: words of the vocabulary that no merges make are tokens as well (ignore_merges), in tiktoken always.
+    """
     order, allowed = [ranks[a + b] for a, b in merges], set(merges)
     if order != sorted(order):
         return False
-    for token, rank in ranks.items():
+    for token in ranks:
         parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # merge what comes before this token
-            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
-            if best >= rank:
+        while len(parts) > 1:
+            known = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+            if not known:
                 break
+            i = min(known)[1]
+            if (parts[i], parts[i + 1]) not in allowed:
+                return False
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2 and tuple(parts) not in allowed:
+        if len(parts) > 1 and not whole_words:
             return False
     return True
 
@@ -547,6 +578,11 @@ def load_tokens(path: str, tokenizer: Tokenizer | None = None) -> Corpus:
     if tokenizer is None and name is not None:
         beside = description.parent / name
         tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
+    least = tokenizer.vocab_size if tokenizer else 0
+    require(
+        vocab_size >= least,
+        f"{description}: vocab_size {vocab_size} must be at least {least}, its tokenizer's; mend it",
+    )
     return Corpus(tokens[:cut], tokens[cut:], tokenizer, vocab_size, separator, path)
 
 
@@ -585,7 +621,7 @@ def ngram_bits(train: bytes, valid: bytes, order: int) -> float:
 def ngram_baselines(corpus: Corpus) -> dict[str, float]:
     """Bits a byte of the validation text under n-grams fitted on the first 20 MB of training text; {} if no tokenizer.
 
-    A separator is one zero byte, as in `Tokenizer.byte_lengths`.
+    A separator is one zero byte, as in `Corpus.byte_lengths`.
     """
     if corpus.tokenizer is None:
         return {}
@@ -638,10 +674,10 @@ def selective_scan_step(
         delta = F.softplus(delta)
     A_bar = torch.exp(delta.unsqueeze(-1) * A)  # (B, D, N), in (0, 1] for A <= 0
     B_bar_u = (delta * u).unsqueeze(-1) * (B if B.ndim == 3 else B.unsqueeze(1))  # (B, D, N)
-    state = A_bar * state + B_bar_u
+    state = torch.addcmul(B_bar_u, A_bar, state)
     y = (state * (C if C.ndim == 3 else C.unsqueeze(1))).sum(-1)  # (B, D)
     if D is not None:
-        y = y + D * u
+        y = torch.addcmul(y, D, u)
     if z is not None:
         y = y * F.silu(z.to(state.dtype))
     return y.to(dtype), state
@@ -661,7 +697,6 @@ def scan_sequential(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_so
     return torch.stack(ys, dim=1), state
 
 
-@torch.compiler.disable
 def scan_chunked(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts):
     """The parallel scan in pure PyTorch: `ChunkedScan`, with its hand-written backward."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -694,7 +729,7 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> No
         fits = x is None or x.shape == shape or (name in "BC" and x.shape == (d, n))
         require(fits, f"selective_scan: {name} {fits or tuple(x.shape)} must be {shape} for u {tuple(u.shape)}")
     fits = starts is None or starts.dtype == torch.bool
-    require(fits, "selective_scan: starts must be torch.bool; use starts.bool()")
+    require(fits, f"selective_scan: starts is {fits or starts.dtype}, must be torch.bool; use starts.bool()")
 
 
 def scan_(a: Tensor, h: Tensor, state: Tensor) -> None:
@@ -751,8 +786,8 @@ class ChunkedScan:
     divided by a product of decays, so that exp(delta A) may underflow to 0; every sum has a fixed order.
     """
 
-    # Elements that a step should advance at least; elements in a block of states; and in a window of inputs.
-    SIZES: ClassVar = {"cpu": (2**12, 3 * 2**17, 2**17), "cuda": (2**18, 2**26, 2**24)}
+    # Elements that a step advances, if need be over segments; in a block of states; in a window of inputs. (measured)
+    SIZES: ClassVar = {"cpu": (2**16, 3 * 2**17, 2**18), "cuda": (2**18, 2**26, 2**24)}
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
         self.u, self.delta, self.B, self.C, self.z, self.starts = u, delta, B, C, z, starts
@@ -761,13 +796,14 @@ class ChunkedScan:
         self.static = {k: w.t().to(self.dtype) for k, w in (("B", B), ("C", C)) if w.ndim == 2}  # (N, D)
         self.D, self.delta_bias = (None if w is None else w.to(self.dtype) for w in (D, delta_bias))
         self.scratch: dict[str, Tensor] = {}
-        self.zero, self.one = self.A.new_zeros(()), self.A.new_ones(())
+        self.zero = self.A.new_zeros(())
 
     def stretches(self) -> list[list[Window]]:
         """The sequence as one stretch of S segments and, if S does not divide L, one more; each as its windows."""
         (batch, L, D), N = self.u.shape, self.A.shape[0]
-        least, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
-        S = max(1, min(math.isqrt(L), least // (batch * N * D)))
+        step, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
+        S = min(math.isqrt(L), step // (batch * N * D))
+        S = S if S >= 8 else 1  # fewer would not repay the second pass
         stretches = []
         for first, segments, length in ((0, S, L // S), (L - L % S, 1, L % S)):
             Q = segments * batch
@@ -785,30 +821,34 @@ class ChunkedScan:
             flat = self.scratch[name] = self.u.new_empty(size, dtype=self.dtype)
         return flat[:size].view(shape)
 
-    def load(self, name: str, x: Tensor, window: Window) -> Tensor:
-        """A window of x (B, L, D or N) as contiguous (blocks, Q, T, D or N)."""
+    def load(self, name: str, x: Tensor, window: Window, copy: bool = False) -> Tensor:
+        """A window of x (B, L, D or N) as (blocks, Q, T, D or N), to be read only: where it can, a view."""
         view = window.view(x)
+        if window.segments == 1 and x.dtype == self.dtype and not copy:
+            return view.flatten(1, 2)
         return self.buffer(name, *view.shape).copy_(view).flatten(1, 2)
 
     def load_inputs(self, window: Window) -> SimpleNamespace:
         """u, delta before (raw) and after the softplus, x = delta u, and z, each (blocks, Q, T, D)."""
         v = SimpleNamespace(u=self.load("u", self.u, window), raw=self.load("raw", self.delta, window), z=None)
+        v.new = lambda name: self.buffer(name, *v.u.shape)
         if self.delta_bias is not None:
-            v.raw += self.delta_bias
+            v.raw = torch.add(v.raw, self.delta_bias, out=v.new("raw"))
         v.delta = v.raw
         if self.delta_softplus:
-            v.delta = torch.logaddexp(v.raw, self.zero, out=self.buffer("delta", *v.u.shape))  # log(e^raw + e^0)
-        v.x = torch.mul(v.delta, v.u, out=self.buffer("x", *v.u.shape))
+            v.delta = torch.logaddexp(v.raw, self.zero, out=v.new("delta"))  # log(e^raw + e^0)
+        v.x = torch.mul(v.delta, v.u, out=v.new("x"))
         if self.z is not None:
             v.z = self.load("z", self.z, window)
-            v.gate = torch.sigmoid(v.z, out=self.buffer("gate", *v.u.shape))  # SiLU(z) = z gate
+            v.gate = torch.sigmoid(v.z, out=v.new("gate"))
+            v.silu = torch.mul(v.z, v.gate, out=v.new("silu"))
         return v
 
     def load_weights(self, name: str, window: Window) -> list[Tensor]:
         """B or C for each block, to multiply (Q, T, N, D): (Q, T, N, 1), or (N, D) when input-independent."""
         if name in self.static:
             return [self.static[name]] * window.blocks
-        return list(self.load(name, getattr(self, name), window).unsqueeze(-1))
+        return list(self.load(name, getattr(self, name), window, copy=True).unsqueeze(-1))
 
     def decay(self, delta: Tensor, starts: Tensor | None) -> Tensor:
         """a_t = exp(delta_t A), and 0 where a document starts: (Q, T, N, D) from delta (Q, T, D)."""
@@ -823,8 +863,11 @@ class ChunkedScan:
         """out (Q, T, D) = the sum over n of weights * h (Q, T, N, D). `spare` names a buffer free to use."""
         Q, T, N, D = h.shape
         if weights.ndim == 2:
-            h, weights = torch.mul(h, weights, out=self.buffer(spare, *h.shape)), self.one.expand(Q, T, N)
-        torch.bmm(weights.reshape(Q * T, 1, N), h.view(Q * T, N, D), out=out.view(Q * T, 1, D))
+            h, weights = (
+                torch.mul(h, weights, out=self.buffer(spare, *h.shape)),
+                self.buffer("ones", Q, T, N).fill_(1.0),
+            )
+        torch.bmm(weights.view(Q * T, 1, N), h.view(Q * T, N, D), out=out.view(Q * T, 1, D))
 
     def contract_back(self, v: Tensor, h: Tensor, grad: Tensor, spare: str = "a") -> None:
         """The gradient of `contract`'s weights, for v (Q, T, D): writes grad (Q, T, N, 1), or adds to grad (N, D)."""
@@ -833,7 +876,9 @@ class ChunkedScan:
             torch.bmm(v.view(Q * T, 1, D), h.view(Q * T, N, D).mT, out=grad.view(Q * T, 1, N))
         else:
             rows = torch.mul(h, v.unsqueeze(2), out=self.buffer(spare, *h.shape)).view(Q * T, N * D)
-            grad += torch.mm(self.one.expand(1, Q * T), rows, out=self.buffer("sum", 1, N * D)).view(N, D)
+            grad += torch.mm(self.buffer("ones", 1, Q * T).fill_(1.0), rows, out=self.buffer("sum", 1, N * D)).view(
+                N, D
+            )
 
     def carries(self, windows: list[Window], carry: Tensor, reduce: Callable, order: int) -> Tensor:
         """What enters each segment (Q, N, D), when `carry` (B, N, D) enters the first (order 1) or the last (-1).
@@ -874,7 +919,7 @@ class ChunkedScan:
     ) -> Tensor:
         """Take state (Q, N, D) through the window, in place; write y, if given. Returns the sum of delta (Q, D)."""
         v, B, C = self.load_inputs(window), self.load_weights("B", window), self.load_weights("C", window)
-        out = self.buffer("y", *v.u.shape)
+        out = v.new("y")
         for j, starts in enumerate(window.starts(self.starts)):
             if saved is not None:
                 saved[j] = state
@@ -886,15 +931,16 @@ class ChunkedScan:
         if y is not None:
             if self.D is not None:
                 out.addcmul_(v.u, self.D)
-            if v.z is not None:
-                out.mul_(v.z).mul_(v.gate)
-            self.store(y, out, window)
+            self.store(y, window, out, v.silu if v.z is not None else None)
         return v.delta.sum((0, 2))
 
-    def store(self, out: Tensor, value: Tensor, window: Window) -> None:
-        """Copy value (blocks, Q, T, D) to its place in out (B, L, D)."""
+    def store(self, out: Tensor, window: Window, value: Tensor, factor: Tensor | None = None) -> None:
+        """Write value, times the factor, both (blocks, Q, T, D), to its place in out (B, L, D)."""
         view = window.view(out)
-        view.copy_(value.view(view.shape))
+        if factor is None:
+            view.copy_(value.view(view.shape))
+        else:
+            torch.mul(value.view(view.shape), factor.view(view.shape), out=view)
 
     def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
         """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
@@ -914,10 +960,10 @@ class ChunkedScan:
     def backward_window(self, dy, window: Window, grad_state: Tensor, saved=None, grads: dict | None = None) -> Tensor:
         """Take grad_state (Q, N, D) back through the window, in place; with `grads`, write or add to all gradients."""
         v, B, C = self.load_inputs(window), self.load_weights("B", window), self.load_weights("C", window)
-        v.dy = v.g_y = self.load("dy", dy, window)  # g_y: the gradient before the gate
+        v.dy = v.g_y = self.load("dy", dy, window, copy=v.z is None)  # g_y: the gradient before the gate
         if v.z is not None:
-            v.g_y = torch.mul(v.dy, v.gate, out=self.buffer("g_y", *v.u.shape)).mul_(v.z)
-        v.y, v.g_x, v.g_delta = (self.buffer(k, *v.u.shape) for k in ("y", "g_x", "g_delta"))
+            v.g_y = torch.mul(v.dy, v.silu, out=v.new("g_y"))
+        v.y, v.g_x, v.g_delta = map(v.new, ("y", "g_x", "g_delta"))
         g_B, g_C = (None, None) if grads is None else (self.grad_weights(k, grads[k], window) for k in "BC")
         starts = window.starts(self.starts)
         for j in reversed(range(window.blocks)):
@@ -952,24 +998,23 @@ class ChunkedScan:
     def finish_gradients(self, window: Window, v: SimpleNamespace, grads: dict) -> None:
         """From the gradients of x = delta u and of delta A to those of u, delta, z, D, delta_bias, B and C."""
         for k in {"B", "C"} - self.static.keys():
-            self.store(grads[k], self.buffer("g_" + k, *window.view(grads[k]).shape), window)
+            self.store(grads[k], window, self.buffer("g_" + k, *window.view(grads[k]).shape))
         if v.z is not None:
+            slope = torch.add(v.gate, v.silu, out=v.new("slope")).addcmul_(v.silu, v.gate, value=-1)  # of SiLU(z)
             if self.D is not None:
                 v.y.addcmul_(v.u, self.D)
-            silu = v.z.mul_(v.gate)
-            slope = torch.add(v.gate, silu, out=self.buffer("slope", *v.u.shape)).addcmul_(silu, v.gate, value=-1)
-            self.store(grads["z"], slope.mul_(v.y).mul_(v.dy), window)
+            self.store(grads["z"], window, slope.mul_(v.y), v.dy)
         v.g_delta.addcmul_(v.u, v.g_x)
+        if self.delta_softplus:
+            v.g_delta.mul_(torch.sigmoid(v.raw, out=v.new("slope")))
+        if self.delta_bias is not None:
+            grads["delta_bias"] += v.g_delta.sum((0, 1, 2))
+        self.store(grads["delta"], window, v.g_delta)
         g_u = v.g_x.mul_(v.delta)
         if self.D is not None:
             g_u.addcmul_(v.g_y, self.D)
-            grads["D"] += v.g_y.mul_(v.u).sum((0, 1, 2))
-        if self.delta_softplus:
-            v.g_delta.mul_(v.raw.sigmoid_())
-        if self.delta_bias is not None:
-            grads["delta_bias"] += v.g_delta.sum((0, 1, 2))
-        self.store(grads["u"], g_u, window)
-        self.store(grads["delta"], v.g_delta, window)
+            grads["D"] += torch.mul(v.g_y, v.u, out=v.new("slope")).sum((0, 1, 2))
+        self.store(grads["u"], window, g_u)
 
 
 class ChunkedScanFunction(torch.autograd.Function):
@@ -1018,7 +1063,11 @@ def causal_conv(
             begun = torch.stack([F.pad(starts, (i, 0))[:, :L] for i in range(back)]).any(0)
             past = past.masked_fill(begun.unsqueeze(-1), 0.0)
         y = torch.addcmul(y, past, taps[-1 - back])
-    return y, padded[:, L:]
+    window = padded[:, L:]
+    if starts is not None:  # nor may the next call's taps
+        begun = F.pad(starts, (W - 1, 0))[:, L:].flip(1).cumsum(1).flip(1)  # starts at or after each input
+        window = window.masked_fill((F.pad(begun, (0, 1))[:, 1:] > 0).unsqueeze(-1), 0.0)
+    return y, window
 
 
 class MambaBlock(nn.Module):
@@ -1071,12 +1120,16 @@ class MambaBlock(nn.Module):
         x, window = causal_conv(x, self.conv1d.weight, self.conv1d.bias, window, starts)
         x = F.silu(x)
         delta, B, C = self.select(x)
-        A = -torch.exp(self.A_log.float())
-        y, h = selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, True, h, starts, return_final_state=True)
+        D, bias = self.D, self.dt_proj.bias
+        y, h = selective_scan(x, delta, self.A(), B, C, D, z, bias, True, h, starts, return_final_state=True)
         return self.out_proj(y), (window, h)
 
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """`forward` for one position: x (B, d_model), in constant time and memory."""
+    def A(self) -> Tensor:
+        """The continuous A (E, N), negative."""
+        return -torch.exp(self.A_log.to(state_dtype(self.A_log)))
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor], A: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`forward` for one position: x (B, d_model), with A = self.A(); in constant time and memory."""
         window, h = state
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, E) each
         window = torch.cat([window, x.unsqueeze(1)], dim=1)  # (B, W, E)
@@ -1084,7 +1137,6 @@ class MambaBlock(nn.Module):
         x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
         delta, B, C = self.select(x)
         B, C = (w.unsqueeze(0) if name not in self.selective else w for name, w in (("B", B), ("C", C)))
-        A = -torch.exp(self.A_log.float())
         y, h = selective_scan_step(h, x, delta, A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window[:, 1:], h)
 
@@ -1110,7 +1162,7 @@ class Layer(nn.Module):
 
 
 class Mamba(nn.Module):
-    """The Mamba language model: embedding, layers, norm, head. Raises ValueError for a token outside the vocabulary."""
+    """The Mamba language model: embedding, layers of norm and block, norm, head."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -1153,11 +1205,14 @@ class Mamba(nn.Module):
         h = weight.new_zeros(batch, c.d_inner, c.d_state, dtype=state_dtype(weight))
         return [(weight.new_zeros(batch, c.d_conv - 1, c.d_inner), h) for _ in range(c.n_layer)]
 
-    def step(self, token: Tensor, state: list) -> tuple[Tensor, list]:
-        """token (B,) -> logits (B, V) and the next state: the recurrent view, constant in time and memory a token."""
+    def step(self, token: Tensor, state: list, As: list[Tensor] | None = None) -> tuple[Tensor, list]:
+        """token (B,) -> logits (B, V) and the next state, in constant time and memory a token.
+
+        As, each layer's A, saves computing them again at every step.
+        """
         x, after = self.embed(token), []
-        for layer, before in zip(self.backbone.layers, state, strict=True):
-            y, new = layer.mixer.step(layer.norm(x), before)
+        for i, layer in enumerate(self.backbone.layers):
+            y, new = layer.mixer.step(layer.norm(x), state[i], layer.mixer.A() if As is None else As[i])
             x = x + y
             after.append(new)
         return self.logits(x), after
@@ -1168,12 +1223,12 @@ class Mamba(nn.Module):
         fits = tokens.ndim == 2 and tokens.shape[1] > 0
         require(fits, f"prompt of shape {tuple(tokens.shape)}: must be (B, L) with L >= 1; give at least one token")
         logits, state = self(tokens, return_state=True)
-        logits = logits[:, -1]
+        logits, As = logits[:, -1], [layer.mixer.A() for layer in self.backbone.layers]
         for i in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)
             yield token
             if i + 1 < max_new_tokens:
-                logits, state = self.step(token, state)
+                logits, state = self.step(token, state, As)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> Mamba:
@@ -1237,11 +1292,11 @@ def read_config(fields: dict) -> tuple[dict, list[str]]:
         fields = fields | {"ssm_cfg.layer": given.pop("layer", "Mamba1")}
         for name in ("dt_init", "dt_scale", "use_fast_path"):  # of initialisation and speed only
             given.pop(name, None)
-        need |= {f"ssm_cfg.{name}": None for name in given.keys() - known}
+        need |= {f"ssm_cfg.{name}": "absent" for name in given.keys() - known}
         fields |= {f"ssm_cfg.{name}": given.pop(name) for name in given.keys() - known}
         ours = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
         given |= {name: fields[name] for name in ours if name in fields}
-    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in need.items() if (fields.get(k) or v) != v]
+    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in need.items() if fields.get(k, v) not in (v, None)]
     problems += [f"{k} is missing" for k in ("d_model", "n_layer", "vocab_size") if k not in given]
     return given, problems
 
@@ -1424,6 +1479,14 @@ def evaluate(model: Mamba, corpus: Corpus, config: Config, limit: int = 0) -> di
     return {"loss": nats / count, "bits_a_byte": nats / math.log(2) / size if size else None, "tokens": count}
 
 
+def load_run(path: Path, device: str | torch.device = "cpu") -> dict:
+    """The contents of a checkpoint that `Run.save` wrote."""
+    content = load_torch(path, device)
+    fits = isinstance(content, dict) and content.keys() >= {"model", "model_config", "config", "tokenizer", "step"}
+    require(fits, f"{path}: is no checkpoint of this script; give one that `train` wrote")
+    return content
+
+
 class Run:
     """A training run: model, optimiser and position, one step at a time; what a checkpoint holds."""
 
@@ -1433,7 +1496,7 @@ class Run:
         parts = self.world * config.accumulate
         require(
             config.batch % parts == 0,
-            f"--batch {config.batch}: must be a multiple of processes x --accumulate, {parts}",
+            f"--batch {config.batch}: must be a multiple of processes x --accumulate, {parts}; change one",
         )
         size, first = config.batch // parts, config.batch // self.world * self.rank
         self.micro = [slice(first + i * size, first + (i + 1) * size) for i in range(config.accumulate)]
@@ -1444,7 +1507,10 @@ class Run:
             sizes = (config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
             self.model = Mamba(MambaConfig(*sizes, selective=selective)).to(device)
         self.optimizer = make_optimizer(self.model, config, device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward = self.model
+        if config.compile:
+            SCANS.update({name: torch.compiler.disable(scan) for name, scan in SCANS.items()})  # its loop is no graph
+            self.forward = torch.compile(self.model)
         if self.world > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.step, self.best = 0, math.inf
@@ -1470,9 +1536,7 @@ class Run:
             dist.all_reduce(total)
         loss = total.item() / self.world
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
-        if not math.isfinite(loss + norm):
-            kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
-            raise FloatingPointError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {kept}; lower --lr")
+        self.check_finite(f"loss {loss}, gradient norm {norm}", loss + norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         self.optimizer.step()
@@ -1480,14 +1544,22 @@ class Run:
         self.step += 1
         return loss, norm
 
+    def check_finite(self, what: str, value: float) -> None:
+        """Raise FloatingPointError naming the step and the last good checkpoint unless the value is finite."""
+        if not math.isfinite(value):
+            kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
+            raise FloatingPointError(f"training diverged at step {self.step + 1}: {what}; {kept}; lower --lr")
+
     def save(self) -> None:
         """Write the checkpoint, atomically; every process must call it."""
         parts = [self.carried]
-        if self.config.carry_state and self.world > 1:
+        if self.carried[0] is not None and self.world > 1:
             parts = [None] * self.world
             dist.all_gather_object(parts, self.carried)
         carried = []
-        if self.config.carry_state:  # of the whole batch, however many processes and micro-batches it was split over
+        if (
+            self.carried[0] is not None
+        ):  # of the whole batch, however many processes and micro-batches it was split over
             layers = zip(*itertools.chain(*parts), strict=True)
             carried = [[torch.cat(pieces).cpu() for pieces in zip(*layer, strict=True)] for layer in layers]
         if self.rank == 0:
@@ -1501,7 +1573,7 @@ class Run:
 
     def load(self) -> None:
         """Go on from the checkpoint in config.out. Raises ValueError naming every field in which its config differs."""
-        content, now = load_torch(self.path, self.device), dataclasses.asdict(self.config)
+        content, now = load_run(self.path, self.device), dataclasses.asdict(self.config)
         differing = [
             f"{k} was {v!r}, is {now[k]!r}" for k, v in content["config"].items() if k not in FREE and v != now[k]
         ]
@@ -1509,7 +1581,7 @@ class Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.best = content["step"], content["best"]
-        if self.config.carry_state:
+        if content["carried"]:
             layers = [[tensor.to(self.device) for tensor in layer] for layer in content["carried"]]
             self.carried = [[(window[rows], h[rows]) for window, h in layers] for rows in self.micro]
         torch.set_rng_state(content["rng"].cpu())
@@ -1536,12 +1608,13 @@ def train(config: Config) -> dict:
     if config.resume:
         fits = (out / "checkpoint.pt").is_file()
         require(fits, f"--resume: {out} holds no checkpoint.pt, must be the folder of a run; correct --out")
-        saved = load_torch(out / "checkpoint.pt")["tokenizer"]
+        saved = load_run(out / "checkpoint.pt")["tokenizer"]
         tokenizer = saved and Tokenizer.from_json(saved)
     corpus = load_corpus(config.data, config.tokenizer, tokenizer)
     check_length(corpus.train, config.length, f"{corpus.source}, training part")
     check_length(corpus.valid, 1, f"{corpus.source}, validation part")
     run = Run(config, corpus, device)
+    require(not out.exists() or out.is_dir(), f"--out {out}: must be a folder, but a file is there; give another")
     out.mkdir(parents=True, exist_ok=True)
     if config.resume:
         run.load()
@@ -1590,6 +1663,7 @@ def train_loop(run: Run, say: Callable) -> tuple[list[dict], float]:
                 row = {"step": run.step, "loss": loss, "norm": norm, "lr": learning_rate(run.step - 1, config)}
                 if due := run.step % config.eval_every == 0 or run.step == config.steps:
                     scores = evaluate(run.model, run.corpus, config, config.eval_tokens)
+                    run.check_finite(f"validation loss {scores['loss']}", scores["loss"])
                     row |= {"valid_loss": scores["loss"], "valid_bits_a_byte": scores["bits_a_byte"]}
                     run.best = min(run.best, scores["loss"])
                     run.save()
@@ -1666,9 +1740,7 @@ def load_checkpoint(config: Config, device: torch.device) -> tuple[Mamba, Tokeni
         return Mamba.from_pretrained(str(path)).to(device), None if named.startswith("bpe:") else load_tokenizer(
             named, []
         )
-    content = load_torch(path, device)
-    fits = isinstance(content, dict) and content.keys() >= {"model", "model_config", "tokenizer"}
-    require(fits, f"--checkpoint {path}: must be a checkpoint of this script; give one")
+    content = load_run(path, device)
     model = Mamba(MambaConfig(**content["model_config"])).to(device)
     model.load_state_dict(content["model"])
     return model, content["tokenizer"] and Tokenizer.from_json(content["tokenizer"])

@@ -1,0 +1,191 @@
+"""Training and generation of mamba.py's model beside mambapy's and transformers' Mamba, in tokens a second.
+
+    python tests/bench/model.py                       # with one step of transformers: about five minutes
+    python tests/bench/model.py --skip-transformers   # a minute
+    python tests/bench/model.py --malloc tuned --skip-transformers
+
+One process, interleaved, float32, the same weights in all three (heads not tied, as mambapy's are not). A training step
+is the forward pass, cross-entropy, backward pass and AdamW; generation is greedy, and all must write the same tokens.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from _common import (
+    add_common_flags,
+    goal,
+    interleave,
+    measure,
+    median,
+    need_peers,
+    number,
+    prepare,
+    spread,
+    table,
+    write_result,
+)
+from torch import Tensor, nn
+
+import mamba
+
+FULL = {"width": 256, "layers": 4, "vocab": 4096, "batch": 4, "length": 512, "generated": 200}
+QUICK = {"width": 32, "layers": 2, "vocab": 64, "batch": 2, "length": 32, "generated": 10}
+PROMPT = 8  # tokens
+GOALS = {("training", "mambapy"): 1.8, ("training", "transformers"): 60.0, ("generation", "mambapy"): 1.5}
+
+
+def our_model(sizes: dict[str, int]) -> mamba.Mamba:
+    config = {"d_model": sizes["width"], "n_layer": sizes["layers"], "vocab_size": sizes["vocab"]}
+    return mamba.Mamba(mamba.MambaConfig(**config, tie_embeddings=False))
+
+
+def mambapy_model(sizes: dict[str, int]) -> nn.Module:
+    """mambapy's layers and norm as its language model puts them together (that module needs einops, for Mamba-2)."""
+    from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = Mamba(MambaConfig(d_model=sizes["width"], n_layers=sizes["layers"]))
+            self.backbone.embeddings = nn.Embedding(sizes["vocab"], sizes["width"])
+            self.backbone.norm_f = RMSNorm(sizes["width"])
+            self.lm_head = nn.Linear(sizes["width"], sizes["vocab"], bias=False)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.lm_head(self.backbone.norm_f(self.backbone(self.backbone.embeddings(tokens))))
+
+        @torch.inference_mode()
+        def generate(self, tokens: Tensor, new: int) -> Tensor:
+            """As mambapy's own generate: the prompt too goes in token by token."""
+            config, tokens = self.backbone.config, list(tokens.unbind(1))
+            window = torch.zeros(len(tokens[0]), config.d_inner, config.d_conv - 1)
+            caches: list = [(None, window) for _ in range(config.n_layers)]
+            prompt = len(tokens)
+            for i in range(prompt + new - 1):
+                x, caches = self.backbone.step(self.backbone.embeddings(tokens[i]), caches)
+                if i + 1 >= prompt:
+                    tokens.append(self.lm_head(self.backbone.norm_f(x)).argmax(-1))
+            return torch.stack(tokens, dim=1)
+
+    return Model()
+
+
+def transformers_model(sizes: dict[str, int]) -> nn.Module:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = {"hidden_size": sizes["width"], "num_hidden_layers": sizes["layers"], "vocab_size": sizes["vocab"]}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # none: generation never stops early
+    return MambaForCausalLM(MambaConfig(**config, **ids, tie_word_embeddings=False))
+
+
+def make_models(sizes: dict[str, int], peers: list[str]) -> dict[str, nn.Module]:
+    """The models with the weights of ours; mambapy's and transformers' parameters have our names here."""
+    models = {"ours": our_model(sizes)}
+    nn.init.normal_(models["ours"].backbone.embeddings.weight)  # a text that does not repeat one token
+    for name in peers:
+        models[name] = mambapy_model(sizes) if name == "mambapy" else transformers_model(sizes)
+        models[name].load_state_dict(models["ours"].state_dict())
+    return models
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    output = model(tokens)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], float]:
+    """A call that takes one step of AdamW on `tokens` (B, L + 1) and returns the loss before it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> float:
+        loss = F.cross_entropy(logits_of(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def generation(name: str, model: nn.Module, prompt: Tensor, new: int) -> Callable[[], Tensor]:
+    """A call that writes `new` tokens after the prompt, each the likeliest."""
+    if name == "ours":
+        return lambda: model.generate(prompt, new, temperature=0)
+    if name == "mambapy":
+        return lambda: model.generate(prompt, new)
+    mask = torch.ones_like(prompt)
+    return lambda: model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=new)
+
+
+def time_generation(models: dict[str, nn.Module], sizes: dict[str, int], rounds: int) -> dict[str, list[float]]:
+    prompt = torch.randint(1, sizes["vocab"], (1, PROMPT))
+    runs = {name: generation(name, model.eval(), prompt, sizes["generated"]) for name, model in models.items()}
+    want = runs["ours"]()
+    assert want.shape == (1, PROMPT + sizes["generated"])
+    for name, run in runs.items():
+        assert torch.equal(run(), want), f"{name} writes other tokens"
+    return interleave(runs, rounds, budget=20.0)
+
+
+def time_training(models: dict[str, nn.Module], sizes: dict[str, int], rounds: int) -> dict[str, list[float]]:
+    """Seconds a step. transformers' comes after the others, and once: its backward pass takes minutes."""
+    tokens = torch.randint(1, sizes["vocab"], (sizes["batch"], sizes["length"] + 1))
+    steps = {name: training_step(model.train(), tokens) for name, model in models.items()}
+    with torch.no_grad():
+        want = logits_of(models["ours"], tokens)
+        error = max((logits_of(model, tokens) - want).norm() / want.norm() for model in models.values())
+    assert error <= 1e-4, f"the models differ: {error}"
+    slow = steps.pop("transformers", None)
+    times = interleave(steps, rounds, budget=60.0)
+    return times | ({"transformers": [measure(slow)]} if slow else {})
+
+
+def report(times: dict[str, dict[str, list[float]]], tokens: dict[str, int]) -> list[dict]:
+    """Print tokens a second and ratios; returns the rows."""
+    rows, lines = [], [["", "tokens a second", "spread", "runs", "ours is faster by"]]
+    for job, of_model in times.items():
+        for name, seconds in of_model.items():
+            ratio = median(seconds) / median(of_model["ours"])
+            rate = tokens[job] / median(seconds)
+            rows.append({"job": job, "model": name, "tokens_a_second": rate, "ratio": ratio, "seconds": seconds})
+            times_ = "" if name == "ours" else f"{number(ratio)} x"
+            lines.append([f"{job}, {name}", number(rate), f"±{spread(seconds):.0%}", str(len(seconds)), times_])
+    print(table(lines))
+    return rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = add_common_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each; the median counts")
+    parser.add_argument(
+        "--skip-transformers", action="store_true", help="leave transformers' Mamba out: its step is slow"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    need_peers()
+    prepare(args)
+    sizes, rounds = (QUICK, 2) if args.quick else (FULL, args.rounds)
+    models = make_models(sizes, ["mambapy"] if args.skip_transformers else ["mambapy", "transformers"])
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert len(set(parameters.values())) == 1, parameters
+    print(f"{parameters['ours']:,} parameters, {args.threads} threads, {args.malloc} malloc; {sizes}")
+    times = {"generation": time_generation(models, sizes, rounds)}  # first: training changes the weights
+    times["training"] = time_training(models, sizes, rounds)
+    rows = report(times, {"generation": sizes["generated"], "training": sizes["batch"] * sizes["length"]})
+    goals = []
+    for row in rows:
+        at_least = GOALS.get((row["job"], row["model"]))
+        if at_least and not args.quick:
+            goals.append(goal(f"{row['job']}: tokens a second over {row['model']}'s", row["ratio"], at_least))
+    write_result(args, "model", sizes=sizes, parameters=parameters["ours"], measured=rows, goals=goals)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Time and peak memory of mamba.py's selective scan beside mambapy's, transformers' eager one and a plain loop.
+
+    python tests/bench/scan.py                  # timings, memory, growth with length: about ten minutes
+    python tests/bench/scan.py --malloc tuned   # timings again, with a malloc that keeps what is freed
+
+All run in one process on the same inputs, interleaved; each gets softplus, its bias, D and z, so that all compute one
+function, and that they do is checked first. Memory is the growth of a fresh process's resident peak over one call.
+"""
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from _common import (
+    add_common_flags,
+    goal,
+    interleave,
+    measure,
+    median,
+    need_peers,
+    number,
+    prepare,
+    spread,
+    table,
+    write_result,
+)
+from torch import Tensor
+
+import mamba
+
+SHAPES = {"S": (1, 768, 512, 16), "M": (2, 1536, 2048, 16), "X": (1, 256, 8192, 16)}  # (B, D, L, N)
+QUICK_SHAPES = {"S": (1, 32, 64, 16), "M": (2, 64, 128, 16), "X": (1, 16, 512, 16)}
+MODES = ("forward", "forward+backward")
+IMPLEMENTATIONS = ("ours", "mambapy", "transformers", "loop")
+LOOPS = ("transformers", "loop")  # each select's gradient fills the whole tensor: the backward is quadratic in L
+LIMIT = 60.0  # seconds, of one forward+backward of a loop
+
+# (mode, shape, at least so many times mambapy); what holds under tuned malloc only stands apart.
+SPEED_GOALS = {
+    "default": [
+        ("forward+backward", "M", 8.0),
+        ("forward+backward", "X", 4.0),
+        ("forward", "M", 12.0),
+        ("forward", "X", 5.0),
+    ],
+    "tuned": [("forward+backward", "M", 2.3)],
+}
+MEMORY_GOAL = 9.0
+
+
+def ours(inputs: dict[str, Tensor], backend: str = "auto") -> Tensor:
+    return mamba.selective_scan(**inputs, delta_softplus=True, backend=backend)
+
+
+def mambapy_scan(inputs: dict[str, Tensor]) -> Tensor:
+    """As mambapy's MambaBlock calls its own scan."""
+    from mambapy.mamba import MambaBlock
+
+    v = inputs
+    delta = F.softplus(v["delta"] + v["delta_bias"])
+    y = MambaBlock.selective_scan(None, v["u"], delta, v["A"], v["B"], v["C"], v["D"])  # it takes nothing from `self`
+    return y * F.silu(v["z"])
+
+
+def transformers_scan(inputs: dict[str, Tensor]) -> Tensor:
+    """As transformers' MambaMixer calls its scan without compiling; channels before positions, as there."""
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    v = {k: x.mT if x.ndim == 3 else x for k, x in inputs.items()}
+    first = v["u"], v["delta"], v["A"], v["B"], v["C"]
+    y = mamba_selective_scan(*first, D=v["D"], z=v["z"], delta_bias=v["delta_bias"], delta_softplus=True)
+    return y.mT
+
+
+def implementation(name: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    loop = functools.partial(ours, backend="sequential")
+    return {"ours": ours, "mambapy": mambapy_scan, "transformers": transformers_scan, "loop": loop}[name]
+
+
+def make_inputs(name: str, shape: tuple[int, int, int, int], grad: bool) -> dict[str, Tensor]:
+    """Inputs of an implementation's own memory layout: transformers' tensors of three dimensions are (B, D, L)."""
+    (batch, width, L, N), generator = shape, torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator)
+    inputs = {k: draw(batch, L, width) for k in ("u", "delta", "z")}
+    inputs |= {k: draw(batch, L, N) for k in ("B", "C")}
+    inputs |= {"A": -torch.arange(1.0, N + 1).repeat(width, 1), "D": draw(width), "delta_bias": draw(width) - 4}
+    if name == "transformers":
+        inputs = {k: x.mT.contiguous().mT if x.ndim == 3 else x for k, x in inputs.items()}
+    return {k: x.requires_grad_(grad) for k, x in inputs.items()}
+
+
+def make_run(name: str, shape: tuple[int, int, int, int], mode: str) -> Callable[[], object]:
+    """A call to time, with its inputs bound."""
+    scan, grad = implementation(name), mode != "forward"
+    inputs = make_inputs(name, shape, grad)
+    dy = torch.ones_like(inputs["u"], requires_grad=False)
+
+    def run() -> object:
+        with torch.set_grad_enabled(grad):
+            y = scan(inputs)
+            return torch.autograd.grad(y, list(inputs.values()), dy) if grad else y
+
+    return run
+
+
+def check_equal(shape: tuple[int, int, int, int]) -> None:
+    """All compute one function, with one gradient: otherwise there is nothing to compare."""
+    want = make_run("loop", shape, MODES[1])()
+    for name in IMPLEMENTATIONS:
+        for a, b in zip(make_run(name, shape, MODES[1])(), want, strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm(), f"{name} computes something else"
+
+
+def hopeless(name: str, shape: tuple[int, int, int, int], mode: str) -> float | None:
+    """Predicted seconds of a loop's forward+backward, from an eighth of the length, where they are over LIMIT."""
+    if name not in LOOPS or mode == "forward":
+        return None
+    batch, width, L, N = shape
+    seconds = 64 * measure(make_run(name, (batch, width, L // 8, N), mode))
+    return seconds if seconds > LIMIT else None
+
+
+# ----- Time
+
+
+def time_shapes(shapes: dict, names: list[str], rounds: int, budget: float) -> list[dict]:
+    """A row per shape and mode: times of each implementation, and why one has none."""
+    rows = []
+    for label, shape in shapes.items():
+        for mode in MODES:
+            predicted = {name: hopeless(name, shape, mode) for name in names}
+            runs = {name: make_run(name, shape, mode) for name, seconds in predicted.items() if seconds is None}
+            times = interleave(runs, rounds, budget)
+            predicted = {name: seconds for name, seconds in predicted.items() if seconds is not None}
+            rows.append({"shape": label, "sizes": shape, "mode": mode, "seconds": times, "predicted": predicted})
+            print_times(rows[-1], first=len(rows) == 1)
+    return rows
+
+
+def print_times(row: dict, first: bool) -> None:
+    """A line of the table of times, as it comes: the medians in ms, and the others' divided by ours."""
+    if first:
+        print("\nms, and times ours (in brackets: half the range of the runs)")
+    our = median(row["seconds"]["ours"])
+    parts = []
+    for name in [*row["seconds"], *row["predicted"]]:
+        if name in row["predicted"]:
+            parts.append(f"{name} – (would take about {row['predicted'][name]:.0f} s)")
+        else:
+            seconds = row["seconds"][name]
+            times = f", {number(median(seconds) / our)} x" if name != "ours" else ""
+            parts.append(f"{name} {number(median(seconds) * 1e3)} (±{spread(seconds):.0%}, n {len(seconds)}{times})")
+    print(f"{row['shape']} {row['sizes']} {row['mode']}: " + " · ".join(parts), flush=True)
+
+
+def ratio_to_mambapy(rows: list[dict], mode: str, shape: str) -> float:
+    row = next(r for r in rows if (r["mode"], r["shape"]) == (mode, shape))
+    return median(row["seconds"]["mambapy"]) / median(row["seconds"]["ours"])
+
+
+def time_growth(lengths: list[int], width: int, rounds: int) -> list[dict]:
+    """Microseconds a token of ours, by length: flat is linear."""
+    rows = []
+    for L in lengths:
+        runs = {mode: make_run("ours", (1, width, L, 16), mode) for mode in MODES}
+        times = interleave(runs, rounds, budget=10.0)
+        rows.append({"L": L, "seconds": times} | {m: median(s) / L * 1e6 for m, s in times.items()})
+    return rows
+
+
+# ----- Memory
+
+
+def status(key: str) -> int:
+    """A field of this process's status, in bytes."""
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory grows, at its peak, during one call (Linux)."""
+    before = status("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    except OSError:
+        return sampled_peak(run) - before
+    run()
+    return status("VmHWM") - before
+
+
+def sampled_peak(run: Callable[[], object]) -> int:
+    """The largest resident size seen by a thread that looks every millisecond."""
+    seen, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(status("VmRSS"))
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return max(seen)
+
+
+def memory_here(job: str) -> int:
+    """The measurement of one fresh process: a small call first, which loads and starts what any call needs."""
+    name, shape, mode = json.loads(job)
+    make_run(name, (1, 32, 32, 16), mode)()
+    return peak_of(make_run(name, tuple(shape), mode))
+
+
+def measure_memory(rows: list[dict], threads: int) -> list[dict]:
+    """Bytes of each implementation that was timed, shape and mode, each in a process of its own."""
+    memory = []
+    for row in rows:
+        peaks = {}
+        for name in row["seconds"]:
+            job = json.dumps([name, row["sizes"], row["mode"]])
+            command = [sys.executable, __file__, "--threads", str(threads), "--memory-of", job]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            peaks[name] = int(done.stdout.splitlines()[-1])
+        memory.append({"shape": row["shape"], "mode": row["mode"], "bytes": peaks})
+    return memory
+
+
+def print_memory(memory: list[dict]) -> None:
+    print("\npeak extra memory, MB, and times ours")
+    header = ["", *IMPLEMENTATIONS]
+    lines = []
+    for row in memory:
+        line, our = [f"{row['shape']} {row['mode']}"], row["bytes"]["ours"]
+        for name in IMPLEMENTATIONS:
+            peak = row["bytes"].get(name)
+            times = "" if name == "ours" or not peak or not our else f" ({number(peak / our)} x)"
+            line.append(number(peak / 1e6 if peak else None) + times)
+        lines.append(line)
+    print(table([header, *lines]), flush=True)
+
+
+def memory_goals(memory: list[dict]) -> list[dict]:
+    goals = []
+    for row in memory:
+        if row["shape"] != "S":  # there both are within the noise of the allocator
+            ratio = row["bytes"]["mambapy"] / row["bytes"]["ours"]
+            name = f"{row['mode']} at {row['shape']}: mambapy's memory over ours"
+            goals.append(goal(name, ratio, MEMORY_GOAL))
+    return goals
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = add_common_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each, slow ones fewer; the median counts")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=IMPLEMENTATIONS,
+        help="what to measure; always ours and mambapy",
+    )
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True, help="time long sequences too")
+    parser.add_argument("--memory-of", default="", help="used by the program itself: one measurement, as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    need_peers()
+    prepare(args)
+    if args.memory_of:
+        print(memory_here(args.memory_of))
+        return 0
+    check_equal((2, 8, 37, 16))
+    shapes = QUICK_SHAPES if args.quick else SHAPES
+    names = list(dict.fromkeys(("ours", "mambapy", *args.only)))  # what the goals need is always there
+    rows = time_shapes(shapes, names, rounds=2 if args.quick else args.rounds, budget=1.0 if args.quick else 20.0)
+    goals = []
+    for mode, shape, at_least in [] if args.quick else SPEED_GOALS[args.malloc]:
+        name = f"{mode} at {shape}: mambapy's time over ours ({args.malloc} malloc)"
+        goals.append(goal(name, ratio_to_mambapy(rows, mode, shape), at_least))
+    growth = memory = None
+    if args.growth:
+        lengths = [128, 256] if args.quick else [2**k for k in range(10, 17)]
+        growth = time_growth(lengths, width=16 if args.quick else 256, rounds=2 if args.quick else 5)
+        print(f"\nours at (1, {16 if args.quick else 256}, L, 16), microseconds a token")
+        print(table([["L", *MODES], *([f"{row['L']:,}", *(number(row[m]) for m in MODES)] for row in growth)]))
+    if args.memory and args.malloc == "default":  # a malloc that keeps everything says nothing about need
+        memory = measure_memory(rows, args.threads)
+        print_memory(memory)
+        goals += [] if args.quick else memory_goals(memory)
+    write_result(args, "scan", times=rows, growth=growth, memory=memory, goals=goals)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
