@@ -475,12 +475,13 @@ def read_huggingface(path: str) -> Tokenizer:
 
 def covers(pattern: str) -> bool:
     """Whether the split pattern takes in every character, and means the same to tiktoken as to Hugging Face."""
-    probe = "".join(map(chr, range(0x3100)))
+    regex = importlib.import_module("regex")  # tiktoken brings it
+    probe = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
     try:
-        found = [match.group() for match in importlib.import_module("regex").finditer(pattern, probe)]
-    except ValueError:
+        matches = regex.finditer(pattern, probe)
+    except regex.error:
         return False
-    return "".join(found) == probe and not re.search(r"(?<!\[)\^|\$", pattern)
+    return "".join(match.group() for match in matches) == probe and not re.search(r"(?<!\[)\^|\$", pattern)
 
 
 def same_merges(merges: list[tuple[bytes, bytes]], ranks: dict[bytes, int], whole_words: bool) -> bool:
@@ -1421,9 +1422,10 @@ def gather(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device: 
     Windows that the text's end cuts short must be alike. Raises ValueError for a token outside the vocabulary.
     """
     window = torch.from_numpy(np.stack([tokens[o : o + config.length + 1] for o in offsets]).astype(np.int64))
-    top, size, starts = int(window.max()), corpus.vocab_size, None
+    top, size = int(window.max()), corpus.vocab_size
     require(top < size, f"{corpus.source}: token {top} is outside the vocabulary of {size}; correct the data")
-    x, y = window.to(device).split([window.shape[1] - 1, 1], 1)[0], window[:, 1:].to(device)
+    window, starts = window.to(device), None
+    x, y = window[:, :-1], window[:, 1:]
     if config.document_resets and corpus.separator is not None:
         before = torch.tensor([[int(tokens[o - 1]) if o else corpus.separator] for o in offsets], device=device)
         starts = torch.cat([before, x[:, :-1]], dim=1) == corpus.separator
@@ -1491,10 +1493,8 @@ class Run:
         self.config, self.corpus, self.device, self.path = config, corpus, device, Path(config.out) / "checkpoint.pt"
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         parts = self.world * config.accumulate
-        require(
-            config.batch % parts == 0,
-            f"--batch {config.batch}: must be a multiple of processes x --accumulate, {parts}; change one",
-        )
+        fits = config.batch % parts == 0
+        require(fits, f"--batch {config.batch}: must be a multiple of processes x --accumulate, {parts}; change one")
         size, first = config.batch // parts, config.batch // self.world * self.rank
         self.micro = [slice(first + i * size, first + (i + 1) * size) for i in range(config.accumulate)]
         self.batches = Batches(corpus.train, config.batch, config.length, config.seed, config.carry_state)
@@ -1554,9 +1554,7 @@ class Run:
             parts = [None] * self.world
             dist.all_gather_object(parts, self.carried)
         carried = []
-        if (
-            self.carried[0] is not None
-        ):  # of the whole batch, however many processes and micro-batches it was split over
+        if self.carried[0] is not None:  # joined to the whole batch's, which any number of processes can split again
             layers = zip(*itertools.chain(*parts), strict=True)
             carried = [[torch.cat(pieces).cpu() for pieces in zip(*layer, strict=True)] for layer in layers]
         if self.rank == 0:
@@ -1564,16 +1562,16 @@ class Run:
             content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "carried": carried}
             content |= {"step": self.step, "best": self.best, "rng": torch.get_rng_state(), "tokenizer": tokenizer}
             content |= {
-                k: dataclasses.asdict(c) for k, c in (("config", self.config), ("model_config", self.model.config))
+                "config": dataclasses.asdict(self.config),
+                "model_config": dataclasses.asdict(self.model.config),
             }
             write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self) -> None:
         """Go on from the checkpoint in config.out. Raises ValueError naming every field in which its config differs."""
         content, now = load_run(self.path, self.device), dataclasses.asdict(self.config)
-        differing = [
-            f"{k} was {v!r}, is {now[k]!r}" for k, v in content["config"].items() if k not in FREE and v != now[k]
-        ]
+        then = {k: v for k, v in content["config"].items() if k not in FREE}
+        differing = [f"{k} was {v!r}, is {now[k]!r}" for k, v in then.items() if v != now[k]]
         require(not differing, f"{self.path}: saved with another config: {'; '.join(differing)}; give the same flags")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -1617,20 +1615,15 @@ def train(config: Config) -> dict:
         run.load()
     say = print if run.rank == 0 else lambda *_, **__: None
     count, sizes = sum(p.numel() for p in run.model.parameters()), (len(corpus.train), len(corpus.valid))
-    say(
-        f"{count:,} parameters on {device} · {corpus.source}: {sizes[0]:,} tokens to train on, {sizes[1]:,} to validate"
-    )
+    say(f"{count:,} parameters on {device} · {corpus.source}: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out")
     baselines = ngram_baselines(corpus) if run.rank == 0 else {}
     say("bits a byte of n-grams on the same text: " + " · ".join(f"{k} {v:.3f}" for k, v in baselines.items()))
     history, pace = train_loop(run, say)
     if run.step < config.steps:
         raise KeyboardInterrupt
     result = {"parameters": count, "tokens_seen": config.steps * config.batch * config.length}
-    result |= {
-        "seconds_a_step": pace,
-        "validation": evaluate(run.model, corpus, config),
-        "baselines_bits_a_byte": baselines,
-    }
+    result |= {"seconds_a_step": pace, "baselines_bits_a_byte": baselines}
+    result["validation"] = evaluate(run.model, corpus, config)
     say(f"validation: {scores_text(result['validation'])}", flush=True)
     if run.rank == 0:
         if corpus.tokenizer:
@@ -1648,7 +1641,7 @@ def train_loop(run: Run, say: Callable) -> tuple[list[dict], float]:
     history = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if config.resume else []
     history = [row for row in history if row["step"] <= run.step]
     stop = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.set() or signal.signal(signal.SIGINT, previous))
     first, busy = run.step, []  # seconds of each step
     try:
         with open(path if run.rank == 0 else os.devnull, "w", encoding="utf-8") as log:

@@ -325,7 +325,6 @@ def test_bpe_without_text():
 
 
 BYTES = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
-CRASHES = pytest.mark.xfail(reason="mamba.py lets tiktoken's OverflowError or PanicException through")
 BAD_RANKS = {
     "not base64": (b"!!! 3\n", "base64", "correct it"),
     "rank not a number": (b"YQ== x\n", "base64", "'x'", "correct it"),
@@ -346,12 +345,11 @@ def test_bad_tiktoken_files(tmp_path, case):
     one_line(lambda: mamba.load_tokenizer(str(path), []), str(path), *parts)
 
 
-@CRASHES
 @pytest.mark.parametrize("case", BAD_IDS)
 def test_bad_ranks(tmp_path, case):
     path = tmp_path / "x.tiktoken"
     path.write_bytes(BYTES + BAD_IDS[case])
-    one_line(lambda: mamba.load_tokenizer(str(path), []), str(path))
+    one_line(lambda: mamba.load_tokenizer(str(path), []), str(path), "tiktoken refuses it", "use another")
 
 
 def test_bad_tokenizer_json(tmp_path):
@@ -376,12 +374,15 @@ def test_no_network(monkeypatch):
     assert mamba.load_tokenizer("byte", []).encode("ok").tolist() == [111, 107]
 
 
+TOO_LONG = pytest.mark.xfail(reason="known difference: tiktoken panics (StackOverflow) at a million spaces in a row")
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
         pytest.param(r"(?s:.{1,99})", id="byte"),
-        pytest.param(mamba.CL100K, id="cl100k", marks=CRASHES),
-        pytest.param(mamba.GPT2, id="gpt2", marks=CRASHES),
+        pytest.param(mamba.CL100K, id="cl100k", marks=TOO_LONG),
+        pytest.param(mamba.GPT2, id="gpt2", marks=TOO_LONG),
     ],
 )
 def test_a_million_spaces(pattern):
