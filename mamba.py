@@ -797,6 +797,7 @@ class ChunkedScan:
         self.static = {k: w.t().to(self.dtype) for k, w in (("B", B), ("C", C)) if w.ndim == 2}  # (N, D)
         self.D, self.delta_bias = (None if w is None else w.to(self.dtype) for w in (D, delta_bias))
         self.scratch: dict[str, Tensor] = {}
+        self.sums: dict[torch.Size, Tensor] = {}  # of the gradients of A, over the blocks of each shape
         self.zero = self.A.new_zeros(())
 
     def stretches(self) -> list[list[Window]]:
@@ -943,7 +944,7 @@ class ChunkedScan:
     def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
         """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
         grads = {k: None if (x := getattr(self, k)) is None else torch.empty_like(x) for k in ("u", "delta", "z")}
-        for k in ("A", "B", "C", "D", "delta_bias"):
+        for k in ("B", "C", "D", "delta_bias"):
             x = self.static.get(k, getattr(self, k))
             grads[k] = None if x is None else torch.zeros(x.shape, dtype=self.dtype, device=x.device)
         grad_state, saved = grad_state.mT.to(self.dtype), list(saved)
@@ -953,6 +954,7 @@ class ChunkedScan:
             for window in reversed(windows):
                 self.backward_window(dy, window, entering, saved.pop(), grads)
             grad_state = entering[: len(grad_state)]
+        grads["A"] = sum(gradients.sum((0, 1)) for gradients in self.sums.values())
         return grads | {k: grads[k].t() for k in ("A", *self.static)} | {"initial_state": grad_state.mT}
 
     def backward_window(self, dy, window: Window, grad_state: Tensor, saved=None, grads: dict | None = None) -> Tensor:
@@ -981,8 +983,10 @@ class ChunkedScan:
             self.contract_back(v.x[j], g, g_B[j])
             self.contract(B[j], g, v.g_x[j])
             w *= g  # the gradient of delta_t A, since a_t = exp(delta_t A)
-            self.contract_back(v.delta[j], w, grads["A"])
-            self.contract(self.A, w, v.g_delta[j])
+            if w.shape not in self.sums:
+                self.sums[w.shape] = torch.zeros_like(w)
+            self.sums[w.shape].addcmul_(w, v.delta[j].unsqueeze(2))
+            self.contract(self.A, w, v.g_delta[j], spare="w")
         if grads is not None:
             self.finish_gradients(window, v, grads)
         return v.delta.sum((0, 2))
