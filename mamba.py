@@ -475,6 +475,7 @@ def read_huggingface(path: str) -> Tokenizer:
     return Tokenizer(path, ranks, patterns[0], added, bool(form))
 
 
+@functools.cache
 def covers(pattern: str) -> bool:
     """Whether the split pattern takes in every character, and means the same to tiktoken as to Hugging Face."""
     regex = importlib.import_module("regex")  # tiktoken brings it
