@@ -1727,13 +1727,14 @@ def plot(history: list[dict], baselines: dict[str, float], path: Path) -> None:
 def load_checkpoint(config: Config, device: torch.device) -> tuple[Mamba, Tokenizer | None]:
     """The model of config.checkpoint, our file or a folder of either layout, and its tokenizer.
 
-    That is the checkpoint's own, or the folder's tokenizer.json, or config.tokenizer.
+    That is our checkpoint's own; a folder's is config.tokenizer where that is set, else its tokenizer.json.
     """
     path = Path(config.checkpoint or Path(config.out) / "checkpoint.pt")
     require(path.exists(), f"--checkpoint {path}: no such file or folder; train first, or correct the path")
     if path.is_dir():
-        beside = path / "tokenizer.json"
-        named = str(beside) if beside.is_file() else config.tokenizer
+        beside, named = path / "tokenizer.json", config.tokenizer
+        if named == Config.tokenizer and beside.is_file():
+            named = str(beside)
         return Mamba.from_pretrained(str(path)).to(device), None if named.startswith("bpe:") else load_tokenizer(
             named, []
         )
@@ -1768,6 +1769,8 @@ def sample(config: Config) -> str:
 def evaluate_checkpoint(config: Config) -> dict:
     """The job `eval`: loss and bits a byte on the validation part of the data."""
     model, tokenizer = load_checkpoint(config, pick_device(config.device))
+    fits = tokenizer is not None or config.data.endswith(".bin")
+    require(fits, f"--checkpoint {config.checkpoint}: has no tokenizer for text; name its own by --tokenizer")
     corpus, size = load_corpus(config.data, config.tokenizer, tokenizer), model.config.vocab_size
     fits = corpus.vocab_size <= size
     require(

@@ -967,6 +967,11 @@ def test_samples_from_a_checkpoint_and_from_a_folder(run, tmp_path, capsys, no_s
     text = capsys.readouterr().out.removesuffix("\n")
     assert text.startswith("Hé") and tokenizer.decode(ids) in (text, text + "\ufffd")
     assert mamba.main(["sample", *flags, "--prompt", ""]) == 2 and "at least one token" in capsys.readouterr().err
+    chosen = mamba.load_checkpoint(mamba.Config(checkpoint=str(tmp_path / "hf"), tokenizer="byte"), torch.device("cpu"))
+    assert chosen[1].name == "byte"  # a tokenizer that is asked for goes before the folder's
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    for job in ("sample", "eval"):  # never with a tokenizer that the model was not trained with
+        assert mamba.main([job, *flags]) == 2 and "has no tokenizer" in capsys.readouterr().err
 
 
 # ----- Bad input ------------------------------------------------------------------------------------------------------
