@@ -58,7 +58,7 @@ import sysconfig
 import threading
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -736,20 +736,19 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> No
     require(fits, f"selective_scan: starts is {fits or starts.dtype}, must be torch.bool; use starts.bool()")
 
 
-def scan_(a: Tensor, h: Tensor, state: Tensor) -> None:
-    """In place, h_t = a_t h_{t-1} + h_t over dim 1 of (Q, T, N, D); state (Q, N, D) is h_{-1}, then h_{T-1}."""
+def scan_(a: Sequence[Tensor], h: Sequence[Tensor], state: Tensor) -> None:
+    """In place, h_t = a_t h_{t-1} + h_t over T positions (Q, N, D); state (Q, N, D) is h_{-1}, then h_{T-1}."""
     last = state
-    for a_t, h_t in zip(a.unbind(1), h.unbind(1), strict=True):
+    for a_t, h_t in zip(a, h, strict=True):
         last = h_t.addcmul_(a_t, last)
     state.copy_(last)
 
 
-def scan_back_(a: Tensor, g: Tensor, grad_state: Tensor) -> None:
+def scan_back_(a: Sequence[Tensor], g: Sequence[Tensor], grad_state: Tensor) -> None:
     """The adjoint of `scan_`, in place: g_t = g_t + a_{t+1} g_{t+1} from t = T-1 down.
 
     grad_state (Q, N, D) is a_T g_T before, the gradient of the last state, and a_0 g_0 after, that of the first.
     """
-    a, g = a.unbind(1), g.unbind(1)
     g[-1].add_(grad_state)
     for t in range(len(g) - 2, -1, -1):
         g[t].addcmul_(a[t + 1], g[t + 1])
@@ -800,6 +799,7 @@ class ChunkedScan:
         self.static = {k: w.t().to(self.dtype) for k, w in (("B", B), ("C", C)) if w.ndim == 2}  # (N, D)
         self.D, self.delta_bias = (None if w is None else w.to(self.dtype) for w in (D, delta_bias))
         self.scratch: dict[str, Tensor] = {}
+        self.views: dict[tuple, tuple[Tensor, ...]] = {}
         self.sums: dict[torch.Size, Tensor] = {}  # of the gradients of A, over the blocks of each shape
         self.zero = self.A.new_zeros(())
 
@@ -826,6 +826,13 @@ class ChunkedScan:
             flat = self.scratch[name] = self.u.new_empty(size, dtype=self.dtype)
         return flat[:size].view(shape)
 
+    def steps(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """The positions (Q, N, D) of x (Q, T, N, D), the buffer `name`: views, made once a shape."""
+        key = (name, x.shape, x.data_ptr())
+        if key not in self.views:
+            self.views[key] = x.unbind(1)
+        return self.views[key]
+
     def load(self, name: str, x: Tensor, window: Window, copy: bool = False) -> Tensor:
         """A window of x (B, L, D or N) as (blocks, Q, T, D or N), to be read only: where it can, a view."""
         view = window.view(x)
@@ -833,8 +840,8 @@ class ChunkedScan:
             return view.flatten(1, 2)
         return self.buffer(name, *view.shape).copy_(view).flatten(1, 2)
 
-    def load_inputs(self, window: Window) -> SimpleNamespace:
-        """u, delta before (raw) and after the softplus, x = delta u, and z, each (blocks, Q, T, D)."""
+    def load_inputs(self, window: Window, gate: bool = True) -> SimpleNamespace:
+        """u, delta before (raw) and after the softplus, x = delta u, and with `gate` z, each (blocks, Q, T, D)."""
         v = SimpleNamespace(u=self.load("u", self.u, window), raw=self.load("raw", self.delta, window), z=None)
         v.new = lambda name: self.buffer(name, *v.u.shape)
         if self.delta_bias is not None:
@@ -843,7 +850,7 @@ class ChunkedScan:
         if self.delta_softplus:
             v.delta = torch.logaddexp(v.raw, self.zero, out=v.new("delta"))  # log(e^raw + e^0)
         v.x = torch.mul(v.delta, v.u, out=v.new("x"))
-        if self.z is not None:
+        if gate and self.z is not None:
             v.z = self.load("z", self.z, window)
             v.gate = torch.sigmoid(v.z, out=v.new("gate"))
             v.silu = torch.mul(v.z, v.gate, out=v.new("silu"))
@@ -920,21 +927,26 @@ class ChunkedScan:
         self, window: Window, state: Tensor, y: Tensor | None = None, saved: Tensor | None = None
     ) -> Tensor:
         """Take state (Q, N, D) through the window, in place; write y, if given. Returns the sum of delta (Q, D)."""
-        v, B, C = self.load_inputs(window), self.load_weights("B", window), self.load_weights("C", window)
-        out = v.new("y")
+        v, B = self.load_inputs(window, gate=y is not None), self.load_weights("B", window)
+        out, C = (None, None) if y is None else (v.new("y"), self.load_weights("C", window))
         for j, starts in enumerate(window.starts(self.starts)):
             if saved is not None:
                 saved[j] = state
             a = self.decay(v.delta[j], starts)
             h = self.outer(v.x[j], B[j], "h")
-            scan_(a, h, state)
+            scan_(self.steps("a", a), self.steps("h", h), state)
             if y is not None:
                 self.contract(C[j], h, out[j])
         if y is not None:
             if self.D is not None:
                 out.addcmul_(v.u, self.D)
             self.store(y, window, out, v.silu if v.z is not None else None)
-        return v.delta.sum((0, 2))
+        return self.total(v.delta) if y is None else None
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over time (Q, D) of x (blocks, Q, T, D)."""
+        ones = x.new_ones(x.shape[0], x.shape[1], 1, x.shape[2])
+        return (ones @ x).sum(0).squeeze(1)
 
     def store(self, out: Tensor, window: Window, value: Tensor, factor: Tensor | None = None) -> None:
         """Write value, times the factor, both (blocks, Q, T, D), to its place in out (B, L, D)."""
@@ -962,7 +974,8 @@ class ChunkedScan:
 
     def backward_window(self, dy, window: Window, grad_state: Tensor, saved=None, grads: dict | None = None) -> Tensor:
         """Take grad_state (Q, N, D) back through the window, in place; with `grads`, write or add to all gradients."""
-        v, B, C = self.load_inputs(window), self.load_weights("B", window), self.load_weights("C", window)
+        v, C = self.load_inputs(window), self.load_weights("C", window)
+        B = None if grads is None else self.load_weights("B", window)
         v.dy = v.g_y = self.load("dy", dy, window, copy=v.z is None)  # g_y: the gradient before the gate
         if v.z is not None:
             v.g_y = torch.mul(v.dy, v.silu, out=v.new("g_y"))
@@ -972,17 +985,19 @@ class ChunkedScan:
         for j in reversed(range(window.blocks)):
             a = self.decay(v.delta[j], starts[j])
             if grads is None:
-                scan_back_(a, self.outer(v.g_y[j], C[j], "h"), grad_state)
+                g = self.outer(v.g_y[j], C[j], "h")
+                scan_back_(self.steps("a", a), self.steps("h", g), grad_state)
                 continue
             h, w = self.outer(v.x[j], B[j], "h"), self.buffer("w", *a.shape)  # w_t = a_t h_{t-1}
             torch.mul(a[:, 0], saved[j], out=w[:, 0])
-            scan_(a, h, self.buffer("state", *saved[j].shape).copy_(saved[j]))
+            state = self.buffer("state", *saved[j].shape).copy_(saved[j])
+            scan_(self.steps("a", a), self.steps("h", h), state)
             torch.mul(a[:, 1:], h[:, :-1], out=w[:, 1:])
             if v.z is not None:
                 self.contract(C[j], h, v.y[j], spare="spare")
             self.contract_back(v.g_y[j], h, g_C[j], spare="spare")
             g = self.outer(v.g_y[j], C[j], "h")
-            scan_back_(a, g, grad_state)
+            scan_back_(self.steps("a", a), self.steps("h", g), grad_state)
             self.contract_back(v.x[j], g, g_B[j])
             self.contract(B[j], g, v.g_x[j])
             w *= g  # the gradient of delta_t A, since a_t = exp(delta_t A)
@@ -992,7 +1007,7 @@ class ChunkedScan:
             self.contract(self.A, w, v.g_delta[j], spare="w")
         if grads is not None:
             self.finish_gradients(window, v, grads)
-        return v.delta.sum((0, 2))
+        return self.total(v.delta) if grads is None else None
 
     def grad_weights(self, name: str, grad: Tensor, window: Window) -> list[Tensor]:
         """Where each block's gradient of B or C goes: scratch to write (Q, T, N, 1), or the sum (N, D) to add to."""
