@@ -800,6 +800,7 @@ class ChunkedScan:
         self.D, self.delta_bias = (None if w is None else w.to(self.dtype) for w in (D, delta_bias))
         self.scratch: dict[str, Tensor] = {}
         self.views: dict[tuple, tuple[Tensor, ...]] = {}
+        self.deltas: dict[Window, Tensor] = {}  # what the reducing pass leaves to the next
         self.sums: dict[torch.Size, Tensor] = {}  # of the gradients of A, over the blocks of each shape
         self.zero = self.A.new_zeros(())
 
@@ -836,19 +837,27 @@ class ChunkedScan:
     def load(self, name: str, x: Tensor, window: Window, copy: bool = False) -> Tensor:
         """A window of x (B, L, D or N) as (blocks, Q, T, D or N), to be read only: where it can, a view."""
         view = window.view(x)
-        if window.segments == 1 and x.dtype == self.dtype and not copy:
+        if 1 in (window.segments, len(x)) and x.dtype == self.dtype and not copy:
             return view.flatten(1, 2)
         return self.buffer(name, *view.shape).copy_(view).flatten(1, 2)
 
-    def load_inputs(self, window: Window, gate: bool = True) -> SimpleNamespace:
-        """u, delta before (raw) and after the softplus, x = delta u, and with `gate` z, each (blocks, Q, T, D)."""
+    def load_inputs(self, window: Window, reduce: bool, gate: bool = True) -> SimpleNamespace:
+        """u, delta before (raw) and after the softplus, x = delta u, and with `gate` z, each (blocks, Q, T, D).
+
+        The softplus is dear: a pass that reduces leaves it to the pass that scans the window afterwards.
+        """
         v = SimpleNamespace(u=self.load("u", self.u, window), raw=self.load("raw", self.delta, window), z=None)
         v.new = lambda name: self.buffer(name, *v.u.shape)
         if self.delta_bias is not None:
             v.raw = torch.add(v.raw, self.delta_bias, out=v.new("raw"))
         v.delta = v.raw
         if self.delta_softplus:
-            v.delta = torch.logaddexp(v.raw, self.zero, out=v.new("delta"))  # log(e^raw + e^0)
+            v.delta = self.deltas.pop(window, None)
+            if v.delta is None:
+                out = torch.empty_like(v.raw) if reduce else v.new("delta")
+                v.delta = torch.logaddexp(v.raw, self.zero, out=out)  # log(e^raw + e^0)
+            if reduce:
+                self.deltas[window] = v.delta
         v.x = torch.mul(v.delta, v.u, out=v.new("x"))
         if gate and self.z is not None:
             v.z = self.load("z", self.z, window)
@@ -927,7 +936,7 @@ class ChunkedScan:
         self, window: Window, state: Tensor, y: Tensor | None = None, saved: Tensor | None = None
     ) -> Tensor:
         """Take state (Q, N, D) through the window, in place; write y, if given. Returns the sum of delta (Q, D)."""
-        v, B = self.load_inputs(window, gate=y is not None), self.load_weights("B", window)
+        v, B = self.load_inputs(window, reduce=y is None, gate=y is not None), self.load_weights("B", window)
         out, C = (None, None) if y is None else (v.new("y"), self.load_weights("C", window))
         for j, starts in enumerate(window.starts(self.starts)):
             if saved is not None:
@@ -974,7 +983,7 @@ class ChunkedScan:
 
     def backward_window(self, dy, window: Window, grad_state: Tensor, saved=None, grads: dict | None = None) -> Tensor:
         """Take grad_state (Q, N, D) back through the window, in place; with `grads`, write or add to all gradients."""
-        v, C = self.load_inputs(window), self.load_weights("C", window)
+        v, C = self.load_inputs(window, reduce=grads is None), self.load_weights("C", window)
         B = None if grads is None else self.load_weights("B", window)
         v.dy = v.g_y = self.load("dy", dy, window, copy=v.z is None)  # g_y: the gradient before the gate
         if v.z is not None:
