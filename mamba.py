@@ -1170,15 +1170,42 @@ class MambaBlock(nn.Module):
         return self.out_proj(y), (window[:, 1:], h)
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight in three passes over x, and four back; PyTorch makes it of many where it has no kernel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, floor):
+        scale = math.sqrt(x.shape[-1]) / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        products = (grad * x).flatten(0, -2)
+        along = (products @ weight).view_as(scale) * scale**3 / -x.shape[-1]  # the norm's gradient lies along x
+        return torch.mul(grad, weight).mul_(scale).addcmul_(x, along), scale.flatten() @ products, None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (float64 for float64)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (float64 for float64)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.register_buffer("floor", torch.tensor(math.sqrt(eps * size)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+        weight = self.weight.to(x.dtype)
+        if x.device.type != "cpu":  # there PyTorch has a kernel
+            y = F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        elif torch.is_grad_enabled():
+            y = RMSNormFunction.apply(x, weight, self.floor)
+        else:
+            rms = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+            y = torch.div(x, rms).mul_(weight * math.sqrt(x.shape[-1]))
+        return y.to(self.weight.dtype)
 
 
 class Layer(nn.Module):
@@ -1211,22 +1238,28 @@ class Mamba(nn.Module):
         x = self.backbone.embeddings(tokens)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of the residual stream (B, L, d_model) for targets (B, L); see `head_loss`."""
+        return head_loss(self.backbone.norm_f(x), self.lm_head.weight[: self.config.vocab_size], targets)
+
     def logits(self, x: Tensor) -> Tensor:
         """The residual stream (..., d_model) -> (..., V): the padding of the vocabulary is cut off."""
         return self.lm_head(self.backbone.norm_f(x))[..., : self.config.vocab_size]
 
-    def forward(self, tokens: Tensor, state=None, starts: Tensor | None = None, return_state: bool = False):
+    def forward(self, tokens: Tensor, state=None, starts: Tensor | None = None, return_state=False, targets=None):
         """tokens (B, L) -> logits (B, L, V), and with `return_state` the state from which the next call goes on.
 
         The state is a list with (convolution window (B, W-1, E), SSM state (B, E, N)) of each layer. starts (B, L) bool
-        marks where a document begins: it sees nothing before it.
+        marks where a document begins: it sees nothing before it. With targets (B, L) the mean loss takes the place of
+        the logits.
         """
         x, after = self.embed(tokens), []
         for i, layer in enumerate(self.backbone.layers):
             y, new = layer.mixer(layer.norm(x), None if state is None else state[i], starts)
             x = x + y
             after.append(new)
-        return (self.logits(x), after) if return_state else self.logits(x)
+        y = self.logits(x) if targets is None else self.loss(x, targets)
+        return (y, after) if return_state else y
 
     def init_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """The state before the first token, for `forward` and `step`."""
@@ -1282,6 +1315,16 @@ class Mamba(nn.Module):
         return torch.cat([tokens, *(t.unsqueeze(1) for t in new)], dim=1)
 
 
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of x (B, L, d_model) through the head's weight (V, d_model) for targets (B, L).
+
+    On the CPU it goes in pieces, so that the logits (B L, V) never exist as a whole: faster, and less memory.
+    """
+    pieces = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None, acc_policy="balanced")
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+    return F.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), options=None if whole else pieces)
+
+
 def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
     """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k and top_p cut the tail, in that order."""
     fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
@@ -1330,6 +1373,14 @@ def read_config(fields: dict) -> tuple[dict, list[str]]:
     return given, problems
 
 
+def read_fields(folder: str) -> dict:
+    """The config.json of a checkpoint folder."""
+    path = Path(folder) / "config.json"
+    rule = "must be a folder with one and its weights; correct the path"
+    require(path.is_file(), f"{folder}: holds no config.json, {rule}")
+    return json.loads(path.read_text("utf-8"))
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -1343,7 +1394,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 (folder / shard).is_file(), f"{folder / shard}: named in {index.name}, but not there; copy it there"
             )
             tensors |= load_torch(folder / shard)
-        return {k.replace("backbone.embedding.", "backbone.embeddings."): v.float() for k, v in tensors.items()}
+        return {k: v.float() for k, v in tensors.items()}
     raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
 
 
@@ -1359,24 +1410,25 @@ def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
         raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
 
 
-def read_folder(folder: str) -> Mamba:
-    """The model in a local folder; raises ValueError once, listing all that does not fit in its config or tensors."""
-    path = Path(folder) / "config.json"
-    require(
-        path.is_file(), f"{folder}: holds no config.json, must be a folder with one and its weights; correct the path"
-    )
-    given, problems = read_config(json.loads(path.read_text("utf-8")))
-    require(not problems, f"{path}: cannot be done here: {'; '.join(problems)}; give a plain Mamba")
-    model, tensors = Mamba(MambaConfig(**given)), read_tensors(Path(folder))
-    want = model.state_dict()
-    if model.config.tie_embeddings and "backbone.embeddings.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
+def check_tensors(folder: str, want: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raise UserError listing the tensors that are missing, extra or of another shape than the model's."""
     problems = [f"{k} is missing" for k in want.keys() - tensors.keys()]
     problems += [f"{k} is extra" for k in tensors.keys() - want.keys()]
     for k in want.keys() & tensors.keys():
         if want[k].shape != tensors[k].shape:
             problems.append(f"{k} is {tuple(tensors[k].shape)}, must be {tuple(want[k].shape)}")
     require(not problems, f"{folder}: the weights do not fit config.json: {'; '.join(sorted(problems))}; mend either")
+
+
+def read_folder(folder: str) -> Mamba:
+    """The model in a local folder; raises ValueError once, listing all that does not fit in its config or tensors."""
+    given, problems = read_config(read_fields(folder))
+    require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Mamba")
+    model, tensors = Mamba(MambaConfig(**given)), read_tensors(Path(folder))
+    tensors = {k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in tensors.items()}
+    if model.config.tie_embeddings and "backbone.embeddings.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
+    check_tensors(folder, model.state_dict(), tensors)
     model.load_state_dict(tensors)
     return model
 
@@ -1392,13 +1444,19 @@ def write_folder(model: Mamba, folder: str) -> None:
     fields |= {"time_step_rank": config.rank, "intermediate_size": config.d_inner, "hidden_act": "silu"}
     fields |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "residual_in_fp32": True}
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors = model.state_dict()
     for k in ("backbone.embeddings.weight", "lm_head.weight"):
-        tensors[k] = tensors[k][: config.vocab_size].clone()
+        tensors[k] = tensors[k][: config.vocab_size]
     if config.tie_embeddings:
         del tensors["lm_head.weight"]
+    write_tensors(folder, fields, tensors)
+
+
+def write_tensors(folder: str, fields: dict, tensors: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors, or pytorch_model.bin where the safetensors package is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / "config.json", fields)
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     try:
         save = functools.partial(
             importlib.import_module("safetensors.torch").save_file, tensors, metadata={"format": "pt"}
@@ -1517,6 +1575,12 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> dict:
     return content
 
 
+def make_model(config: Config, vocab_size: int) -> Mamba:
+    """A new model of the sizes that the flags say."""
+    selective = tuple(name for name in config.selective.split(",") if name)
+    return Mamba(MambaConfig(config.d_model, config.n_layer, vocab_size, config.d_state, selective=selective))
+
+
 class Run:
     """A training run: model, optimiser and position, one step at a time; what a checkpoint holds."""
 
@@ -1529,11 +1593,9 @@ class Run:
         size, first = config.batch // parts, config.batch // self.world * self.rank
         self.micro = [slice(first + i * size, first + (i + 1) * size) for i in range(config.accumulate)]
         self.batches = Batches(corpus.train, config.batch, config.length, config.seed, config.carry_state)
-        selective = tuple(name for name in config.selective.split(",") if name)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            sizes = (config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
-            self.model = Mamba(MambaConfig(*sizes, selective=selective)).to(device)
+            self.model = make_model(config, corpus.vocab_size).to(device)
         self.optimizer = make_optimizer(self.model, config, device)
         self.forward = self.model
         if config.compile:
@@ -1554,8 +1616,8 @@ class Run:
             last = i + 1 == len(self.micro)
             with contextlib.nullcontext() if self.world == 1 or last else self.forward.no_sync():
                 with autocast(self.device):
-                    logits, state = self.forward(x, state, starts, return_state=True)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / len(self.micro)
+                    loss, state = self.forward(x, state, starts, return_state=True, targets=y)
+                loss = loss / len(self.micro)
                 loss.backward()
             if self.config.carry_state:
                 self.carried[i] = [(window.detach(), h.detach()) for window, h in state]
@@ -1739,7 +1801,7 @@ def plot(history: list[dict], baselines: dict[str, float], path: Path) -> None:
     )
     for i, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, ls="--", lw=1, color=f"C{i + 2}", label=name)
-    axes.set(xlabel="step", ylabel="bits a byte" if bits else "nats a token", title="Mamba", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="bits a byte" if bits else "nats a token", title=path.parent.name, ylim=(0, None))
     axes.legend()
     write_atomically(path, lambda name: figure.savefig(name, dpi=150, format="png"))
     plt.close(figure)
@@ -1768,7 +1830,7 @@ def load_checkpoint(config: Config, device: torch.device) -> tuple[Mamba, Tokeni
     return model, content["tokenizer"] and Tokenizer.from_json(content["tokenizer"])
 
 
-def write_sample(model: Mamba, tokenizer: Tokenizer, config: Config) -> str:
+def write_sample(model: nn.Module, tokenizer: Tokenizer, config: Config) -> str:
     """Print the prompt and what the model writes after it, as it comes, in whole characters. Returns the text."""
     device, prompt = next(model.parameters()).device, tokenizer.encode(config.prompt, special=True).astype(np.int64)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -1823,7 +1885,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         job(Config(**arguments | (SMOKE if arguments["smoke"] else {})))
     except (UserError, OSError, FloatingPointError) as error:
-        print(f"mamba.py: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
