@@ -49,7 +49,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -100,6 +99,11 @@ class MambaConfig:
         require(not unknown, f"selective {sorted(unknown)}: must be among delta, B and C; leave it out")
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be at least 1; raise it")
+
+    @property
+    def longest(self) -> float:
+        """Positions that a text may have."""
+        return math.inf
 
     @property
     def d_inner(self) -> int:
@@ -1406,7 +1410,7 @@ def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except ImportError:
         raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # each format has its own kinds
         raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
 
 
@@ -1720,7 +1724,9 @@ def train(config: Config) -> dict:
     say(f"validation: {scores_text(result['validation'])}", flush=True)
     if run.rank == 0:
         if corpus.tokenizer:
-            result["sample"] = write_sample(run.model, corpus.tokenizer, config)
+            prompt = len(corpus.tokenizer.encode(config.prompt, special=True))
+            fits = int(min(config.tokens, run.model.config.longest - prompt + 1))
+            result["sample"] = write_sample(run.model, corpus.tokenizer, dataclasses.replace(config, tokens=fits))
         plot(history, baselines, out / "loss.png")
         result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
         write_json(out / "result.json", result)

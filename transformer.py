@@ -48,7 +48,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -97,14 +96,23 @@ class TransformerConfig:
         for name in ("d_model", "n_layer", "n_head", "vocab_size", "max_length"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be at least 1; raise it")
         for name, choices in PARTS.items():
-            require(getattr(self, name) in choices, f"{name} {getattr(self, name)!r}: must be {' or '.join(choices)}")
-        even = self.d_model % self.n_head == 0 and (self.position == "learned" or self.head_size % 2 == 0)
-        require(even, f"n_head {self.n_head}: must cut d_model {self.d_model} into even widths; change either")
+            value, rule = getattr(self, name), f"must be {' or '.join(choices)}"
+            require(value in choices, f"{name} {value!r}: {rule}; choose one of these")
+        whole, kind = (2, "even") if self.position == "rope" else (1, "equal")
+        fits = self.d_model % (self.n_head * whole) == 0
+        require(fits, f"n_head {self.n_head}: must cut d_model {self.d_model} into {kind} widths; change either")
         fits = self.n_kv_head >= 0 and self.n_head % self.groups == 0
         require(fits, f"n_kv_head {self.n_kv_head}: must divide n_head {self.n_head}; change either")
+        fits = self.d_ff == "auto" or (isinstance(self.d_ff, int) and self.d_ff >= 1)
+        require(fits, f"d_ff {self.d_ff!r}: must be auto or an integer of at least 1; correct it")
         need = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         missing = [k for k in need if k not in self.rope_scaling] if self.rope_scaling else []
         require(not missing, f"rope_scaling {self.rope_scaling}: lacks {', '.join(missing)}; add them, or give None")
+
+    @property
+    def longest(self) -> float:
+        """Positions that a text may have."""
+        return math.inf if self.position == "rope" else self.max_length
 
     @property
     def head_size(self) -> int:
@@ -136,6 +144,7 @@ class Config:
     n_layer: int = flag(2, "layers of attention and MLP; paper: 12 to 24")
     n_head: int = flag(4, "attention heads; paper: 12 to 32")
     n_kv_head: int = flag(0, "heads of keys and values, shared by groups of query heads; 0: n_head, as in the paper")
+    d_ff: int = flag(0, "width inside the MLP; 0: 8/3 d_model up to a multiple of 128, with gelu 4 d_model")
     position: str = flag("rope", "rope, or learned as in the vanilla Transformer")
     mlp: str = flag("swiglu", "swiglu, or gelu as in the vanilla Transformer")
     norm: str = flag("rmsnorm", "rmsnorm, or layernorm with biases everywhere as in the vanilla Transformer")
@@ -178,8 +187,10 @@ class Config:
             )
 
 
-SMOKE = {"d_model": 16, "n_layer": 2, "n_head": 2, "steps": 4, "batch": 4, "length": 32, "eval_every": 2}
-SMOKE |= {"n_kv_head": 0, "tokenizer": "byte"}
+SMOKE = {
+    "d_model": 16, "n_layer": 2, "n_head": 2, "n_kv_head": 0, "d_ff": 0, "steps": 4, "batch": 4, "length": 32,
+    "eval_every": 2, "tokenizer": "byte",
+}  # fmt: skip
 SAMPLING = ("checkpoint", "prompt", "tokens", "temperature", "top_k", "top_p")
 FREE = (*SAMPLING, "accumulate", "compile", "device", "out", "resume", "smoke")  # what may differ on resuming
 
@@ -778,6 +789,14 @@ class RMSNorm(nn.Module):
         return y.to(self.weight.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, computed in float32 (float64 for float64) where the parameters are narrower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries. Names are the checkpoints' names."""
 
@@ -866,15 +885,15 @@ class Layer(nn.Module):
                 rotate(qk, *angles, out=turned)
             keys.select(2, n).copy_(k)
             values.select(2, n).copy_(v)
-            x = out(attend(q, keys.narrow(2, 0, n + 1), values.narrow(2, 0, n + 1)).flatten(1)).add_(x)
-            return mlp(norm_mlp(x)).add_(x)
+            x = x.add_(out(attend(q, keys.narrow(2, 0, n + 1), values.narrow(2, 0, n + 1)).flatten(1)))
+            return x.add_(mlp(norm_mlp(x)))
 
         return step
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
     """The norm that the config names."""
-    return (RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm)(config.d_model, eps=config.norm_eps)
+    return (RMSNorm if config.norm == "rmsnorm" else LayerNorm)(config.d_model, eps=config.norm_eps)
 
 
 def lean(module: nn.Module) -> Callable:
@@ -938,7 +957,7 @@ class Transformer(nn.Module):
         """Raise ValueError where the cache or learned positions do not reach that far."""
         fits = cache is None or count <= cache.capacity
         require(fits, f"{count} positions: {fits or f'the cache holds {cache.capacity}'}; give init_cache more")
-        fits = self.config.position == "rope" or count <= self.config.max_length
+        fits = count <= self.config.longest
         require(fits, f"{count} positions: learned ones end at max_length {self.config.max_length}; shorten the text")
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, starts: Tensor | None = None, targets=None) -> Tensor:
@@ -970,6 +989,7 @@ class Transformer(nn.Module):
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `capacity` positions of each of `batch` rows."""
+        self.check_room(capacity)
         return Cache(self.config, batch, capacity, self.lm_head.weight)
 
     @torch.inference_mode()
@@ -978,7 +998,6 @@ class Transformer(nn.Module):
         fits = tokens.ndim == 2 and tokens.shape[1] > 0
         require(fits, f"prompt of shape {tuple(tokens.shape)}: must be (B, L) with L >= 1; give at least one token")
         capacity = tokens.shape[1] + max(0, max_new_tokens - 1)
-        self.check_room(capacity)
         cache = self.init_cache(len(tokens), capacity)
         logits, step = self.lm_head(self.hidden(tokens, cache)[:, -1]), self.stepper(cache)
         for i in range(max_new_tokens):
@@ -1044,8 +1063,10 @@ NAMES = {  # Hugging Face's name of each of our fields
     "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "max_length": "max_position_embeddings",
 }  # fmt: skip
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048}  # where it has none
-NEEDED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-NEEDED |= {"attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
+NEEDED = {
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0,
+    "partial_rotary_factor": 1, "quantization_config": None,
+}  # fmt: skip
 
 
 def read_config(fields: dict) -> tuple[dict, list[str]]:
@@ -1102,7 +1123,7 @@ def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except ImportError:
         raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # each format has its own kinds
         raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
 
 
@@ -1139,7 +1160,8 @@ def write_folder(model: Transformer, folder: str) -> None:
     require(not vanilla, f"{', '.join(vanilla)}: Llama's layout holds Transformer++ only; save the checkpoint")
     fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     fields |= {"num_key_value_heads": config.groups, "intermediate_size": config.hidden, "head_dim": config.head_size}
-    fields |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "hidden_act": "silu"}
+    scaling = config.rope_scaling and config.rope_scaling | {"rope_type": "llama3"}
+    fields |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "hidden_act": "silu"}
     fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False}
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     tensors = model.state_dict()
@@ -1260,9 +1282,9 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> dict:
 
 def make_model(config: Config, vocab_size: int) -> Transformer:
     """A new model of the sizes and parts that the flags say; learned positions reach one window."""
-    names = ("d_model", "n_layer", "n_head", "n_kv_head", *PARTS)
-    chosen = {name: getattr(config, name) for name in names}
-    return Transformer(TransformerConfig(**chosen, vocab_size=vocab_size, max_length=config.length))
+    chosen = {name: getattr(config, name) for name in ("d_model", "n_layer", "n_head", "n_kv_head", *PARTS)}
+    chosen |= {"d_ff": config.d_ff or "auto", "vocab_size": vocab_size, "max_length": config.length}
+    return Transformer(TransformerConfig(**chosen))
 
 
 class Run:
@@ -1385,7 +1407,9 @@ def train(config: Config) -> dict:
     say(f"validation: {scores_text(result['validation'])}", flush=True)
     if run.rank == 0:
         if corpus.tokenizer:
-            result["sample"] = write_sample(run.model, corpus.tokenizer, config)
+            prompt = len(corpus.tokenizer.encode(config.prompt, special=True))
+            fits = int(min(config.tokens, run.model.config.longest - prompt + 1))
+            result["sample"] = write_sample(run.model, corpus.tokenizer, dataclasses.replace(config, tokens=fits))
         plot(history, baselines, out / "loss.png")
         result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
         write_json(out / "result.json", result)

@@ -1,6 +1,7 @@
 """Settings for every test: the same random state, the same number of threads, no window for a picture."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -15,3 +16,17 @@ torch.set_num_threads(2)
 def same_random_state() -> None:
     """A test's draws do not depend on the tests that ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests whose tensors are small: a second thread costs time, much of it where the machine is shared."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def no_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)

@@ -1,18 +1,11 @@
-"""mamba.py but for its data section: the scan against slow loops, the model against steps, the jobs as users do."""
+"""Mamba's own: the scan against slow loops, the model against steps, folders, and the state that training carries."""
 
-import dataclasses
 import functools
 import itertools
 import json
 import math
-import os
 import random
 import re
-import shlex
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import mamba
+from tests._helpers import close, corpus_of, far_from_zero, text
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are small here: a second thread costs time, much of it where the machine is shared."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----- The oracle: the paper's recurrence, one position after another -------------------------------------------------
@@ -353,20 +341,8 @@ SUBSETS = [names for n in range(4) for names in itertools.combinations(FULL, n)]
 
 
 def small(selective=FULL, **changes):
-    """A model in float64 whose weights are all far from 0, so that nothing is hidden by being small."""
     config = {"d_model": 12, "n_layer": 2, "vocab_size": 29, "d_state": 4, "selective": selective} | changes
-    model = mamba.Mamba(mamba.MambaConfig(**config)).double()
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.requires_grad_(False)
-
-
-def text(*shape):
-    return torch.randint(29, shape)
-
-
-def close(ours, truth, tolerance=1e-10):
-    torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance)
+    return far_from_zero(mamba.Mamba(mamba.MambaConfig(**config)))
 
 
 def by_steps(model, tokens):
@@ -496,67 +472,7 @@ def test_initialisation_is_the_papers():
     assert 0.9 < block.out_proj.weight.abs().max() * 2 * 128**0.5 <= 1  # 1 / sqrt(fan-in) over sqrt(layers)
 
 
-# ----- Writing text ---------------------------------------------------------------------------------------------------
-
-
-def test_greedy_text_is_the_likeliest_token_by_full_recomputation():
-    model, prompt = small(), text(3, 7)
-    longer = prompt
-    for _ in range(12):
-        longer = torch.cat([longer, model(longer)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(model.generate(prompt, 12, temperature=0), longer)
-    assert torch.equal(model.generate(prompt, 12, top_k=1), longer)
-    assert torch.equal(model.generate(prompt, 12, temperature=1.5, top_p=1e-6), longer)
-    rows = [model.generate(row[None], 12, temperature=0) for row in prompt]
-    assert torch.equal(torch.cat(rows), longer) and torch.equal(model.generate(prompt, 0), prompt)
-    stop = longer[0, 9].item()
-    stopped = model.generate(prompt, 12, temperature=0, stop_token=stop)
-    for ours, truth in zip(stopped[:, 7:].tolist(), longer[:, 7:].tolist(), strict=True):
-        end = truth.index(stop) if stop in truth else len(truth)
-        assert ours == truth[:end] + [stop] * (len(ours) - end)
-    assert stopped.shape[1] < 19 or any(stop not in row for row in longer[:, 7:].tolist())
-
-
-def test_the_generator_decides_the_text():
-    model, prompt = small(), text(2, 5)
-    texts = [model.generate(prompt, 20, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.5, 0.3, 0.15, 0.05]),
-        ({"temperature": 0.5}, [0.6849, 0.2466, 0.0616, 0.0068]),
-        ({"top_k": 2}, [0.625, 0.375, 0.0, 0.0]),
-        ({"top_p": 0.79}, [0.625, 0.375, 0.0, 0.0]),
-        ({"top_p": 0.81}, [0.5263, 0.3158, 0.1579, 0]),
-        ({"top_k": 3, "top_p": 0.5}, [1.0, 0.0, 0.0, 0.0]),
-        ({"top_k": 9, "top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
-    ],
-)
-def test_tokens_are_drawn_from_the_cut_distribution(options, expected):
-    order = [2, 0, 3, 1]
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor(order).argsort()].expand(20_000, 4)
-    share = mamba.sample_token(logits, **options).bincount(minlength=4)[order] / 20_000
-    close(share, torch.tensor(expected), 0.015)
-    assert (share[torch.tensor(expected) == 0] == 0).all()
-
-
-@pytest.mark.parametrize("bad", [{"temperature": -0.5}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_bad_sampling_options(bad):
-    name, value = next(iter(bad.items()))
-    with pytest.raises(ValueError, match=f"{name}={value}.*must be"):
-        mamba.sample_token(torch.zeros(1, 4), **bad)
-
-
 # ----- Folders --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_safetensors(monkeypatch):
-    for name in ("safetensors", "safetensors.torch"):
-        monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "bias": True, "conv_bias": False, "dt_rank": 3}])
@@ -607,230 +523,7 @@ def test_folders_that_do_not_fit_name_all_that_is_wrong(tmp_path, no_safetensors
         mamba.Mamba.from_pretrained(str(tmp_path))
 
 
-# ----- Learning -------------------------------------------------------------------------------------------------------
-
-
-def test_a_tiny_batch_is_learnt_by_heart():
-    model, tokens = mamba.Mamba(mamba.MambaConfig(d_model=32, n_layer=1, vocab_size=29, d_state=4)), text(2, 33)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
-    for _ in range(50):
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-
-
-def test_what_decays():
-    for selective in (FULL, ()):
-        model = mamba.Mamba(mamba.MambaConfig(d_model=16, n_layer=1, vocab_size=9, selective=selective))
-        optimizer = mamba.make_optimizer(model, mamba.Config(weight_decay=0.3), torch.device("cpu"))
-        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        decayed = {name for name, p in model.named_parameters() if decay[id(p)] == 0.3}
-        ends = {"embeddings.weight", "in_proj.weight", "conv1d.weight", "out_proj.weight"}
-        ends |= {"x_proj.weight", "dt_proj.weight"} if selective else set()
-        assert {".".join(name.split(".")[-2:]) for name in decayed} == ends
-        assert len(decay) == len(list(model.parameters())) and {*decay.values()} == {0.3, 0.0}
-
-
-def test_learning_rate():
-    config = mamba.Config(steps=100, lr=2.0, min_lr=0.5, warmup=0.1)
-    rates = [mamba.learning_rate(step, config) for step in range(100)]
-    close(torch.tensor(rates[:11]), torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0]), 1e-6)
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.5)
-    assert rates[54] == pytest.approx(1.25, abs=0.02) and rates[32] == pytest.approx(
-        0.5 + 1.5 * math.cos(math.pi / 8) ** 2, abs=0.02
-    )
-    assert mamba.learning_rate(0, mamba.Config(steps=1, lr=2.0)) == 2.0
-
-
-# ----- Jobs, as a user runs them --------------------------------------------------------------------------------------
-
-SCRIPT = str(Path(mamba.__file__).resolve())
-TINY_RUN = "--tokenizer byte --d-model 16 --n-layer 1 --d-state 4 --steps 20 --batch 4 --length 32 --lr 1e-2 --tokens 5"
-TINY_RUN = f"{TINY_RUN} --eval-every 5 --eval-tokens 60".split()
-WORDS = ("the", "cat", "sat", "on", "a", "naïve", "mat", "déjà", "vu", "日本", "🙂")
-
-
-def sentences(seed, size=1900):
-    r = random.Random(seed)
-    return " ".join(r.choice(WORDS) for _ in range(size))[:size]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Train on a small text, in which carried states start anew after 17 steps; without the picture, which is slow."""
-    monkeypatch.setattr(mamba, "plot", lambda *_: None)
-    (tmp_path / "text.txt").write_text(sentences(1), "utf-8")
-
-    def run(out, *flags, job="train", data="text.txt"):
-        return mamba.main([job, *TINY_RUN, "--data", str(tmp_path / data), "--out", str(tmp_path / out), *flags])
-
-    return run
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return torch.tensor([row["loss"] for row in rows(folder)])
-
-
-def saved(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    """Bitwise equality of checkpoints."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def stop_after(monkeypatch, step):
-    """Press Ctrl-C during this step, once."""
-    train_step = mamba.Run.train_step
-
-    def pressed(self):
-        if self.step + 1 == step:
-            monkeypatch.setattr(mamba.Run, "train_step", train_step)
-            signal.raise_signal(signal.SIGINT)
-        return train_step(self)
-
-    monkeypatch.setattr(mamba.Run, "train_step", pressed)
-
-
-def test_a_run_writes_its_files_and_can_be_repeated(run, tmp_path, monkeypatch):
-    assert [run("b"), run("c", "--seed", "1")] == [0, 0]
-    monkeypatch.undo()
-    assert run("a") == 0  # with the picture
-    a, b, c = (tmp_path / name for name in "abc")
-    assert sorted(p.name for p in a.iterdir()) == ["checkpoint.pt", "loss.png", "metrics.jsonl", "result.json"]
-    assert (
-        (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes() != (c / "metrics.jsonl").read_bytes()
-    )
-    assert (a / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [row["step"] for row in rows(a)] == [*range(1, 21)] and losses(a)[-1] < losses(a)[0] - 0.5
-    assert [row["step"] for row in rows(a) if "valid_loss" in row] == [5, 10, 15, 20]
-    assert rows(a)[9]["lr"] == mamba.learning_rate(9, mamba.Config(steps=20, lr=1e-2))
-    result = json.loads((a / "result.json").read_text())
-    assert result["config"]["d_model"] == 16 and result["seed"] == 0 and result["tokens_seen"] == 20 * 4 * 32
-    assert result["parameters"] == sum(
-        p.numel() for p in mamba.load_checkpoint(mamba.Config(out=str(a)), torch.device("cpu"))[0].parameters()
-    )
-
-
-@pytest.mark.parametrize("flags", ["", "--carry-state", "--carry-state --accumulate 2 --document-resets"])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(run, tmp_path, monkeypatch, capsys, flags):
-    flags = flags.split()
-    assert run("whole", *flags) == 0
-    stop_after(monkeypatch, 7)
-    assert run("parts", *flags) == 130 and len(rows(tmp_path / "parts")) == saved(tmp_path / "parts")["step"] == 7
-    assert "stopped after step 7" in capsys.readouterr().out
-    stop_after(monkeypatch, 16)
-    assert run("parts", *flags, "--resume") == 130
-    assert run("parts", *flags, "--resume") == 0
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
-    first, second = saved(whole), saved(parts)
-    assert first.pop("config") != second.pop("config") and same(first, second)
-
-
-def test_ctrl_c_before_the_first_step(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(mamba, "stopped", lambda *_: True)
-    assert run("out", "--carry-state") == 130
-    monkeypatch.undo()
-    assert run("out", "--carry-state", "--resume") == 0 and len(rows(tmp_path / "out")) == 20
-
-
-def start(*words, cwd):
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(words, cwd=cwd, env=environment, stdout=-1, stderr=-1, text=True)
-
-
-def interrupt(process, step):
-    """Send Ctrl-C once the process has passed `step`; returns the last line that it prints."""
-    for line in process.stdout:
-        if (found := re.match(r"step ([\d,]+)/", line)) and int(found[1].replace(",", "")) >= step:
-            break
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == "", errors
-    return output.splitlines()[-1]
-
-
-def test_the_command_that_ctrl_c_prints_resumes(run, tmp_path):
-    flags = [*TINY_RUN, "--data", "text.txt", "--out", "run dir", "--steps", "100000", "--eval-every", "20"]
-    last = interrupt(start(sys.executable, SCRIPT, *flags, cwd=tmp_path), 3)
-    stopped, command = re.fullmatch(r"stopped after step ([\d,]+); to go on: (.*)", last).groups()
-    assert saved(tmp_path / "run dir")["step"] == int(stopped)
-    again = interrupt(start(*shlex.split(command), cwd=tmp_path), int(stopped) + 1)
-    assert again.endswith(command)  # and not --resume twice
-    steps = [row["step"] for row in rows(tmp_path / "run dir")]
-    assert steps == [*range(1, len(steps) + 1)] and len(steps) > int(stopped)
-
-
-@pytest.mark.parametrize("flags", ["", "--accumulate 2 --carry-state"])
-def test_two_processes_are_one(run, tmp_path, flags):
-    assert run("one", *flags.split()) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
-    command += [*TINY_RUN, "--data", "text.txt", "--out", "two", *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    check({"loss": losses(tmp_path / "two")}, {"loss": losses(tmp_path / "one")}, 1e-5)
-    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
-    close(two["model"], one["model"], 1e-3)
-    close(two["carried"], one["carried"], 1e-3)
-    assert done.stdout.count(b"stopped") == 0 and done.stdout.count(b"step 20/20") == 1  # one process speaks
-
-
-def test_accumulation_is_one_batch(run, tmp_path):
-    assert [run("1"), run("4", "--accumulate", "4")] == [0, 0]
-    check({"loss": losses(tmp_path / "4")}, {"loss": losses(tmp_path / "1")}, 1e-5)
-
-
-def test_resuming_with_another_config_names_the_fields(run, tmp_path, capsys):
-    assert run("out") == 0
-    assert run("out", "--resume", "--lr", "0.5", "--length", "16", "--accumulate", "2") == 2
-    error = capsys.readouterr().err
-    assert "lr was 0.01, is 0.5" in error and "length was 32, is 16" in error and error.count(" was ") == 2
-
-
-def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, capsys):
-    assert run("early", "--lr", "1e30", "--eval-every", "50") == 1
-    assert re.fullmatch(r"mamba.py: .*step \d+: .*(nan|inf).*no checkpoint.*lower --lr\n", capsys.readouterr().err)
-    usual = mamba.learning_rate
-    monkeypatch.setattr(mamba, "learning_rate", lambda step, config: 1e30 if step == 6 else usual(step, config))
-    assert run("late") == 1
-    assert re.search(rf"step 8: .*{re.escape(str(tmp_path / 'late' / 'checkpoint.pt'))}", capsys.readouterr().err)
-    monkeypatch.undo()
-    kept = saved(tmp_path / "late")
-    assert kept["step"] == 5 and all(v.isfinite().all() for v in kept["model"].values())
-    assert run("late", "--resume") == 0 and run("late", job="sample") == 0
-
-
-def test_a_model_that_scores_nan_is_not_saved(run, tmp_path, monkeypatch):
-    usual = mamba.learning_rate
-    monkeypatch.setattr(mamba, "learning_rate", lambda step, config: 1e30 if step == 9 else usual(step, config))
-    assert run("out") == 1 and saved(tmp_path / "out")["step"] == 5
-
-
-# ----- Batches, evaluation, samples -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [33, 64, 65, 1000])
-def test_an_epoch_reads_each_window_once(size):
-    batches = mamba.Batches(np.arange(size), 3, 32, 0, False)
-    windows = np.concatenate([batches.offsets(step) for step in range(2 * batches.windows)])  # six epochs
-    assert batches.windows == (size - 1) // 32 and windows.min() >= 0 and windows.max() + 33 <= size
-    for epoch in windows.reshape(6, -1):
-        assert (np.diff(np.sort(epoch)) == 32).all()
-    assert (mamba.Batches(np.arange(size), 3, 32, 0, False).offsets(4) == batches.offsets(4)).all()  # needs no replay
+# ----- Carrying the state ---------------------------------------------------------------------------------------------
 
 
 def test_carried_windows_are_contiguous():
@@ -840,17 +533,10 @@ def test_carried_windows_are_contiguous():
     assert (np.diff(offsets[0]) == 320).all() and [step for step in range(22) if batches.fresh(step)] == [0, 10, 20]
 
 
-def corpus_of(tokens, name="byte", documents=()):
-    tokenizer = mamba.load_tokenizer(name, list(documents))
-    return mamba.Corpus(
-        np.asarray(tokens), np.asarray(tokens), tokenizer, tokenizer.vocab_size, tokenizer.separator, "x"
-    )
-
-
 def test_the_state_is_carried_from_step_to_step(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 256, 600)
     sizes = {"d_model": 16, "n_layer": 1, "d_state": 4, "batch": 2, "length": 100, "steps": 9, "carry_state": True}
-    training = mamba.Run(mamba.Config(**sizes, out=str(tmp_path)), corpus_of(tokens), torch.device("cpu"))
+    training = mamba.Run(mamba.Config(**sizes, out=str(tmp_path)), corpus_of(mamba, tokens), torch.device("cpu"))
     stretches = torch.from_numpy(tokens[:400]).view(2, 200)  # two windows a row
     state = None
     for step in range(4):
@@ -862,181 +548,3 @@ def test_the_state_is_carried_from_step_to_step(tmp_path):
         assert training.train_step()[0] == pytest.approx(truth, rel=1e-6)
         close(training.carried[0], state, 1e-6)
         assert not any(tensor.requires_grad for layer in training.carried[0] for tensor in layer)
-
-
-def slow_evaluation(model, corpus, length, carry, resets):
-    """Nats and bytes of all tokens but the first, one step at a time."""
-    nats = size = 0
-    tokens, state = corpus.valid.tolist(), None
-    for i, token in enumerate(tokens[:-1]):
-        begins = resets and (i == 0 or tokens[i - 1] == corpus.separator)
-        if state is None or begins or (i % length == 0 and not carry):
-            state = model.init_state(1)
-        logits, state = model.step(torch.tensor([token]), state)
-        nats -= logits[0].double().log_softmax(-1)[tokens[i + 1]].item()
-        size += 1 if tokens[i + 1] == corpus.separator else len(corpus.tokenizer.decode_bytes(tokens[i + 1 : i + 2]))
-    return {"loss": nats / (len(tokens) - 1), "bits_a_byte": nats / math.log(2) / size, "tokens": len(tokens) - 1}
-
-
-MODES = [(length, c, r) for length in (1, 7, 64, 500) for c in (False, True) for r in (False, True)]
-
-
-@pytest.mark.parametrize(("length", "carry", "resets"), MODES)
-def test_every_token_but_the_first_is_scored_once(length, carry, resets):
-    documents = [sentences(i, 35) for i in range(9)]
-    corpus = corpus_of([], "bpe:280", documents)
-    corpus.valid = np.concatenate([np.append(corpus.tokenizer.encode(d), corpus.separator) for d in documents])
-    model = small(vocab_size=280)
-    config = mamba.Config(length=length, batch=3, carry_state=carry, document_resets=resets)
-    truth = slow_evaluation(model, corpus, length, carry, resets)
-    assert mamba.evaluate(model, corpus, config) == pytest.approx(truth, rel=1e-5)
-    corpus.valid = corpus.valid[:51]
-    assert mamba.evaluate(model, corpus, config) == mamba.evaluate(model, corpus, config, limit=50)
-    assert mamba.evaluate(model, corpus, config)["tokens"] == 50
-
-
-@pytest.mark.parametrize("flags", [[], ["--length", "37", "--batch", "3", "--carry-state"]])
-def test_the_eval_job(run, tmp_path, capsys, flags):
-    assert run("out") == 0 and capsys.readouterr() and run("out", *flags, job="eval") == 0
-    model, tokenizer = mamba.load_checkpoint(mamba.Config(out=str(tmp_path / "out")), torch.device("cpu"))
-    corpus = mamba.load_corpus(str(tmp_path / "text.txt"), "", tokenizer)
-    with torch.no_grad():
-        truth = slow_evaluation(model, corpus, 37 if flags else 32, bool(flags), False)
-    numbers = re.search(r": ([\d.]+) nats a token, ([\d.]+) bits a byte, (\d+) tokens", capsys.readouterr().out)
-    assert [float(n) for n in numbers.groups()] == pytest.approx(list(truth.values()), abs=2e-4)
-
-
-def test_training_beats_the_unigram_by_a_bit_a_byte(run, tmp_path):
-    (tmp_path / "long.txt").write_text(sentences(2, 20_000), "utf-8")
-    flags = "--n-layer 2 --d-model 32 --d-state 8 --steps 60 --batch 8 --length 64 --eval-every 60"
-    assert run("out", *flags.split(), data="long.txt") == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["validation"]["bits_a_byte"] < result["baselines_bits_a_byte"]["byte unigram"] - 1
-
-
-def test_tokens_from_a_bin(run, tmp_path, capsys):
-    parts = [np.append(np.frombuffer(sentences(i, 90).encode(), np.uint8), 256) for i in range(40)]
-    np.concatenate(parts).astype("<u2").tofile(tmp_path / "tokens.bin")
-    description = {"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte", "document_separator": 256}
-    (tmp_path / "tokens.json").write_text(json.dumps(description))
-    assert run("plain", data="tokens.bin") == run("resets", "--document-resets", data="tokens.bin") == 0
-    assert run("resets", "--document-resets", job="eval", data="tokens.bin") == run("resets", job="sample") == 0
-    assert not torch.equal(losses(tmp_path / "plain"), losses(tmp_path / "resets"))  # the flag does something
-
-
-class Parrot(torch.nn.Module):
-    """A model that writes the given bytes, one a token."""
-
-    def __init__(self, content):
-        super().__init__()
-        self.weight, self.content = torch.nn.Parameter(torch.zeros(1)), content
-
-    def stream(self, tokens, max_new_tokens, *options):
-        yield from (torch.tensor([byte]) for byte in self.content[:max_new_tokens])
-
-
-@pytest.mark.parametrize("tokens", [99, 25])  # 25: in the middle of the last character
-def test_a_sample_comes_in_whole_characters(tokens, monkeypatch):
-    content, pieces = "né → 日本語 🙂 👩‍👧".encode(), []
-    monkeypatch.setattr("builtins.print", lambda *words, end="\n", **_: pieces.append("".join(words) + end))
-    text = mamba.write_sample(
-        Parrot(content), mamba.load_tokenizer("byte", []), mamba.Config(prompt="Oh", tokens=tokens)
-    )
-    assert text == "Oh" + content[:tokens].decode("utf-8", "ignore") and "".join(pieces) == text + "\n"
-    assert len(pieces) > 10 and "\ufffd" not in text
-
-
-def test_samples_from_a_checkpoint_and_from_a_folder(run, tmp_path, capsys, no_safetensors):
-    assert run("out") == 0 and capsys.readouterr()
-    assert run("out", "--prompt", "naïve", "--tokens", "30", "--temperature", "0", job="sample") == 0
-    text = capsys.readouterr().out.removesuffix("\n")
-    model, tokenizer = mamba.load_checkpoint(mamba.Config(out=str(tmp_path / "out")), torch.device("cpu"))
-    prompt = torch.tensor([tokenizer.encode("naïve").tolist()])
-    assert tokenizer.decode(model.generate(prompt, 30, temperature=0)[0]) in (text, text + "\ufffd")  # a cut character
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
-    spec = {"model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(letters)}, "merges": []}, "normalizer": None}
-    spec |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "added_tokens": []}
-    folder = small(vocab_size=256).float()
-    folder.save_pretrained(str(tmp_path / "hf"))
-    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(spec))
-    flags = ["--checkpoint", str(tmp_path / "hf"), "--prompt", "Hé", "--tokens", "20", "--temperature", "0"]
-    assert mamba.main(["sample", *flags]) == 0
-    tokenizer = mamba.load_tokenizer(str(tmp_path / "hf" / "tokenizer.json"), [])
-    ids = folder.generate(torch.tensor([tokenizer.encode("Hé").tolist()]), 20, temperature=0)[0]
-    text = capsys.readouterr().out.removesuffix("\n")
-    assert text.startswith("Hé") and tokenizer.decode(ids) in (text, text + "\ufffd")
-    assert mamba.main(["sample", *flags, "--prompt", ""]) == 2 and "at least one token" in capsys.readouterr().err
-    chosen = mamba.load_checkpoint(mamba.Config(checkpoint=str(tmp_path / "hf"), tokenizer="byte"), torch.device("cpu"))
-    assert chosen[1].name == "byte"  # a tokenizer that is asked for goes before the folder's
-    (tmp_path / "hf" / "tokenizer.json").unlink()
-    for job in ("sample", "eval"):  # never with a tokenizer that the model was not trained with
-        assert mamba.main([job, *flags]) == 2 and "has no tokenizer" in capsys.readouterr().err
-
-
-# ----- Bad input ------------------------------------------------------------------------------------------------------
-
-BAD = {  # flags after the usual ones; what the line must say: the value, the rule, the fix
-    "--data nowhere.txt": "nowhere.txt: no such file.*give",
-    "--data empty.txt": "empty.txt: holds no text; give",
-    "--data short.txt": "short.txt.*: 29 tokens.*needs 33; give",
-    "--data outside.bin": "outside.bin: token id 300 must be below vocab_size 257; correct",
-    "--data odd.bin": "odd.bin: 3 bytes must be a multiple of 2.*correct",
-    "--data lonely.bin": "lonely.bin: needs lonely.json beside it; write",
-    "--tokenizer wordpiece": "'wordpiece': unknown; choose",
-    "--batch 3 --accumulate 2": "--batch 3: must be a multiple of .*2; change",
-    "--carry-state --batch 128": "too few for 128 stretches of --length 32; lower",
-    "--device tpu": "--device tpu: .*try auto",
-    "--selective delta,E": r"\['E'\]: must be among delta, B and C; leave",
-    "--d-model 0": "d_model 0: must be at least 1; raise",
-    "--batch 0": "--batch 0: must be at least 1; raise",
-    "--length 0": "--length 0: must be at least 1; raise",
-    "--accumulate 0": "--accumulate 0: must be at least 1; raise",
-    "--eval-every 0": "--eval-every 0: must be at least 1; raise",
-    "--steps 0": "--steps 0: must be at least 1; raise",
-    "--seed -1": "--seed -1: must not be negative; raise",
-    "--out text.txt": "text.txt: must be a folder.*; give",
-    "--out other --resume": "checkpoint.pt: is no checkpoint of this script; give",
-    "--out empty --resume": "empty holds no checkpoint.pt, must be.*correct",
-    "--out junk --resume": "checkpoint.pt: not a file of tensors.*; give",
-    "sample --checkpoint junk/checkpoint.pt": "checkpoint.pt: not a file of tensors.*; give",
-    "sample --checkpoint other.pt": "other.pt: is no checkpoint of this script; give",
-    "sample --checkpoint nowhere.pt": "nowhere.pt: no such file.*train first",
-    "sample --checkpoint junk": "junk: holds no config.json.*correct",
-    "sample --checkpoint good.pt --prompt ''": "must be.*L >= 1; give",
-    "sample --checkpoint good.pt --temperature -1": "temperature=-1.0.*must be >= 0.*correct",
-    "sample --checkpoint good.pt --top-k -3": "--top-k -3: must not be negative; raise",
-    "sample --checkpoint good.pt --top-p 0": "top_p=0.0.*must be.*correct",
-    "eval --checkpoint small.pt": "has 257 tokens, the model's vocabulary 29; give",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_one_line(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, content in {"text": sentences(1), "empty": " \n", "short": "x" * 30}.items():
-        Path(f"{name}.txt").write_text(content, "utf-8")
-    for name, content in {"outside": b"\x01\x00" * 99 + b"\x2c\x01", "odd": b"abc", "lonely": b"ab"}.items():
-        Path(f"{name}.bin").write_bytes(content)
-        description = {"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte", "document_separator": None}
-        if name != "lonely":
-            Path(f"{name}.json").write_text(json.dumps(description))
-    for name, content in {"junk": b"not tensors at all", "other": None}.items():
-        Path(name).mkdir()
-        Path(name, "checkpoint.pt").write_bytes(content) if content else torch.save({"a": 1}, f"{name}/checkpoint.pt")
-    torch.save([1, 2], "other.pt")
-    for name, size in {"good": 257, "small": 29}.items():
-        model, tokenizer = small(vocab_size=size).float(), mamba.load_tokenizer("byte", [])
-        content = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
-        torch.save(content | {"tokenizer": tokenizer.to_json(), "config": {}, "step": 0}, f"{name}.pt")
-    words = shlex.split(flags)
-    job = [words.pop(0)] if words[0] in mamba.JOBS else []
-    assert mamba.main([*job, *TINY_RUN, "--data", "text.txt", "--out", "out", *words]) == 2
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"mamba\.py: .*\n", line) and re.search(BAD[flags], line), line
-    assert not Path("out", "checkpoint.pt").exists()
-
-
-def test_bad_input_has_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "--data", "gone.txt"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "gone.txt" in done.stderr

@@ -137,11 +137,13 @@ def cpu_name() -> str:
 
 def write_result(args: argparse.Namespace, name: str, **measured) -> None:
     """OUT/name.json (name-tuned.json under tuned malloc): measurements and where they come from."""
-    packages = ("torch", "numpy", "mambapy", "transformers")
-    versions = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = {"python": platform.python_version()}
+    versions |= {p: installed[p] for p in ("torch", "numpy", "mambapy", "transformers") if p in installed}
     record = {"argv": sys.argv, "malloc": args.malloc, "versions": versions, "cpu": cpu_name(), "cpus": os.cpu_count()}
     record |= {"threads": torch.get_num_threads(), "load": os.getloadavg()}
-    record |= {"mamba_sha256": hashlib.sha256((ROOT / "mamba.py").read_bytes()).hexdigest()} | measured
+    hashes = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in ROOT.glob("*.py")}
+    record |= {"script_sha256": {name: h for name, h in hashes.items() if name in sys.modules}} | measured
     path = Path(args.out) / f"{name}{'-tuned' if args.malloc == 'tuned' else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")

@@ -1,11 +1,13 @@
-"""Training and generation of mamba.py's model beside mambapy's and transformers' Mamba, in tokens a second.
+"""Training and generation of both scripts' models beside other people's of the same weights, in tokens a second.
 
-    python tests/bench/model.py                       # with one step of transformers: about five minutes
-    python tests/bench/model.py --skip-transformers   # a minute
+    python tests/bench/model.py                       # with one step of transformers' Mamba: about six minutes
+    python tests/bench/model.py --skip-transformers   # without transformers' Mamba: two minutes
     python tests/bench/model.py --malloc tuned --skip-transformers
 
-One process, interleaved, float32, the same weights in all three (heads not tied, as mambapy's are not). A training step
-is the forward pass, cross-entropy, backward pass and AdamW; generation is greedy, and all must write the same tokens.
+mamba.py stands beside mambapy's and transformers' Mamba (4 layers, heads not tied, as mambapy's are not), and
+transformer.py beside transformers' Llama (2 layers, tied: as many parameters as a tied Mamba of 4). One process,
+interleaved, float32. A training step is forward pass, cross-entropy, backward pass and AdamW; ours takes the loss as
+its script does. Generation is greedy, and all must write the same tokens.
 """
 
 import argparse
@@ -30,11 +32,13 @@ from _common import (
 from torch import Tensor, nn
 
 import mamba
+import transformer
 
 FULL = {"width": 256, "layers": 4, "vocab": 4096, "batch": 4, "length": 512, "generated": 200}
 QUICK = {"width": 32, "layers": 2, "vocab": 64, "batch": 2, "length": 32, "generated": 10}
 PROMPT = 8  # tokens
 GOALS = {("training", "mambapy"): 1.8, ("training", "transformers"): 60.0, ("generation", "mambapy"): 1.5}
+GOALS |= {("training", "Llama"): 1.15, ("generation", "Llama"): 3.0}
 
 
 def our_model(sizes: dict[str, int]) -> mamba.Mamba:
@@ -91,6 +95,22 @@ def make_models(sizes: dict[str, int], peers: list[str]) -> dict[str, nn.Module]
     return models
 
 
+def make_transformers(sizes: dict[str, int]) -> dict[str, nn.Module]:
+    """transformer.py's model and transformers' Llama with the same weights, and names."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, heads = max(1, sizes["layers"] // 2), max(1, sizes["width"] // 64)
+    config = {"d_model": sizes["width"], "n_layer": layers, "n_head": heads, "vocab_size": sizes["vocab"]}
+    ours = transformer.Transformer(transformer.TransformerConfig(**config))
+    nn.init.normal_(ours.model.embed_tokens.weight)  # a text that does not repeat one token
+    theirs = {"hidden_size": sizes["width"], "num_hidden_layers": layers, "num_attention_heads": heads}
+    theirs |= {"vocab_size": sizes["vocab"], "intermediate_size": ours.config.hidden, "rms_norm_eps": 1e-5}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # none: generation never stops early
+    llama = LlamaForCausalLM(LlamaConfig(**theirs, **ids, tie_word_embeddings=True))
+    llama.load_state_dict(ours.state_dict())
+    return {"ours": ours, "Llama": llama}
+
+
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     output = model(tokens)
     return output if isinstance(output, Tensor) else output.logits
@@ -101,7 +121,9 @@ def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> float:
-        loss = F.cross_entropy(logits_of(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        ours = isinstance(model, mamba.Mamba | transformer.Transformer)
+        loss = model(x, targets=y) if ours else F.cross_entropy(logits_of(model, x).flatten(0, 1), y.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -143,16 +165,17 @@ def time_training(models: dict[str, nn.Module], sizes: dict[str, int], rounds: i
     return times | ({"transformers": [measure(slow)]} if slow else {})
 
 
-def report(times: dict[str, dict[str, list[float]]], tokens: dict[str, int]) -> list[dict]:
+def report(script: str, times: dict[str, dict[str, list[float]]], tokens: dict[str, int]) -> list[dict]:
     """Print tokens a second and ratios; returns the rows."""
-    rows, lines = [], [["", "tokens a second", "spread", "runs", "ours is faster by"]]
+    rows, lines = [], [[script, "tokens a second", "spread", "runs", "ours is faster by"]]
     for job, of_model in times.items():
         for name, seconds in of_model.items():
             ratio = median(seconds) / median(of_model["ours"])
-            rate = tokens[job] / median(seconds)
-            rows.append({"job": job, "model": name, "tokens_a_second": rate, "ratio": ratio, "seconds": seconds})
+            row = {"script": script, "job": job, "model": name, "tokens_a_second": tokens[job] / median(seconds)}
+            rows.append(row | {"ratio": ratio, "seconds": seconds})
             times_ = "" if name == "ours" else f"{number(ratio)} x"
-            lines.append([f"{job}, {name}", number(rate), f"±{spread(seconds):.0%}", str(len(seconds)), times_])
+            rate = number(row["tokens_a_second"])
+            lines.append([f"{job}, {name}", rate, f"±{spread(seconds):.0%}", str(len(seconds)), times_])
     print(table(lines))
     return rows
 
@@ -161,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = add_common_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     parser.add_argument("--rounds", type=int, default=7, help="runs of each; the median counts")
     parser.add_argument(
-        "--skip-transformers", action="store_true", help="leave transformers' Mamba out: its step is slow"
+        "--skip-transformers", action="store_true", help="leave transformers' Mamba out: its step takes minutes"
     )
     return parser
 
@@ -171,19 +194,22 @@ def main(argv: list[str] | None = None) -> int:
     need_peers()
     prepare(args)
     sizes, rounds = (QUICK, 2) if args.quick else (FULL, args.rounds)
-    models = make_models(sizes, ["mambapy"] if args.skip_transformers else ["mambapy", "transformers"])
-    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    assert len(set(parameters.values())) == 1, parameters
-    print(f"{parameters['ours']:,} parameters, {args.threads} threads, {args.malloc} malloc; {sizes}")
-    times = {"generation": time_generation(models, sizes, rounds)}  # first: training changes the weights
-    times["training"] = time_training(models, sizes, rounds)
-    rows = report(times, {"generation": sizes["generated"], "training": sizes["batch"] * sizes["length"]})
-    goals = []
+    families = {"transformer.py": make_transformers(sizes)}
+    families["mamba.py"] = make_models(sizes, ["mambapy"] if args.skip_transformers else ["mambapy", "transformers"])
+    rows, parameters, goals = [], {}, []
+    for script, models in families.items():
+        counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        assert len(set(counts.values())) == 1, counts
+        parameters[script] = counts["ours"]
+        print(f"{script}: {counts['ours']:,} parameters, {args.threads} threads, {args.malloc} malloc; {sizes}")
+        times = {"generation": time_generation(models, sizes, rounds)}  # first: training changes the weights
+        times["training"] = time_training(models, sizes, rounds)
+        rows += report(script, times, {"generation": sizes["generated"], "training": sizes["batch"] * sizes["length"]})
     for row in rows:
         at_least = GOALS.get((row["job"], row["model"]))
         if at_least and not args.quick:
             goals.append(goal(f"{row['job']}: tokens a second over {row['model']}'s", row["ratio"], at_least))
-    write_result(args, "model", sizes=sizes, parameters=parameters["ours"], measured=rows, goals=goals)
+    write_result(args, "model", sizes=sizes, parameters=parameters, measured=rows, goals=goals)
     return 0
 
 
