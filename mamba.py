@@ -49,11 +49,14 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import unicodedata
@@ -657,11 +660,15 @@ def selective_scan(
     float32, or in float64 for float64 u. Raises ValueError for shapes that do not fit and for an unknown backend.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts)
     if backend == "auto":
-        backend = "chunked"  # the fastest that works here
+        problem = fused_problem(*arguments)
+        backend = "chunked" if problem else "fused"  # the fastest that works here
+        if problem:
+            say_once(f"selective_scan: chunked and not fused, since {problem}")
     require(backend in SCANS, f"scan backend {backend!r} does not exist; choose auto, {', '.join(SCANS)}")
     with torch.autocast(u.device.type, enabled=False):
-        y, state = SCANS[backend](u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts)
+        y, state = SCANS[backend](*arguments)
     return (y, state) if return_final_state else y
 
 
@@ -705,15 +712,27 @@ def scan_sequential(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_so
     return torch.stack(ys, dim=1), state
 
 
-def scan_chunked(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts):
+def scan_chunked(*arguments):
     """The parallel scan in pure PyTorch: `ChunkedScan`, with its hand-written backward."""
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return scan_by(ChunkedScan, *arguments)
+
+
+def scan_fused(*arguments):
+    """The scan as one pass in C: `FusedScan`, with its hand-written backward."""
+    problem = fused_problem(*arguments)
+    require(problem is None, f"fused scan: {problem}; choose backend auto or chunked")
+    return scan_by(FusedScan, *arguments)
+
+
+def scan_by(kind: type, *arguments):
+    """The scan by `ChunkedScan` or `FusedScan`; states are saved only where a gradient will be asked for."""
+    *tensors, delta_softplus, starts = arguments
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return ChunkedScanFunction.apply(*tensors, delta_softplus, starts)
-    return ChunkedScan(*tensors[:-1], delta_softplus, starts).forward(initial_state, save=False)[:2]
+        return ScanFunction.apply(kind, *arguments)
+    return kind(*tensors[:-1], delta_softplus, starts).forward(tensors[-1], save=False)[:2]
 
 
-SCANS = {"sequential": scan_sequential, "chunked": scan_chunked}
+SCANS = {"sequential": scan_sequential, "chunked": scan_chunked, "fused": scan_fused}
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -1050,15 +1069,302 @@ class ChunkedScan:
         self.store(grads["u"], window, g_u)
 
 
-class ChunkedScanFunction(torch.autograd.Function):
-    """`ChunkedScan` for autograd."""
+# ----- The method: fused, in C ----------------------------------------------------------------------------------------
+
+FUSED = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#define EACH _Pragma("omp simd") for (int w = 0; w < W; w++)  /* channel of a tile */
+#define ROW(x, b, l) (s->x + (b) * s->x##_stride[0] + (l) * s->x##_stride[1])
+typedef struct {  /* `fused_struct`; strides are of batch and time */
+    int64_t threads, batch, length, channels, states, softplus;
+    int64_t u_stride[2], delta_stride[2], z_stride[2], B_stride[2], C_stride[2];
+    const float *u, *delta, *A, *B, *C, *D, *z, *delta_bias, *initial, *dy, *dstate;
+    const char *starts;
+    float *y, *state, *saved, *du, *ddelta, *dz, *dA, *dB, *dC, *dD, *ddelta_bias, *dinitial;
+} scan;
+typedef struct { float u[T][W], raw[T][W], delta[T][W], x[T][W], z[T][W], gate[T][W], y[T][W]; } block;
+
+static inline float exp_(float x) {  /* 2^(x log2 e): the whole part is the exponent, a polynomial does the rest */
+    union { float f; int32_t i; } whole, r;
+    x *= 1.44269504f;
+    float c = x < -126.f ? -126.f : x > 127.f ? 127.f : x;
+    whole.f = c + 12582912.f;  /* 1.5 x 2^23 rounds */
+    float f = c - (whole.f - 12582912.f), p = .00133278629f + f * .000154657859f;
+    r.f = 1.f + f * (.693147182f + f * (.240226462f + f * (.0555045962f + f * (.00961834353f + f * p))));
+    r.i += (int32_t)((uint32_t)whole.i << 23);
+    return x < -126.f ? 0.f : x > 127.9f ? INFINITY : r.f + (x - x);
+}
+static inline float log1p_(float e) {  /* for 0 to 1: 2 artanh(e / (2 + e)) */
+    float s = e / (2.f + e), q = s * s, p = 1.f / 9 + q * (1.f / 11 + q * (1.f / 13 + q / 15));
+    return 2.f * s * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * p))));
+}
+static inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
+static inline void load(float *to, const float *from, int n) { EACH to[w] = w < n ? from[w] : 0.f; }
+static inline void store(float *to, const float *from, int n) { memcpy(to, from, n * sizeof *to); }
+
+/* n positions of a tile of m channels from d on: fills k, takes h (states, W) along, and keeps a and h where asked. */
+static void run(const scan *s, int64_t b, int64_t d, int m, int64_t first, int n, block *k, const float *A, float *h,
+                float *as, float *hs) {
+    float skip[W] = {0}, bias[W] = {0}, spare[W];
+    if (s->D) load(skip, s->D + d, m);
+    if (s->delta_bias) load(bias, s->delta_bias + d, m);
+    for (int t = 0; t < n; t++) {
+        int64_t l = first + t;
+        float *u = k->u[t], *raw = k->raw[t], *delta = k->delta[t], *x = k->x[t], *y = k->y[t];
+        load(u, ROW(u, b, l) + d, m);
+        load(raw, ROW(delta, b, l) + d, m);
+        EACH raw[w] += bias[w];
+        EACH delta[w] = s->softplus ? (raw[w] > 0.f ? raw[w] : 0.f) + log1p_(exp_(-fabsf(raw[w]))) : raw[w];
+        EACH { x[w] = delta[w] * u[w]; y[w] = skip[w] * u[w]; }
+        if (s->z) {
+            load(k->z[t], ROW(z, b, l) + d, m);
+            EACH k->gate[t][w] = sigmoid_(k->z[t][w]);
+        }
+        const float *B = ROW(B, b, l), *C = ROW(C, b, l);
+        float keep = s->starts && s->starts[b * s->length + l] ? 0.f : 1.f;
+        for (int64_t i = 0, N = s->states; i < N; i++) {
+            float Bi = B[i], Ci = C[i], *hi = h + i * W, *a = as ? as + (t * N + i) * W : spare;
+            const float *Ai = A + i * W;
+            EACH { a[w] = keep * exp_(delta[w] * Ai[w]); hi[w] = a[w] * hi[w] + x[w] * Bi; y[w] += Ci * hi[w]; }
+            if (hs) memcpy(hs + (t * N + i) * W, hi, W * sizeof *hi);
+        }
+    }
+}
+#define TILES /* every (b, d) is one thread's, from the first position to the last or back; sizes in floats */ \
+    int64_t N = s->states, D = s->channels, L = s->length, size = N * W, blocks = (L + T - 1) / T; int failed = 0; \
+    _Pragma("omp parallel for collapse(2) num_threads(s->threads)") \
+    for (int64_t b = 0; b < s->batch; b++) for (int64_t d = 0; d < D; d += W)
+
+int forward(const scan *s) {
+    TILES {
+        int m = D - d < W ? (int)(D - d) : W;
+        float *A = malloc(2 * size * sizeof *A + sizeof(block)), *h = A + size;
+        if (!A) { failed = 1; continue; }
+        block *k = (block *)(h + size);
+        for (int64_t i = 0; i < N; i++) {
+            load(A + i * W, s->A + i * D + d, m);
+            load(h + i * W, s->initial ? s->initial + (b * N + i) * D + d : A, s->initial ? m : 0);
+        }
+        for (int64_t c = 0; c < blocks; c++) {
+            int n = L - c * T < T ? (int)(L - c * T) : T;
+            float *saved = s->saved ? s->saved + (b * blocks + c) * N * D + d : NULL;
+            for (int64_t i = 0; i < N && saved; i++) store(saved + i * D, h + i * W, m);
+            run(s, b, d, m, c * T, n, k, A, h, NULL, NULL);
+            for (int t = 0; t < n; t++) {
+                if (s->z) EACH k->y[t][w] *= k->z[t][w] * k->gate[t][w];
+                store(s->y + (b * L + c * T + t) * D + d, k->y[t], m);
+            }
+        }
+        for (int64_t i = 0; i < N; i++) store(s->state + (b * N + i) * D + d, h + i * W, m);
+        free(A);
+    }
+    return failed;
+}
+
+int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1} g_{t+1}; dB and dC: a tile's share */
+    TILES {
+        int m = D - d < W ? (int)(D - d) : W;
+        float *A = calloc((5 + 2 * T) * size + 3 * W + sizeof(block) / sizeof *A, sizeof *A);
+        if (!A) { failed = 1; continue; }
+        float *first = A + size, *h = first + size, *g = h + size, *dA = g + size, *as = dA + size, *hs = as + T * size;
+        float *skip = hs + T * size, *dD = skip + W, *dbias = dD + W;
+        block *k = (block *)(dbias + W);
+        for (int64_t i = 0; i < N; i++) {
+            load(A + i * W, s->A + i * D + d, m);
+            load(g + i * W, s->dstate + (b * N + i) * D + d, m);
+        }
+        if (s->D) load(skip, s->D + d, m);
+        for (int64_t c = blocks - 1; c >= 0; c--) {
+            int n = L - c * T < T ? (int)(L - c * T) : T;
+            for (int64_t i = 0; i < N; i++) load(first + i * W, s->saved + ((b * blocks + c) * N + i) * D + d, m);
+            memcpy(h, first, size * sizeof *h);
+            run(s, b, d, m, c * T, n, k, A, h, as, hs);
+            for (int t = n - 1; t >= 0; t--) {
+                int64_t l = c * T + t, at = b * L + l, share = (d / W * s->batch * L + at) * N;
+                float gy[W], dz[W], dx[W] = {0}, dd[W] = {0}, *u = k->u[t], *delta = k->delta[t], *x = k->x[t];
+                load(gy, s->dy + at * D + d, m);
+                if (s->z) {
+                    float *z = k->z[t], *gate = k->gate[t], *y = k->y[t];
+                    EACH dz[w] = gy[w] * y[w] * gate[w] * (1.f + z[w] * (1.f - gate[w]));
+                    EACH gy[w] *= z[w] * gate[w];
+                    store(s->dz + at * D + d, dz, m);
+                }
+                const float *B = ROW(B, b, l), *C = ROW(C, b, l);
+                for (int64_t i = 0; i < N; i++) {
+                    float Bi = B[i], Ci = C[i], dBi = 0.f, dCi = 0.f, *gi = g + i * W, *dAi = dA + i * W;
+                    const float *Ai = A + i * W, *a = as + (t * N + i) * W, *now = hs + (t * N + i) * W;
+                    const float *before = t ? now - size : first + i * W;
+                    _Pragma("omp simd reduction(+ : dBi, dCi)") for (int w = 0; w < W; w++) {
+                        float e = gi[w] + Ci * gy[w], q = e * a[w] * before[w];  /* q: gradient of delta A */
+                        dBi += e * x[w]; dCi += gy[w] * now[w];
+                        dx[w] += e * Bi; dd[w] += q * Ai[w]; dAi[w] += q * delta[w]; gi[w] = e * a[w];
+                    }
+                    s->dB[share + i] = dBi; s->dC[share + i] = dCi;
+                }
+                EACH { dd[w] += dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; dD[w] += gy[w] * u[w]; }
+                if (s->softplus) EACH dd[w] *= sigmoid_(k->raw[t][w]);
+                EACH dbias[w] += dd[w];
+                store(s->du + at * D + d, dx, m); store(s->ddelta + at * D + d, dd, m);
+            }
+        }
+        for (int64_t i = 0; i < N; i++) {
+            store(s->dA + (b * N + i) * D + d, dA + i * W, m);
+            store(s->dinitial + (b * N + i) * D + d, g + i * W, m);
+        }
+        store(s->dD + b * D + d, dD, m); store(s->ddelta_bias + b * D + d, dbias, m);
+        free(A);
+    }
+    return failed;
+}
+"""
+
+
+class FusedScan:
+    """The scan as one pass in C, with `ChunkedScan`'s methods: a thread takes a tile of channels along the sequence.
+
+    The states stay in the cache, and the backward pass starts each block of positions from its saved first state and
+    computes the others again. No sum depends on the number of threads.
+    """
+
+    TILE, BLOCK = 64, 16  # channels that are computed side by side, positions between two saved states
+    INTEGERS = ("threads", "batch", "length", "channels", "states", "softplus")
+    STRIDED = ("u", "delta", "z", "B", "C")
+    POINTERS = (
+        "u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial", "dy", "dstate", "starts", "y", "state", "saved",
+        "du", "ddelta", "dz", "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial",
+    )  # fmt: skip
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
+        tensors = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "A": A.t(), "D": D, "delta_bias": delta_bias}
+        self.inputs = {k: None if x is None else x.float() for k, x in tensors.items()}
+        for k, x in self.inputs.items():  # rows may lie apart, as the halves of a projection do
+            dense = x is None or (x.stride(-1) == 1 and k in self.STRIDED) or x.is_contiguous()
+            self.inputs[k] = x if dense else x.contiguous()
+        self.inputs["starts"] = None if starts is None else starts.contiguous()
+        self.dtype, self.sizes = u.dtype, (*u.shape, A.shape[1])
+        self.integers = dict(zip(self.INTEGERS, (torch.get_num_threads(), *self.sizes, delta_softplus), strict=True))
+
+    def call(self, name: str, **tensors: Tensor) -> None:
+        """Run `forward` or `backward` of `FUSED` on the inputs and these tensors."""
+        struct, given = fused_struct()(**self.integers), self.inputs | tensors
+        for k, x in given.items():
+            if x is not None:
+                setattr(struct, k, x.data_ptr())
+        for k in self.STRIDED:
+            if given[k] is not None:
+                setattr(struct, k + "_stride", given[k].stride()[:2])
+        require(getattr(fused_library(), name)(ctypes.byref(struct)) == 0, "fused scan: out of memory; free some")
+
+    def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """y (B, L, D), the last state (B, D, N) and, with `save`, the states that enter each block (B, L / T, N, D)."""
+        (batch, L, D, N), new = self.sizes, self.inputs["u"].new_empty
+        outputs = {"y": new(batch, L, D), "state": new(batch, N, D)}
+        outputs["saved"] = new(batch, -(-L // self.BLOCK), N, D) if save else None
+        initial = None if initial_state is None else initial_state.mT.float().contiguous()
+        self.call("forward", initial=initial, **outputs)
+        return outputs["y"].to(self.dtype), outputs["state"].mT, [outputs["saved"]] if save else []
+
+    def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
+        """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
+        (batch, L, D, N), new = self.sizes, self.inputs["u"].new_empty
+        tiles = -(-D // self.TILE)
+        grads = {k: new(batch, L, D) for k in ("u", "delta") + ("z",) * (self.inputs["z"] is not None)}
+        grads |= {"A": new(batch, N, D), "initial": new(batch, N, D), "D": new(batch, D), "delta_bias": new(batch, D)}
+        grads |= {"B": new(tiles, batch, L, N), "C": new(tiles, batch, L, N)}  # each tile's and row's share
+        given = {"dy": dy.float().contiguous(), "dstate": grad_state.mT.float().contiguous(), "saved": saved[0]}
+        self.call("backward", **given, **{"d" + k: x for k, x in grads.items()})
+        sums = {k: grads[k].sum(0) for k in ("A", "B", "C", "D", "delta_bias")}
+        return grads | sums | {"A": sums["A"].t(), "initial_state": grads["initial"].mT}
+
+
+@functools.cache
+def fused_struct() -> type[ctypes.Structure]:
+    """The C struct `scan`: integers, strides of batch and time, pointers."""
+    fields = [(name, ctypes.c_int64) for name in FusedScan.INTEGERS]
+    fields += [(name + "_stride", ctypes.c_int64 * 2) for name in FusedScan.STRIDED]
+    fields += [(name, ctypes.c_void_p) for name in FusedScan.POINTERS]
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
+
+
+@functools.cache
+def fused_library() -> ctypes.CDLL:
+    """`FUSED`, compiled for this machine by `cc` (or $CC) once, about a second, and kept in the user's cache folder.
+
+    The file's name is a hash of source, flags and processor. Raises OSError where it cannot be compiled or loaded.
+    """
+    command = [*shlex.split(os.environ.get("CC") or "cc"), f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}"]
+    command += ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+    cpuinfo, processor = Path("/proc/cpuinfo"), platform.processor() + platform.machine()
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text("utf-8", "replace").splitlines()
+        processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    error = OSError("no compiler was tried")
+    for extra in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
+        key = "\0".join([FUSED, *command, *extra, processor])
+        path = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+        try:
+            if not path.exists():
+                write_atomically(path, functools.partial(compile_c, [*command, *extra]))
+            return ctypes.CDLL(str(path))
+        except (OSError, subprocess.SubprocessError) as problem:
+            error = OSError(str(problem).strip().splitlines()[-1][:100])
+    raise error
+
+
+def compile_c(command: list[str], out: str) -> None:
+    """Compile `FUSED` to the shared library `out`; raises OSError with what the compiler says last."""
+    done = subprocess.run([*command, "-x", "c", "-", "-o", out, "-lm"], input=FUSED, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """A folder for compiled code that only this user can write to: in the user's cache, else a new temporary one."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
+    with contextlib.suppress(OSError, RuntimeError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="mamba-scan-"))
+
+
+def fused_problem(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts) -> str | None:
+    """Why the fused scan cannot take these arguments, or None if it can."""
+    if u.device.type != "cpu":
+        return f"there is none for {u.device.type} yet"
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if any(x is not None and x.dtype == torch.float64 for x in tensors):
+        return "it computes in float32, and the input is float64"
+    if B.ndim == 2 or C.ndim == 2:
+        return "B or C is input-independent"
+    try:
+        fused_library()
+    except OSError as error:
+        return f"it could not be compiled ({error})"
+    return None
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line to standard error, the first time only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class ScanFunction(torch.autograd.Function):
+    """`ChunkedScan` or `FusedScan` for autograd."""
 
     NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx, kind, *arguments):
         *tensors, initial_state, ctx.delta_softplus, starts = arguments
-        y, state, saved = ChunkedScan(*tensors, ctx.delta_softplus, starts).forward(initial_state, save=True)
+        ctx.kind = kind
+        y, state, saved = kind(*tensors, ctx.delta_softplus, starts).forward(initial_state, save=True)
         ctx.save_for_backward(*tensors, initial_state, starts, *saved)
         return y, state
 
@@ -1067,10 +1373,10 @@ class ChunkedScanFunction(torch.autograd.Function):
     def backward(ctx, grad_y, grad_state):
         *tensors, initial_state, starts = ctx.saved_tensors[:10]
         with torch.autocast(grad_y.device.type, enabled=False):
-            scan = ChunkedScan(*tensors, ctx.delta_softplus, starts)
+            scan = ctx.kind(*tensors, ctx.delta_softplus, starts)
             grads = scan.backward(grad_y, grad_state, ctx.saved_tensors[10:])
-        pairs = zip(ChunkedScanFunction.NAMES, (*tensors, initial_state), strict=True)
-        return *(None if x is None else grads[k].to(x.dtype) for k, x in pairs), None, None
+        pairs = zip(ScanFunction.NAMES, (*tensors, initial_state), strict=True)
+        return None, *(None if x is None else grads[k].to(x.dtype) for k, x in pairs), None, None
 
 
 # ----- The model ------------------------------------------------------------------------------------------------------

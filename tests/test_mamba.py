@@ -4,8 +4,12 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +126,14 @@ TINY = (2**14, 48, 2**11)  # ChunkedScan.SIZES that force segments, many windows
 PATHS = [*((name, None) for name in mamba.SCANS), ("chunked", TINY)]
 
 
+def need(backend, x, dtype=torch.float32):
+    """Skip, visibly, what the fused scan does not take; without a compiler that is everything."""
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "delta_softplus", "starts")
+    arguments = [v.to(dtype) if torch.is_tensor(v := x.get(k)) and v.is_floating_point() else v for k in names]
+    if backend == "fused" and (problem := mamba.fused_problem(*arguments)):
+        pytest.skip(f"fused: {problem}")
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(mamba.ChunkedScan.SIZES, "cpu", TINY)
@@ -140,6 +152,7 @@ def test_scan_is_the_recurrence(name, backend, sizes, monkeypatch):
     if sizes:
         monkeypatch.setitem(mamba.ChunkedScan.SIZES, "cpu", sizes)
     x, layout, truth = case_and_truth(name)
+    need(backend, x)
     check(differentiate(with_state(backend), x, layout), truth, 1e-5)
 
 
@@ -171,6 +184,7 @@ def test_float64_is_computed_in_float64(backend, sizes, monkeypatch):
         monkeypatch.setitem(mamba.ChunkedScan.SIZES, "cpu", sizes)
     for static in ("", "BC"):
         x = draw(2, 45, 9, 5, static=static)
+        need(backend, x, torch.float64)
         truth = differentiate(recurrence, x, dtype=torch.float64)
         ours = differentiate(with_state(backend), x, dtype=torch.float64)
         assert {v.dtype for v in ours.values()} == {torch.float64}
@@ -181,6 +195,7 @@ def test_float64_is_computed_in_float64(backend, sizes, monkeypatch):
 @pytest.mark.parametrize("backend", mamba.SCANS)
 def test_half_precision_inputs_are_computed_in_float32(backend, dtype, tiny):
     x = draw(2, 45, 9, 5)
+    need(backend, x)
     half = x | {k: x[k].to(dtype) for k in ("u", "delta", "B", "C", "z")}
     ours = differentiate(with_state(backend), half)
     truth = differentiate(with_state(backend), half | {k: half[k].float() for k in ("u", "delta", "B", "C", "z")})
@@ -207,7 +222,7 @@ def test_gradients_are_the_finite_differences(static, sizes, monkeypatch):
 # ----- Properties of the scan -----------------------------------------------------------------------------------------
 
 
-def in_pieces(cuts, carry):
+def in_pieces(cuts, carry, backend):
     """`selective_scan` run piece by piece, the state carried over the cuts or dropped there."""
 
     def scan(starts=None, initial_state=None, **x):
@@ -216,34 +231,42 @@ def in_pieces(cuts, carry):
             piece = {k: v[:, a:b] if k in ("u", "delta", "z", "B", "C") and v.ndim == 3 else v for k, v in x.items()}
             state = state if a == 0 or carry else None
             marks = None if starts is None else starts[:, a:b]
-            y, state = with_state()(**piece, initial_state=state, starts=marks)
+            y, state = with_state(backend)(**piece, initial_state=state, starts=marks)
             ys.append(y)
         return torch.cat(ys, 1), state
 
     return scan
 
 
+@pytest.fixture(params=["chunked", "fused"])
+def backend(request, tiny):
+    """The parallel scans, the chunked one in small pieces."""
+    need(request.param, draw(1, 2, 3, 4))
+    return request.param
+
+
 @pytest.mark.parametrize("static", ["", "BC"])
-def test_starts_are_documents_run_apart(static, tiny):
+def test_starts_are_documents_run_apart(static, backend):
     x, cuts = draw(2, 60, 9, 5, static=static), [1, 17, 18, 40]
+    need(backend, x)
     x["starts"] = torch.zeros(2, 60, dtype=torch.bool)
     x["starts"][:, cuts] = True
-    check(differentiate(with_state(), x), differentiate(in_pieces(cuts, carry=False), x), 1e-5)
+    check(differentiate(with_state(backend), x), differentiate(in_pieces(cuts, False, backend), x), 1e-5)
 
 
-def test_a_start_at_position_0_drops_the_initial_state(tiny):
+def test_a_start_at_position_0_drops_the_initial_state(backend):
     x = draw(2, 30, 9, 5, starts=0)
     x["starts"][:, 0] = True
-    ours = differentiate(with_state(), x)
-    bare = differentiate(with_state(), {k: v for k, v in x.items() if k not in ("initial_state", "starts")})
+    ours = differentiate(with_state(backend), x)
+    bare = differentiate(with_state(backend), {k: v for k, v in x.items() if k not in ("initial_state", "starts")})
     assert not ours.pop("initial_state").any()
     check(ours, bare, 1e-6)
 
 
 @pytest.mark.parametrize("cuts", [[1], [59], [30], [7, 8, 31]])
-def test_a_sequence_may_be_cut_anywhere(cuts, tiny):
+def test_a_sequence_may_be_cut_anywhere(cuts, backend):
     x = draw(2, 60, 9, 5)
-    check(differentiate(in_pieces(cuts, carry=True), x), differentiate(with_state(), x), 1e-5)
+    check(differentiate(in_pieces(cuts, True, backend), x), differentiate(with_state(backend), x), 1e-5)
 
 
 @pytest.mark.parametrize(("backend", "sizes"), PATHS)
@@ -252,6 +275,7 @@ def test_runs_are_bitwise_equal_and_inputs_are_left_alone(backend, sizes, monkey
         monkeypatch.setitem(mamba.ChunkedScan.SIZES, "cpu", sizes)
     torch.set_num_threads(2)
     x = draw(3, 100, 20, 8)
+    need(backend, x)
     before = {k: v.clone() for k, v in x.items() if torch.is_tensor(v)}
     first, second = (differentiate(with_state(backend), x) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -261,22 +285,22 @@ def test_runs_are_bitwise_equal_and_inputs_are_left_alone(backend, sizes, monkey
     assert all(torch.equal(x[k], v) for k, v in before.items())
 
 
-def test_backward_may_be_called_twice(tiny):
+def test_backward_may_be_called_twice(backend):
     x = draw(2, 60, 9, 5)
     leaves = {k: v.requires_grad_() for k, v in x.items() if torch.is_tensor(v) and v.is_floating_point()}
-    y, state = with_state()(**x)
+    y, state = with_state(backend)(**x)
     loss = (y * y).sum() + state.sum()
     first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
     second = torch.autograd.grad(loss, list(leaves.values()))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_states_are_not_kept():
+def test_states_are_not_kept(backend):
     B, L, D, N = 2, 256, 64, 16
     x, sizes = draw(B, L, D, N), []
     x["u"].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda v: sizes.append(v.numel()) or v, lambda v: v):
-        y = mamba.selective_scan(**x)
+        y = mamba.selective_scan(**x, backend=backend)
         assert y.requires_grad and sum(sizes) < B * L * D * N / 2  # the inputs are 4 N-ths of it
         sizes.clear()
         for off in (torch.no_grad, torch.inference_mode):
@@ -289,11 +313,110 @@ def test_states_are_not_kept():
 @pytest.mark.parametrize("backend", mamba.SCANS)
 def test_autocast_does_not_reach_the_scan(backend, monkeypatch):
     x, scan, on = draw(2, 60, 9, 5), mamba.SCANS[backend], []
+    need(backend, x)
     plain = differentiate(with_state(backend), x)
     monkeypatch.setitem(mamba.SCANS, backend, lambda *args: on.append(torch.is_autocast_enabled("cpu")) or scan(*args))
     with torch.autocast("cpu", torch.bfloat16):
         under = differentiate(with_state(backend), x)
     assert on == [False] and all(torch.equal(plain[k], under[k]) for k in plain)
+
+
+# ----- The fused scan's library ---------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, torch, mamba
+torch.manual_seed(0)
+u, delta, B, C = torch.randn(2, 50, 70), torch.rand(2, 50, 70), torch.randn(2, 50, 4), torch.randn(2, 50, 4)
+x = [v.requires_grad_() for v in (u, delta, -torch.rand(70, 4), B, C)]
+y, want = (mamba.selective_scan(*x, backend=b) for b in ("auto", "sequential"))
+assert (y - want).norm() < 1e-5 * want.norm()
+y.sum().backward()
+mamba.selective_scan(*x)
+print(mamba.fused_problem(*x, *[None] * 6))
+"""
+
+
+def start_program(cache, **environment):
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.Popen(command, cwd=Path(mamba.__file__).parent, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def ends(process):
+    """What it printed, and its lines on standard error."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output.strip(), errors.splitlines()
+
+
+def test_two_processes_may_compile_at_once(tmp_path):
+    need("fused", draw(1, 2, 3, 4))
+    running = [start_program(tmp_path) for _ in range(2)]
+    assert [ends(process) for process in running] == [("None", [])] * 2
+    (made,) = (tmp_path / "mamba-scan").iterdir()  # one library, and nothing half written
+    assert made.suffix == ".so" and not (tmp_path / "mamba-scan").stat().st_mode & 0o077
+    before = made.stat().st_mtime_ns
+    assert ends(start_program(tmp_path)) == ("None", []) and made.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("unfit", ["others may write", "a file", "no folder can be made"])
+def test_an_unfit_cache_folder_is_left_alone(unfit, tmp_path):
+    need("fused", draw(1, 2, 3, 4))
+    cache = Path("/proc") if unfit == "no folder can be made" else tmp_path
+    if unfit == "a file":
+        (cache / "mamba-scan").write_text("")
+    elif unfit == "others may write":
+        (cache / "mamba-scan").mkdir()
+        (cache / "mamba-scan").chmod(0o777)
+    assert ends(start_program(cache, TMPDIR=str(tmp_path))) == ("None", [])
+    assert not list((cache / "mamba-scan").glob("*")) and list(tmp_path.glob("mamba-scan-*/scan-*.so"))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc -no-such-flag"])
+def test_without_a_compiler_the_chunked_scan_runs_and_one_line_says_so(compiler, tmp_path):
+    problem, errors = ends(start_program(tmp_path, CC=compiler))
+    assert len(errors) == 1 and re.match(r"selective_scan: chunked and not fused, since .*compiled", errors[0]), errors
+    assert "could not be compiled" in problem and not list((tmp_path / "mamba-scan").iterdir())
+
+
+def test_the_fused_scan_says_what_it_cannot_take():
+    x = draw(2, 5, 3, 4)
+    double = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in x.items()}
+    with pytest.raises(ValueError, match="float32, and the input is float64; choose backend"):
+        mamba.selective_scan(**double, backend="fused")
+    with pytest.raises(ValueError, match="input-independent; choose backend"):
+        mamba.selective_scan(**draw(2, 5, 3, 4, static="B"), backend="fused")
+
+
+@pytest.mark.parametrize("channels", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33])
+def test_tiles_and_blocks_of_any_size(channels, length):
+    x = draw(2, length, channels, 3, seed=channels + length)
+    need("fused", x)
+    check(differentiate(with_state("fused"), x), differentiate(recurrence, x, dtype=torch.float64), 1e-5)
+
+
+def test_rows_may_lie_apart():
+    x = draw(2, 20, 12, 4)
+    need("fused", x)
+    wide = {
+        k: torch.cat([v, torch.full_like(v, math.nan)], -1)[..., : v.shape[-1]] for k, v in x.items() if k in "uzBC"
+    }
+    turned = {"delta": x["delta"].mT.contiguous().mT}
+    ours, truth = (with_state("fused")(**x | changed) for changed in (wide | turned, {}))
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(value):
+    x = draw(1, 40, 5, 4, without=["starts"])
+    need("fused", x)
+    x["u"][0, 7, 2] = value
+    y = mamba.selective_scan(**x, backend="fused")
+    assert not y[0, 7:, 2].isfinite().any() and y[0, :7].isfinite().all() and y[..., 3:].isfinite().all()
+
+
+# ----- One position ---------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_a_scan_of_one_position():
