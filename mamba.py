@@ -1247,16 +1247,21 @@ class FusedScan:
         self.dtype, self.sizes = u.dtype, (*u.shape, A.shape[1])
         self.integers = dict(zip(self.INTEGERS, (torch.get_num_threads(), *self.sizes, delta_softplus), strict=True))
 
-    def call(self, name: str, **tensors: Tensor) -> None:
-        """Run `forward` or `backward` of `FUSED` on the inputs and these tensors."""
-        struct, given = fused_struct()(**self.integers), self.inputs | tensors
+    def prepare(self, name: str, **tensors: Tensor) -> Callable[[], None]:
+        """A call of `forward` or `backward` in `FUSED` on the inputs and these tensors, whatever they hold by then."""
+        struct, given, run = fused_struct()(**self.integers), self.inputs | tensors, getattr(fused_library(), name)
         for k, x in given.items():
             if x is not None:
                 setattr(struct, k, x.data_ptr())
         for k in self.STRIDED:
             if given[k] is not None:
                 setattr(struct, k + "_stride", given[k].stride()[:2])
-        require(getattr(fused_library(), name)(ctypes.byref(struct)) == 0, "fused scan: out of memory; free some")
+        reference = ctypes.byref(struct)
+
+        def call(_keep=given) -> None:
+            require(run(reference) == 0, "fused scan: out of memory; free some")
+
+        return call
 
     def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """y (B, L, D), the last state (B, D, N) and, with `save`, the states that enter each block (B, L / T, N, D)."""
@@ -1264,7 +1269,7 @@ class FusedScan:
         outputs = {"y": new(batch, L, D), "state": new(batch, N, D)}
         outputs["saved"] = new(batch, -(-L // self.BLOCK), N, D) if save else None
         initial = None if initial_state is None else initial_state.mT.float().contiguous()
-        self.call("forward", initial=initial, **outputs)
+        self.prepare("forward", initial=initial, **outputs)()
         return outputs["y"].to(self.dtype), outputs["state"].mT, [outputs["saved"]] if save else []
 
     def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
@@ -1275,7 +1280,7 @@ class FusedScan:
         grads |= {"A": new(batch, N, D), "initial": new(batch, N, D), "D": new(batch, D), "delta_bias": new(batch, D)}
         grads |= {"B": new(tiles, batch, L, N), "C": new(tiles, batch, L, N)}  # each tile's and row's share
         given = {"dy": dy.float().contiguous(), "dstate": grad_state.mT.float().contiguous(), "saved": saved[0]}
-        self.call("backward", **given, **{"d" + k: x for k, x in grads.items()})
+        self.prepare("backward", **given, **{"d" + k: x for k, x in grads.items()})()
         sums = {k: grads[k].sum(0) for k in ("A", "B", "C", "D", "delta_bias")}
         return grads | sums | {"A": sums["A"].t(), "initial_state": grads["initial"].mT}
 
@@ -1518,6 +1523,17 @@ class RMSNorm(nn.Module):
         return y.to(self.weight.dtype)
 
 
+def lean(module: nn.Module) -> Callable:
+    """What a linear layer or norm computes for x (B, d_model), without the module: decoding waits for calls."""
+    if isinstance(module, nn.Linear):
+        multiply = torch.mm if module.bias is None else functools.partial(torch.addmm, module.bias)
+        return functools.partial(multiply, mat2=module.weight.t())
+    if isinstance(module, RMSNorm) and module.weight.dtype == torch.float32:
+        weight, floor = module.weight * math.sqrt(len(module.weight)), module.floor
+        return lambda x: x.div(torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(weight)
+    return module
+
+
 class Layer(nn.Module):
     """Norm and block; the residual stream around them stays in float32."""
 
@@ -1525,6 +1541,39 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = MambaBlock(config)
+
+    def stepper(self, window: Tensor, h: Tensor) -> Callable[[Tensor], Tensor]:
+        """Norm, block and residual for one position, x (B, d_model) -> (B, d_model), with the fused scan; see `lean`.
+
+        window (B, W-1, E) and h (B, E, N) are the state, from which it goes on in memory of its own.
+        """
+        mixer, norm, project, out = self.mixer, lean(self.norm), lean(self.mixer.in_proj), lean(self.mixer.out_proj)
+        (batch, past, E), new = window.shape, self.norm.weight.new_empty
+        ring = F.pad(window, (0, 0, 0, 1))  # (B, W, E): the newest input replaces the oldest
+        taps = mixer.conv1d.weight.squeeze(1).t()  # (W, E), oldest first
+        rolled = [taps.roll(place + 1, 0) for place in range(past + 1)]  # when the newest stands at `place`
+        bias = torch.zeros(E) if mixer.conv1d.bias is None else mixer.conv1d.bias
+        xz, parts, (u, delta, y) = new(batch, 2 * E), new(batch, sum(mixer.sizes)), (new(batch, E) for _ in range(3))
+        x, z = xz.chunk(2, dim=-1)
+        rank, B, C = parts.split(mixer.sizes, dim=-1)
+        u_, delta_, B_, C_, z_, y_ = (v.unsqueeze(1) for v in (u, delta, B, C, z, y))  # sequences of one position
+        state = h.mT.clone(memory_format=torch.contiguous_format)
+        scan = FusedScan(u_, delta_, mixer.A(), B_, C_, mixer.D, z_, mixer.dt_proj.bias, True, None)
+        advance = scan.prepare("forward", initial=state, y=y_, state=state)
+        select, widen = lean(mixer.x_proj), mixer.dt_proj.weight.t()
+        place = itertools.cycle([past, *range(past)])
+
+        def step(residual: Tensor) -> Tensor:
+            project(norm(residual), out=xz)
+            now = next(place)
+            ring.select(1, now).copy_(x)
+            F.silu(torch.sum(ring * rolled[now], dim=1, out=u).add_(bias), inplace=True)
+            select(u, out=parts)
+            torch.mm(rank, widen, out=delta)
+            advance()
+            return out(y).add_(residual)
+
+        return step
 
 
 class Mamba(nn.Module):
@@ -1595,12 +1644,36 @@ class Mamba(nn.Module):
         fits = tokens.ndim == 2 and tokens.shape[1] > 0
         require(fits, f"prompt of shape {tuple(tokens.shape)}: must be (B, L) with L >= 1; give at least one token")
         logits, state = self(tokens, return_state=True)
-        logits, As = logits[:, -1], [layer.mixer.A() for layer in self.backbone.layers]
+        logits, step = logits[:, -1], self.stepper(state)
         for i in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)
             yield token
             if i + 1 < max_new_tokens:
-                logits, state = self.step(token, state, As)
+                logits = step(token)
+
+    def stepper(self, state: list) -> Callable[[Tensor], Tensor]:
+        """A function token (B,) -> logits (B, V) that goes on from the state, like `step`, which stays as it is."""
+        layers, weight = self.backbone.layers, self.lm_head.weight
+        if weight.dtype == torch.float32 and len(layers[0].mixer.sizes) == 3:
+            u = weight.new_zeros(1, 1, 1)
+            if fused_problem(u, u, u, u, u, *[None] * 6) is None:
+                steps = [layer.stepper(*pair) for layer, pair in zip(layers, state, strict=True)]
+                norm, head = lean(self.backbone.norm_f), lean(self.lm_head)
+
+                def step(token: Tensor) -> Tensor:
+                    x = self.embed(token)
+                    for layer in steps:
+                        x = layer(x)
+                    return head(norm(x))[:, : self.config.vocab_size]
+
+                return step
+        As, box = [layer.mixer.A() for layer in layers], [state]
+
+        def step(token: Tensor) -> Tensor:
+            logits, box[0] = self.step(token, box[0], As)
+            return logits
+
+        return step
 
     @classmethod
     def from_pretrained(cls, folder: str) -> Mamba:

@@ -833,6 +833,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def stepper(self) -> Callable:
+        """`forward` for x (B, d_model); see `lean`."""
+        gate, up, down = lean(self.gate_proj), lean(self.up_proj), lean(self.down_proj)
+        return lambda x: down(F.silu(gate(x)).mul_(up(x)))
+
 
 class GELU(nn.Module):
     """GELU(x W_up) W_down, the vanilla Transformer's."""
@@ -845,6 +850,11 @@ class GELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))
+
+    def stepper(self) -> Callable:
+        """`forward` for x (B, d_model); see `lean`."""
+        up, down = lean(self.up_proj), lean(self.down_proj)
+        return lambda x: down(F.gelu(up(x)))
 
 
 class Layer(nn.Module):
@@ -866,9 +876,8 @@ class Layer(nn.Module):
         """`forward` for one position as a function (x (B, d_model), angles) -> (B, d_model); see `lean`."""
         attention, (keys, values) = self.self_attn, cache.layers[layer]
         projections = [lean(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        norm, out, norm_mlp, mlp = map(
-            lean, (self.input_layernorm, attention.o_proj, self.post_attention_layernorm, self.mlp)
-        )
+        norm, norm_mlp, mlp = lean(self.input_layernorm), lean(self.post_attention_layernorm), self.mlp.stepper()
+        out = lean(attention.o_proj)
         B, G, _, d = keys.shape
         H = attention.q_proj.out_features // d
         heads = keys.new_empty(B, H + 2 * G, d)  # memory for q, k and v, and these after the rotation
@@ -897,10 +906,7 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 
 
 def lean(module: nn.Module) -> Callable:
-    """What the module computes for x (B, d_model), without the module: decoding waits for calls, not for arithmetic."""
-    if isinstance(module, SwiGLU):
-        gate, up, down = (lean(linear) for linear in (module.gate_proj, module.up_proj, module.down_proj))
-        return lambda x: down(F.silu(gate(x)).mul_(up(x)))
+    """What a linear layer or norm computes for x (B, d_model), without the module: decoding waits for calls."""
     if isinstance(module, nn.Linear):
         multiply = torch.mm if module.bias is None else functools.partial(torch.addmm, module.bias)
         return functools.partial(multiply, mat2=module.weight.t())

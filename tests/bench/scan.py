@@ -1,10 +1,12 @@
-"""Time and peak memory of mamba.py's selective scan beside mambapy's, transformers' eager one and a plain loop.
+"""Time and peak memory of mamba.py's scans, fused and chunked, beside mambapy's, transformers' and a plain loop.
 
     python tests/bench/scan.py                  # timings, memory, growth with length: about ten minutes
     python tests/bench/scan.py --malloc tuned   # timings again, with a malloc that keeps what is freed
 
 All run in one process on the same inputs, interleaved; each gets softplus, its bias, D and z, so that all compute one
-function, and that they do is checked first. Memory is the growth of a fresh process's resident peak over one call.
+function, and that they do is checked first. Memory is the growth of a fresh process's resident peak over one call. The
+floor of the fused scan is the larger of its memory traffic, at the rate of a copy, and its exponentials, at the rate of
+torch.exp in the cache, both measured here.
 """
 
 import argparse
@@ -40,24 +42,27 @@ import mamba
 SHAPES = {"S": (1, 768, 512, 16), "M": (2, 1536, 2048, 16), "X": (1, 256, 8192, 16)}  # (B, D, L, N)
 QUICK_SHAPES = {"S": (1, 32, 64, 16), "M": (2, 64, 128, 16), "X": (1, 16, 512, 16)}
 MODES = ("forward", "forward+backward")
-IMPLEMENTATIONS = ("ours", "mambapy", "transformers", "loop")
+OURS = ("fused", "chunked")
+IMPLEMENTATIONS = (*OURS, "mambapy", "transformers", "loop")
 LOOPS = ("transformers", "loop")  # each select's gradient fills the whole tensor: the backward is quadratic in L
 LIMIT = 60.0  # seconds, of one forward+backward of a loop
 
-# (mode, shape, at least so many times mambapy); what holds under tuned malloc only stands apart.
+# malloc: (implementation, mode, shape, at least so many times mambapy's speed)
 SPEED_GOALS = {
     "default": [
-        ("forward+backward", "M", 8.0),
-        ("forward+backward", "X", 4.0),
-        ("forward", "M", 12.0),
-        ("forward", "X", 5.0),
+        ("chunked", "forward+backward", "M", 8.0),
+        ("chunked", "forward+backward", "X", 4.0),
+        ("chunked", "forward", "M", 12.0),
+        ("chunked", "forward", "X", 5.0),
+        ("fused", "forward+backward", "M", 38.0),
+        ("fused", "forward+backward", "X", 28.0),
     ],
-    "tuned": [("forward+backward", "M", 2.3)],
+    "tuned": [("chunked", "forward+backward", "M", 2.3), ("fused", "forward+backward", "M", 11.0)],
 }
-MEMORY_GOAL = 9.0
+MEMORY_GOALS = {"chunked": 9.0, "fused": 16.0}
 
 
-def ours(inputs: dict[str, Tensor], backend: str = "auto") -> Tensor:
+def ours(inputs: dict[str, Tensor], backend: str) -> Tensor:
     return mamba.selective_scan(**inputs, delta_softplus=True, backend=backend)
 
 
@@ -82,8 +87,10 @@ def transformers_scan(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def implementation(name: str) -> Callable[[dict[str, Tensor]], Tensor]:
-    loop = functools.partial(ours, backend="sequential")
-    return {"ours": ours, "mambapy": mambapy_scan, "transformers": transformers_scan, "loop": loop}[name]
+    backends = {"fused": "fused", "chunked": "chunked", "loop": "sequential"}
+    if name in backends:
+        return functools.partial(ours, backend=backends[name])
+    return {"mambapy": mambapy_scan, "transformers": transformers_scan}[name]
 
 
 def make_inputs(name: str, shape: tuple[int, int, int, int], grad: bool) -> dict[str, Tensor]:
@@ -147,34 +154,60 @@ def time_shapes(shapes: dict, names: list[str], rounds: int, budget: float) -> l
 
 
 def print_times(row: dict, first: bool) -> None:
-    """A line of the table of times, as it comes: the medians in ms, and the others' divided by ours."""
+    """A line of the table of times, as it comes: the medians in ms, and these divided by the fused scan's."""
     if first:
-        print("\nms, and times ours (in brackets: half the range of the runs)")
-    our = median(row["seconds"]["ours"])
+        print("\nms, and times the fused scan's (in brackets: half the range of the runs)")
+    our = median(row["seconds"]["fused"])
     parts = []
     for name in [*row["seconds"], *row["predicted"]]:
         if name in row["predicted"]:
             parts.append(f"{name} – (would take about {row['predicted'][name]:.0f} s)")
         else:
             seconds = row["seconds"][name]
-            times = f", {number(median(seconds) / our)} x" if name != "ours" else ""
+            times = f", {number(median(seconds) / our)} x" if name != "fused" else ""
             parts.append(f"{name} {number(median(seconds) * 1e3)} (±{spread(seconds):.0%}, n {len(seconds)}{times})")
     print(f"{row['shape']} {row['sizes']} {row['mode']}: " + " · ".join(parts), flush=True)
 
 
-def ratio_to_mambapy(rows: list[dict], mode: str, shape: str) -> float:
+def ratio_to_mambapy(rows: list[dict], name: str, mode: str, shape: str) -> float:
     row = next(r for r in rows if (r["mode"], r["shape"]) == (mode, shape))
-    return median(row["seconds"]["mambapy"]) / median(row["seconds"]["ours"])
+    return median(row["seconds"]["mambapy"]) / median(row["seconds"][name])
 
 
 def time_growth(lengths: list[int], width: int, rounds: int) -> list[dict]:
     """Microseconds a token of ours, by length: flat is linear."""
     rows = []
     for L in lengths:
-        runs = {mode: make_run("ours", (1, width, L, 16), mode) for mode in MODES}
+        runs = {f"{name} {mode}": make_run(name, (1, width, L, 16), mode) for name in OURS for mode in MODES}
         times = interleave(runs, rounds, budget=10.0)
         rows.append({"L": L, "seconds": times} | {m: median(s) / L * 1e6 for m, s in times.items()})
     return rows
+
+
+def floors(shapes: dict) -> dict:
+    """Least seconds of each shape and mode at this machine's rates of copying (bytes/s) and of exponentials (1/s)."""
+    x, y, z = torch.ones(2**26), torch.empty(2**26), torch.zeros(2**16)
+    copied = 2 * x.nbytes / min(measure(lambda: y.copy_(x)) for _ in range(9))
+    rate = 100 * z.numel() / min(measure(lambda: [torch.exp(z) for _ in range(100)]) for _ in range(9))
+    least = {}
+    for label, (batch, width, L, N) in shapes.items():
+        full, weights = 4 * batch * L * width, 4 * batch * L * N
+        moved = {MODES[0]: 4 * full + 2 * weights}  # reads u, delta, z, B, C, writes y
+        moved[MODES[1]] = moved[MODES[0]] + 7 * full + 4 * weights  # reads these and dy again, writes their gradients
+        for passes, mode in enumerate(MODES, 1):
+            least[f"{label} {mode}"] = max(moved[mode] / copied, passes * batch * width * L * N / rate)
+    return {"bytes_a_second": copied, "exponentials_a_second": rate, "seconds": least}
+
+
+def print_floors(least: dict, rows: list[dict]) -> None:
+    rates = least["bytes_a_second"] / 1e9, least["exponentials_a_second"] / 1e9
+    print(f"\nfloor of the fused scan at {rates[0]:.1f} GB/s and {rates[1]:.2f} billion exponentials a second")
+    lines = [["", "floor, ms", "fused, ms", "share"]]
+    for row in rows:
+        name, took = f"{row['shape']} {row['mode']}", median(row["seconds"]["fused"])
+        seconds = least["seconds"][name]
+        lines.append([name, number(seconds * 1e3), number(took * 1e3), f"{seconds / took:.0%}"])
+    print(table(lines), flush=True)
 
 
 # ----- Memory
@@ -235,14 +268,14 @@ def measure_memory(rows: list[dict], threads: int) -> list[dict]:
 
 
 def print_memory(memory: list[dict]) -> None:
-    print("\npeak extra memory, MB, and times ours")
+    print("\npeak extra memory, MB, and times the fused scan's")
     header = ["", *IMPLEMENTATIONS]
     lines = []
     for row in memory:
-        line, our = [f"{row['shape']} {row['mode']}"], row["bytes"]["ours"]
+        line, our = [f"{row['shape']} {row['mode']}"], row["bytes"]["fused"]
         for name in IMPLEMENTATIONS:
             peak = row["bytes"].get(name)
-            times = "" if name == "ours" or not peak or not our else f" ({number(peak / our)} x)"
+            times = "" if name == "fused" or not peak or not our else f" ({number(peak / our)} x)"
             line.append(number(peak / 1e6 if peak else None) + times)
         lines.append(line)
     print(table([header, *lines]), flush=True)
@@ -251,10 +284,11 @@ def print_memory(memory: list[dict]) -> None:
 def memory_goals(memory: list[dict]) -> list[dict]:
     goals = []
     for row in memory:
-        if row["shape"] != "S":  # there both are within the noise of the allocator
-            ratio = row["bytes"]["mambapy"] / row["bytes"]["ours"]
-            name = f"{row['mode']} at {row['shape']}: mambapy's memory over ours"
-            goals.append(goal(name, ratio, MEMORY_GOAL))
+        for ours_, at_least in MEMORY_GOALS.items():
+            if row["shape"] != "S":  # there both are within the noise of the allocator
+                ratio = row["bytes"]["mambapy"] / row["bytes"][ours_]
+                name = f"{row['mode']} at {row['shape']}: mambapy's memory over the {ours_} scan's"
+                goals.append(goal(name, ratio, at_least))
     return goals
 
 
@@ -266,7 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=IMPLEMENTATIONS,
         default=IMPLEMENTATIONS,
-        help="what to measure; always ours and mambapy",
+        help="what to measure; always fused, chunked and mambapy",
     )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--growth", action=argparse.BooleanOptionalAction, default=True, help="time long sequences too")
@@ -283,23 +317,25 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_equal((2, 8, 37, 16))
     shapes = QUICK_SHAPES if args.quick else SHAPES
-    names = list(dict.fromkeys(("ours", "mambapy", *args.only)))  # what the goals need is always there
+    names = list(dict.fromkeys((*OURS, "mambapy", *args.only)))  # what the goals need is always there
     rows = time_shapes(shapes, names, rounds=2 if args.quick else args.rounds, budget=1.0 if args.quick else 20.0)
-    goals = []
-    for mode, shape, at_least in [] if args.quick else SPEED_GOALS[args.malloc]:
-        name = f"{mode} at {shape}: mambapy's time over ours ({args.malloc} malloc)"
-        goals.append(goal(name, ratio_to_mambapy(rows, mode, shape), at_least))
+    least, goals = floors(shapes), []
+    print_floors(least, rows)
+    for ours_, mode, shape, at_least in [] if args.quick else SPEED_GOALS[args.malloc]:
+        name = f"{mode} at {shape}: mambapy's time over the {ours_} scan's ({args.malloc} malloc)"
+        goals.append(goal(name, ratio_to_mambapy(rows, ours_, mode, shape), at_least))
     growth = memory = None
     if args.growth:
         lengths = [128, 256] if args.quick else [2**k for k in range(10, 17)]
         growth = time_growth(lengths, width=16 if args.quick else 256, rounds=2 if args.quick else 5)
         print(f"\nours at (1, {16 if args.quick else 256}, L, 16), microseconds a token")
-        print(table([["L", *MODES], *([f"{row['L']:,}", *(number(row[m]) for m in MODES)] for row in growth)]))
+        names = list(growth[0]["seconds"])
+        print(table([["L", *names], *([f"{row['L']:,}", *(number(row[m]) for m in names)] for row in growth)]))
     if args.memory and args.malloc == "default":  # a malloc that keeps everything says nothing about need
         memory = measure_memory(rows, args.threads)
         print_memory(memory)
         goals += [] if args.quick else memory_goals(memory)
-    write_result(args, "scan", times=rows, growth=growth, memory=memory, goals=goals)
+    write_result(args, "scan", times=rows, floor=least, growth=growth, memory=memory, goals=goals)
     return 0
 
 
