@@ -1087,21 +1087,21 @@ typedef struct {  /* `fused_struct`; strides are of batch and time */
 } scan;
 typedef struct { float u[T][W], raw[T][W], delta[T][W], x[T][W], z[T][W], gate[T][W], y[T][W]; } block;
 
-static inline float exp_(float x) {  /* 2^(x log2 e): the whole part is the exponent, a polynomial does the rest */
+#define LOG2E 1.44269504f
+static inline float exp2_(float x) {  /* the whole part becomes the exponent, a polynomial does the rest; 0 or inf beyond */
     union { float f; int32_t i; } whole, r;
-    x *= 1.44269504f;
-    float c = x < -126.f ? -126.f : x > 127.f ? 127.f : x;
-    whole.f = c + 12582912.f;  /* 1.5 x 2^23 rounds */
-    float f = c - (whole.f - 12582912.f), p = .00133278629f + f * .000154657859f;
-    r.f = 1.f + f * (.693147182f + f * (.240226462f + f * (.0555045962f + f * (.00961834353f + f * p))));
+    x = x < -127.f ? -127.f : x > 128.f ? 128.f : x;
+    whole.f = x + 12582912.f;  /* 1.5 x 2^23 rounds */
+    float f = x - (whole.f - 12582912.f);
+    r.f = 1.f + f * (.693147004f + f * (.240222424f + f * (.0555073358f + f * (.00967151299f + f * .00132647273f))));
     r.i += (int32_t)((uint32_t)whole.i << 23);
-    return x < -126.f ? 0.f : x > 127.9f ? INFINITY : r.f + (x - x);
+    return r.f;
 }
 static inline float log1p_(float e) {  /* for 0 to 1: 2 artanh(e / (2 + e)) */
     float s = e / (2.f + e), q = s * s, p = 1.f / 9 + q * (1.f / 11 + q * (1.f / 13 + q / 15));
     return 2.f * s * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * p))));
 }
-static inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
+static inline float sigmoid_(float x) { return 1.f / (1.f + exp2_(-LOG2E * x)); }
 static inline void load(float *to, const float *from, int n) { EACH to[w] = w < n ? from[w] : 0.f; }
 static inline void store(float *to, const float *from, int n) { memcpy(to, from, n * sizeof *to); }
 
@@ -1114,21 +1114,30 @@ static void run(const scan *s, int64_t b, int64_t d, int m, int64_t first, int n
     for (int t = 0; t < n; t++) {
         int64_t l = first + t;
         float *u = k->u[t], *raw = k->raw[t], *delta = k->delta[t], *x = k->x[t], *y = k->y[t];
+        int64_t next = hs ? l - T : l + T;  /* rows of the next block lie too far apart to be fetched in time */
+        for (int w = 0; w < m && next >= 0 && next < s->length; w += 16) {
+            __builtin_prefetch(ROW(u, b, next) + d + w);
+            __builtin_prefetch(ROW(delta, b, next) + d + w);
+            if (s->z) __builtin_prefetch(ROW(z, b, next) + d + w);
+            if (hs) __builtin_prefetch(s->dy + (b * s->length + next) * s->channels + d + w);
+        }
         load(u, ROW(u, b, l) + d, m);
         load(raw, ROW(delta, b, l) + d, m);
         EACH raw[w] += bias[w];
-        EACH delta[w] = s->softplus ? (raw[w] > 0.f ? raw[w] : 0.f) + log1p_(exp_(-fabsf(raw[w]))) : raw[w];
+        EACH delta[w] = s->softplus ? (raw[w] > 0.f ? raw[w] : 0.f) + log1p_(exp2_(-LOG2E * fabsf(raw[w]))) : raw[w];
         EACH { x[w] = delta[w] * u[w]; y[w] = skip[w] * u[w]; }
         if (s->z) {
             load(k->z[t], ROW(z, b, l) + d, m);
             EACH k->gate[t][w] = sigmoid_(k->z[t][w]);
         }
         const float *B = ROW(B, b, l), *C = ROW(C, b, l);
-        float keep = s->starts && s->starts[b * s->length + l] ? 0.f : 1.f;
+        size_t forget = s->starts && s->starts[b * s->length + l] ? W * sizeof *h : 0;
         for (int64_t i = 0, N = s->states; i < N; i++) {
             float Bi = B[i], Ci = C[i], *hi = h + i * W, *a = as ? as + (t * N + i) * W : spare;
             const float *Ai = A + i * W;
-            EACH { a[w] = keep * exp_(delta[w] * Ai[w]); hi[w] = a[w] * hi[w] + x[w] * Bi; y[w] += Ci * hi[w]; }
+            memset(hi, 0, forget);
+            EACH { a[w] = exp2_(delta[w] * Ai[w]); hi[w] = a[w] * hi[w] + x[w] * Bi; y[w] += Ci * hi[w]; }
+            memset(a, 0, forget);
             if (hs) memcpy(hs + (t * N + i) * W, hi, W * sizeof *hi);
         }
     }
@@ -1146,6 +1155,7 @@ int forward(const scan *s) {
         block *k = (block *)(h + size);
         for (int64_t i = 0; i < N; i++) {
             load(A + i * W, s->A + i * D + d, m);
+            EACH A[i * W + w] *= LOG2E;
             load(h + i * W, s->initial ? s->initial + (b * N + i) * D + d : A, s->initial ? m : 0);
         }
         for (int64_t c = 0; c < blocks; c++) {
@@ -1174,6 +1184,7 @@ int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1}
         block *k = (block *)(dbias + W);
         for (int64_t i = 0; i < N; i++) {
             load(A + i * W, s->A + i * D + d, m);
+            EACH A[i * W + w] *= LOG2E;
             load(g + i * W, s->dstate + (b * N + i) * D + d, m);
         }
         if (s->D) load(skip, s->D + d, m);
@@ -1204,7 +1215,7 @@ int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1}
                     }
                     s->dB[share + i] = dBi; s->dC[share + i] = dCi;
                 }
-                EACH { dd[w] += dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; dD[w] += gy[w] * u[w]; }
+                EACH { dd[w] = dd[w] / LOG2E + dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; dD[w] += gy[w] * u[w]; }
                 if (s->softplus) EACH dd[w] *= sigmoid_(k->raw[t][w]);
                 EACH dbias[w] += dd[w];
                 store(s->du + at * D + d, dx, m); store(s->ddelta + at * D + d, dd, m);
@@ -1229,7 +1240,7 @@ class FusedScan:
     computes the others again. No sum depends on the number of threads.
     """
 
-    TILE, BLOCK = 64, 16  # channels that are computed side by side, positions between two saved states
+    TILE, BLOCK = 64, 32  # channels that are computed side by side, positions between two saved states
     INTEGERS = ("threads", "batch", "length", "channels", "states", "softplus")
     STRIDED = ("u", "delta", "z", "B", "C")
     POINTERS = (
