@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
 # ///
-"""Mamba: a language model on selective state spaces, trained, sampled and evaluated in pure PyTorch.
+"""Mamba: a language model on selective state spaces: train, sample, evaluate.
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
 
@@ -20,11 +20,12 @@ z                  (B, L, D)   the gating branch of Figure 3
 state, h           (B, D, N)   h_t: all that the model remembers
 rank               R           rank of the projection s_Δ
 
-`selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel, `MambaBlock` is Figure 3.
+`selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel in pure PyTorch, `FUSED` in C;
+`MambaBlock` is Figure 3.
 
 Differences from the paper
 1. B is discretised by Euler's rule, as in the official code; equation (4) has the zero-order hold.
-2. The scan is pure PyTorch in blocks that fit the cache; the paper's is one fused CUDA kernel.
+2. The fused scan is C for the CPU, and without a compiler or on a GPU it is PyTorch; the paper's is one CUDA kernel.
 3. Model, text and number of steps are a laptop's, and the learning rate 4e-3; the recipe is the paper's otherwise.
 4. Where B or C is input-independent (`--selective`) it starts at 1, or from a normal draw, as in S4D; not in the paper.
 
@@ -1088,7 +1089,7 @@ typedef struct {  /* `fused_struct`; strides are of batch and time */
 typedef struct { float u[T][W], raw[T][W], delta[T][W], x[T][W], z[T][W], gate[T][W], y[T][W]; } block;
 
 #define LOG2E 1.44269504f
-static inline float exp2_(float x) {  /* the whole part becomes the exponent, a polynomial does the rest; 0 or inf beyond */
+static inline float exp2_(float x) {  /* the whole part becomes the exponent, the rest a polynomial; 0 or inf beyond */
     union { float f; int32_t i; } whole, r;
     x = x < -127.f ? -127.f : x > 128.f ? 128.f : x;
     whole.f = x + 12582912.f;  /* 1.5 x 2^23 rounds */
@@ -1215,7 +1216,8 @@ int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1}
                     }
                     s->dB[share + i] = dBi; s->dC[share + i] = dCi;
                 }
-                EACH { dd[w] = dd[w] / LOG2E + dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; dD[w] += gy[w] * u[w]; }
+                EACH { dd[w] = dd[w] / LOG2E + dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; }
+                EACH dD[w] += gy[w] * u[w];
                 if (s->softplus) EACH dd[w] *= sigmoid_(k->raw[t][w]);
                 EACH dbias[w] += dd[w];
                 store(s->du + at * D + d, dx, m); store(s->ddelta + at * D + d, dd, m);
@@ -1306,10 +1308,10 @@ def fused_struct() -> type[ctypes.Structure]:
 
 
 @functools.cache
-def fused_library() -> ctypes.CDLL:
+def fused_library() -> ctypes.CDLL | str:
     """`FUSED`, compiled for this machine by `cc` (or $CC) once, about a second, and kept in the user's cache folder.
 
-    The file's name is a hash of source, flags and processor. Raises OSError where it cannot be compiled or loaded.
+    The file's name is a hash of source, flags and processor. Returns the reason where it cannot be compiled or loaded.
     """
     command = [*shlex.split(os.environ.get("CC") or "cc"), f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}"]
     command += ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
@@ -1317,7 +1319,6 @@ def fused_library() -> ctypes.CDLL:
     if cpuinfo.exists():
         lines = cpuinfo.read_text("utf-8", "replace").splitlines()
         processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    error = OSError("no compiler was tried")
     for extra in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
         key = "\0".join([FUSED, *command, *extra, processor])
         path = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
@@ -1326,8 +1327,8 @@ def fused_library() -> ctypes.CDLL:
                 write_atomically(path, functools.partial(compile_c, [*command, *extra]))
             return ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError) as problem:
-            error = OSError(str(problem).strip().splitlines()[-1][:100])
-    raise error
+            reason = str(problem).strip().splitlines()[-1][:100]
+    return reason
 
 
 def compile_c(command: list[str], out: str) -> None:
@@ -1340,8 +1341,8 @@ def compile_c(command: list[str], out: str) -> None:
 @functools.cache
 def cache_folder() -> Path:
     """A folder for compiled code that only this user can write to: in the user's cache, else a new temporary one."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError, AttributeError):  # no home, no such rights, no such system
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
@@ -1358,11 +1359,8 @@ def fused_problem(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_soft
         return "it computes in float32, and the input is float64"
     if B.ndim == 2 or C.ndim == 2:
         return "B or C is input-independent"
-    try:
-        fused_library()
-    except OSError as error:
-        return f"it could not be compiled ({error})"
-    return None
+    library = fused_library()
+    return f"it could not be compiled ({library})" if isinstance(library, str) else None
 
 
 @functools.cache

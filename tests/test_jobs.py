@@ -584,3 +584,12 @@ def test_bad_input_has_no_traceback(script, tmp_path):
     command = [sys.executable, script.__file__, "--data", "gone.txt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "gone.txt" in done.stderr
+
+
+def test_a_vanilla_transformer_trains_and_writes_as_much_as_fits(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(sentences(1), "utf-8")
+    flags = "--tokenizer byte --d-model 16 --n-layer 1 --n-head 2 --steps 2 --batch 2 --length 32 --position learned"
+    flags = [*flags.split(), "--mlp", "gelu", "--norm", "layernorm", "--prompt", "cat", "--tokens", "300"]
+    where = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    assert transformer.main([*flags, *where]) == 0 and not capsys.readouterr().err
+    assert (tmp_path / "out" / "result.json").exists()

@@ -326,12 +326,15 @@ def test_autocast_does_not_reach_the_scan(backend, monkeypatch):
 PROGRAM = """
 import sys, torch, mamba
 torch.manual_seed(0)
+compile_c, tried = mamba.compile_c, []
+mamba.compile_c = lambda *arguments: tried.append(arguments) or compile_c(*arguments)
 u, delta, B, C = torch.randn(2, 50, 70), torch.rand(2, 50, 70), torch.randn(2, 50, 4), torch.randn(2, 50, 4)
 x = [v.requires_grad_() for v in (u, delta, -torch.rand(70, 4), B, C)]
 y, want = (mamba.selective_scan(*x, backend=b) for b in ("auto", "sequential"))
 assert (y - want).norm() < 1e-5 * want.norm()
 y.sum().backward()
 mamba.selective_scan(*x)
+assert len(tried) <= 3, tried  # once, with each set of flags
 print(mamba.fused_problem(*x, *[None] * 6))
 """
 
@@ -593,6 +596,31 @@ def test_initialisation_is_the_papers():
     assert (block.D == 1).all() and block.dt_proj.weight.abs().max() <= 0.5 < 2.1 * block.dt_proj.weight.abs().max()
     assert abs(model.backbone.embeddings.weight.std().item() - 0.02) < 1e-3
     assert 0.9 < block.out_proj.weight.abs().max() * 2 * 128**0.5 <= 1  # 1 / sqrt(fan-in) over sqrt(layers)
+
+
+@pytest.mark.parametrize("changes", [{}, {"d_conv": 1, "expand": 3}, {"bias": True, "conv_bias": False, "d_conv": 2}])
+def test_the_stepper_of_the_fused_scan_is_step(changes):
+    need("fused", draw(1, 2, 3, 4))
+    model, tokens = small(vocab_size=101, dt_rank=3, **changes).float(), text(3, 17)
+    with torch.no_grad():
+        state = model(tokens, return_state=True)[1]
+        before = [tensor.clone() for layer in state for tensor in layer]
+        step, carried = model.stepper(state), state
+        for token in text(9, 3):
+            want, carried = model.step(token, carried)
+            close(step(token), want, 1e-4)
+    assert all(map(torch.equal, before, (tensor for layer in state for tensor in layer)))  # it is left as it was
+
+
+def test_the_stepper_without_the_fused_scan_is_step(monkeypatch):
+    monkeypatch.setattr(mamba, "fused_problem", lambda *_: "not today")
+    model, tokens = small().float(), text(2, 5)
+    with torch.no_grad():
+        state = model(tokens, return_state=True)[1]
+        step, carried = model.stepper(state), state
+        for token in text(4, 2):
+            want, carried = model.step(token, carried)
+            assert torch.equal(step(token), want)
 
 
 # ----- Folders --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 
 Writes OUT/versus.json and OUT/versus.png. One process, float32, the same data in the same order for both. A Transformer
 of n layers stands beside a Mamba of 2 n blocks of the same width, as in the paper, its MLP widened until the parameters
-are equal. Each architecture's learning rate is chosen among three on seed 0, which is not reported, at the smaller size.
+are equal. Each architecture's learning rate is chosen among three on seed 0 at the smaller size, a run not reported.
 """
 
 import argparse
