@@ -155,7 +155,7 @@ def time_generation(models: dict[str, nn.Module], sizes: dict[str, int], rounds:
 def time_training(models: dict[str, nn.Module], sizes: dict[str, int], rounds: int) -> dict[str, list[float]]:
     """Seconds a step. transformers' comes after the others, and once: its backward pass takes minutes."""
     tokens = torch.randint(1, sizes["vocab"], (sizes["batch"], sizes["length"] + 1))
-    for model in models.values():  # training starts from small embeddings; with large ones the softmax underflows
+    for model in models.values():  # training starts from small embeddings, not from those of a varied text
         for embedding in (m for m in model.modules() if isinstance(m, nn.Embedding)):
             embedding.weight.data *= 0.02
     steps = {name: training_step(model.train(), tokens) for name, model in models.items()}
