@@ -781,11 +781,8 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         if x.device.type != "cpu":  # there PyTorch has a kernel
             y = F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        elif torch.is_grad_enabled():
-            y = RMSNormFunction.apply(x, weight, self.floor)
         else:
-            rms = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
-            y = torch.div(x, rms).mul_(weight * math.sqrt(x.shape[-1]))
+            y = RMSNormFunction.apply(x, weight, self.floor)
         return y.to(self.weight.dtype)
 
 
