@@ -20,12 +20,12 @@ z                  (B, L, D)   the gating branch of Figure 3
 state, h           (B, D, N)   h_t: all that the model remembers
 rank               R           rank of the projection s_Δ
 
-`selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel in pure PyTorch, `FUSED` in C;
-`MambaBlock` is Figure 3.
+`selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel in pure PyTorch, `FUSED` in C and
+`triton_forward` in Triton; `MambaBlock` is Figure 3.
 
 Differences from the paper
 1. B is discretised by Euler's rule, as in the official code; equation (4) has the zero-order hold.
-2. The fused scan is C for the CPU, and without a compiler or on a GPU it is PyTorch; the paper's is one CUDA kernel.
+2. The fused scan is C on a CPU and Triton on a GPU, where the paper's is CUDA; without their compilers, PyTorch.
 3. Model, text and number of steps are a laptop's, and the learning rate 4e-3; the recipe is the paper's otherwise.
 4. Where B or C is input-independent (`--selective`) it starts at 1, or from a normal draw, as in S4D; not in the paper.
 
@@ -719,14 +719,14 @@ def scan_chunked(*arguments):
 
 
 def scan_fused(*arguments):
-    """The scan as one pass in C: `FusedScan`, with its hand-written backward."""
+    """The scan as one pass in C or in Triton: `FusedScan`, `TritonScan`, with their hand-written backward."""
     problem = fused_problem(*arguments)
     require(problem is None, f"fused scan: {problem}; choose backend auto or chunked")
-    return scan_by(FusedScan, *arguments)
+    return scan_by(fused_kind(arguments[0]), *arguments)
 
 
 def scan_by(kind: type, *arguments):
-    """The scan by `ChunkedScan` or `FusedScan`; states are saved only where a gradient will be asked for."""
+    """The scan by one of the classes; states are saved only where a gradient will be asked for."""
     *tensors, delta_softplus, starts = arguments
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return ScanFunction.apply(kind, *arguments)
@@ -1350,15 +1350,282 @@ def cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="mamba-scan-"))
 
 
+# ----- The method: fused, in Triton -----------------------------------------------------------------------------------
+#
+# These functions become kernels in `triton_problem`; until then `tl`, Triton's language, is no name here. A program
+# takes a tile of W channels along one segment of one row; pointers of length L step by the strides that follow them.
+
+
+def triton_sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-1.44269504 * x))
+
+
+def triton_softplus(x):  # log(1 + e), e = exp(-|x|), as 2 artanh(e / (2 + e)): right also where e is tiny
+    e = tl.exp2(-1.44269504 * tl.abs(x))
+    s = e / (2.0 + e)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+def triton_load(x, live):
+    return tl.load(x, live, 0.0).to(tl.float32)
+
+
+def triton_forward(
+    u, delta, A, B, C, D, z, delta_bias, starts, initial, y, state, decay, saved, L, channels, N, span,
+    u_b, u_l, u_d, delta_b, delta_l, delta_d, z_b, z_l, z_d, B_b, B_l, B_n, C_b, C_l, C_n,
+    SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """y, the segment's last state and, where asked, the states that enter each block; without y, also its decay."""
+    d, n = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, STATES)
+    b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    live, real, at = d < channels, n < N, n[:, None] * channels + d[None, :]
+    tile, place = real[:, None] & live[None, :], (b * segments + s) * N * channels + at
+    A_log2 = 1.44269504 * tl.load(A + at, tile, 0.0)
+    h = tl.load(initial + place, tile, 0.0)  # (N, W), in registers from the first position to the last
+    skip = triton_load(D + d, live) if D is not None else tl.zeros([W], tl.float32)
+    bias = triton_load(delta_bias + d, live) if delta_bias is not None else tl.zeros([W], tl.float32)
+    total, keep = tl.zeros([W], tl.float32), 1.0
+    begin, length = s * span, tl.minimum(span, L - s * span)
+    u += b * u_b + begin * u_l + d * u_d
+    delta += b * delta_b + begin * delta_l + d * delta_d
+    B += b * B_b + begin * B_l + n * B_n
+    if y is not None:
+        y += (b * L + begin) * channels + d
+        C += b * C_b + begin * C_l + n * C_n
+    if z is not None:
+        z += b * z_b + begin * z_l + d * z_d
+    if saved is not None:
+        saved += (b * tl.cdiv(L, BLOCK) + begin // BLOCK) * N * channels + at
+    for first in range(0, length, ROWS):
+        if saved is not None:  # noqa: SIM102 (decided when it is compiled, the next when it runs)
+            if first % BLOCK == 0:
+                tl.store(saved, h, tile)
+                saved += N * channels
+        ys = ()
+        for i in tl.static_range(ROWS):  # stores come after, so that the loads of all rows may overlap
+            inside = first + i < length
+            row, some = d < tl.where(inside, channels, 0), n < tl.where(inside, N, 0)
+            u_t, B_t = triton_load(u + i * u_l, row), triton_load(B + i * B_l, some)
+            raw = triton_load(delta + i * delta_l, row) + bias
+            delta_t = tl.where(row, triton_softplus(raw) if SOFTPLUS else raw, 0.0)
+            if starts is not None:
+                new = tl.load(starts + b * L + begin + first + i, inside, 0) != 0
+                h, keep = tl.where(new, 0.0, h), tl.where(new, 0.0, keep)
+            h = tl.exp2(delta_t[None, :] * A_log2) * h + (delta_t * u_t)[None, :] * B_t[:, None]
+            if y is not None:
+                y_t = tl.sum(triton_load(C + i * C_l, some)[:, None] * h, 0) + skip * u_t
+                if z is not None:
+                    z_t = triton_load(z + i * z_l, row)
+                    y_t *= z_t * triton_sigmoid(z_t)
+                ys += (y_t,)
+            total += delta_t
+        if y is not None:
+            for i in tl.static_range(ROWS):
+                tl.store(y + i * channels, ys[i], d < tl.where(first + i < length, channels, 0))
+            y += ROWS * channels
+            C += ROWS * C_l
+        if z is not None:
+            z += ROWS * z_l
+        u += ROWS * u_l
+        delta += ROWS * delta_l
+        B += ROWS * B_l
+    tl.store(state + place, h, tile)
+    if decay is not None:
+        tl.store(decay + place, keep * tl.exp2(total[None, :] * A_log2), tile)
+
+
+def triton_backward(
+    u, delta, A, B, C, D, z, delta_bias, starts, dy, dstate, saved, memory, du, ddelta, dz, dA, dB, dC, dD, dbias,
+    dinitial, L, channels, N, span, u_b, u_l, u_d, delta_b, delta_l, delta_d, z_b, z_l, z_d, B_b, B_l, B_n, C_b, C_l,
+    C_n, dy_b, dy_l, dy_d, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """All gradients, dB and dC as each tile's share; without du only dinitial, what leaves the segment's front.
+
+    g is a_{t+1} g_{t+1}, and e = C_t gy_t + g the gradient of h_t. `memory` has room for a block's states.
+    """
+    k, d, n = tl.program_id(0), tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, STATES)
+    b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    live, real, at = d < channels, n < N, n[:, None] * channels + d[None, :]
+    tile, place = real[:, None] & live[None, :], (b * segments + s) * N * channels + at
+    A_log2 = 1.44269504 * tl.load(A + at, tile, 0.0)
+    g = tl.load(dstate + place, tile, 0.0)
+    skip = triton_load(D + d, live) if D is not None else tl.zeros([W], tl.float32)
+    bias = triton_load(delta_bias + d, live) if delta_bias is not None else tl.zeros([W], tl.float32)
+    A_sum, D_sum, bias_sum = tl.zeros([STATES, W], tl.float32), tl.zeros([W], tl.float32), tl.zeros([W], tl.float32)
+    begin, end = s * span, tl.minimum((s + 1) * span, L)
+    delta, C, dy = delta + b * delta_b + d * delta_d, C + b * C_b + n * C_n, dy + b * dy_b + d * dy_d
+    if z is not None:
+        z += b * z_b + d * z_d
+    if du is not None:
+        u, B = u + b * u_b + d * u_d, B + b * B_b + n * B_n
+        memory += ((b * segments + s) * tl.num_programs(0) + k) * (BLOCK + 1) * STATES * W
+        memory += n[:, None] * W + tl.arange(0, W)[None, :]
+    h = g  # replaced below, where it is needed
+    for c in range(tl.cdiv(end, BLOCK) - 1, begin // BLOCK - 1, -1):
+        first = c * BLOCK
+        rows = tl.minimum(BLOCK, end - first)
+        if du is not None:  # the block's states again, from the one that enters it
+            h = tl.load(saved + (b * tl.cdiv(L, BLOCK) + c) * N * channels + at, tile, 0.0)
+            tl.store(memory, h)
+            for i in range(rows):
+                t = first + i
+                raw = triton_load(delta + t * delta_l, live) + bias
+                delta_t = triton_softplus(raw) if SOFTPLUS else raw
+                x = delta_t * triton_load(u + t * u_l, live)
+                if starts is not None:
+                    h = tl.where(tl.load(starts + b * L + t) != 0, 0.0, h)
+                h = tl.exp2(delta_t[None, :] * A_log2) * h + x[None, :] * triton_load(B + t * B_l, real)[:, None]
+                tl.store(memory + (i + 1) * STATES * W, h)
+            tl.debug_barrier()
+        for i in range(rows - 1, -1, -1):
+            t = first + i
+            raw, gy = triton_load(delta + t * delta_l, live) + bias, triton_load(dy + t * dy_l, live)
+            delta_t, C_t = triton_softplus(raw) if SOFTPLUS else raw, triton_load(C + t * C_l, real)
+            dout = gy
+            if z is not None:
+                z_t = triton_load(z + t * z_l, live)
+                gate = triton_sigmoid(z_t)
+                gy *= z_t * gate
+            a = tl.exp2(delta_t[None, :] * A_log2)
+            if starts is not None:
+                a = tl.where(tl.load(starts + b * L + t) != 0, 0.0, a)
+            e = g + C_t[:, None] * gy[None, :]
+            g = e * a
+            if du is not None:
+                out, share = (b * L + t) * channels + d, ((k * tl.num_programs(1) + b) * L + t) * N + n
+                u_t, B_t = triton_load(u + t * u_l, live), triton_load(B + t * B_l, real)
+                before = tl.load(memory + i * STATES * W)
+                if z is not None:
+                    y_t = tl.sum(C_t[:, None] * h, 0) + skip * u_t
+                    tl.store(dz + out, dout * y_t * gate * (1.0 + z_t * (1.0 - gate)), live)
+                q, x, dx = g * before, delta_t * u_t, tl.sum(e * B_t[:, None], 0)  # q: gradient of delta A
+                dd = tl.sum(q * A_log2, 0) / 1.44269504 + dx * u_t
+                dd = dd * triton_sigmoid(raw) if SOFTPLUS else dd
+                tl.store(dB + share, tl.sum(e * x[None, :], 1), real)
+                tl.store(dC + share, tl.sum(h * gy[None, :], 1), real)
+                tl.store(du + out, dx * delta_t + skip * gy, live)
+                tl.store(ddelta + out, dd, live)
+                A_sum, D_sum, bias_sum, h = A_sum + q * delta_t[None, :], D_sum + gy * u_t, bias_sum + dd, before
+        tl.debug_barrier()
+    tl.store(dinitial + place, g, tile)
+    if du is not None:
+        tl.store(dA + place, A_sum, tile)
+        tl.store(dD + (b * segments + s) * channels + d, D_sum, live)
+        tl.store(dbias + (b * segments + s) * channels + d, bias_sum, live)
+
+
+class TritonScan:
+    """The scan as Triton kernels, with `ChunkedScan`'s methods.
+
+    Where batch x channels alone would leave the device idle the sequence is cut into S segments, which run side by
+    side: as in `ChunkedScan`, a first pass finds what each adds and keeps, and from these follows what enters each.
+    """
+
+    BLOCK, ROWS, TILE, WARPS = 64, 4, 64, 2  # positions between two saved states, positions at once, channels, warps
+    PROGRAMS, SEGMENTS = 512, 32  # fewer programs than that leave a large device idle; segments at most
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
+        inputs = {"u": u, "delta": delta, "A": A.t(), "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+        inputs["starts"] = None if starts is None else starts.view(torch.uint8)
+        dense = ("A", "D", "delta_bias", "starts")
+        self.inputs = {k: x.contiguous() if x is not None and k in dense else x for k, x in inputs.items()}
+        (batch, L, channels), N = u.shape, A.shape[1]
+        tiles, blocks = -(-channels // self.TILE), -(-L // self.BLOCK)
+        span = -(-blocks // min(self.SEGMENTS, max(1, self.PROGRAMS // (tiles * batch)))) * self.BLOCK
+        self.grid, self.sizes, self.shape = (tiles, batch, -(-L // span)), (batch, -(-L // span), N, channels), u.shape
+        self.options = {"L": L, "channels": channels, "N": N, "span": span, "SOFTPLUS": delta_softplus}
+        self.options |= {"BLOCK": self.BLOCK, "ROWS": self.ROWS, "W": self.TILE, "STATES": 1 << (N - 1).bit_length()}
+
+    def launch(self, kernel: str, **given: Tensor) -> None:
+        """Run a kernel over all programs. What it names and nobody gives is None, which the compiler leaves out."""
+        kernel, given = globals()[kernel], self.inputs | self.options | given
+        for name, axes in {"u": "bld", "delta": "bld", "z": "bld", "dy": "bld", "B": "bln", "C": "bln"}.items():
+            strides = (0, 0, 0) if given.get(name) is None else given[name].stride()
+            given |= {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
+        device = given["u"].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            arguments = {name: given.get(name) for name in kernel.arg_names}
+            kernel[self.grid](**arguments, num_warps=self.WARPS, enable_fp_fusion=True)
+
+    def enter(self, first: Tensor, ends: Tensor, decay: Tensor, order: int) -> Tensor:
+        """What enters each segment (B, S, N, D), if `first` (B, N, D) enters the first (order 1) or the last (-1)."""
+        enters, (at, *_) = torch.empty_like(ends), range(ends.shape[1])[::order]
+        enters[:, at] = first
+        for s, after in itertools.pairwise(range(ends.shape[1])[::order]):
+            torch.addcmul(ends[:, s], decay[:, s], enters[:, s], out=enters[:, after])
+        return enters
+
+    def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """y (B, L, D), the last state (B, D, N), and with `save` each block's first state and each segment's decay."""
+        batch, segments, N, channels = self.sizes
+        new = functools.partial(torch.empty, device=self.inputs["u"].device, dtype=torch.float32)
+        ends, decay, initial = new(self.sizes), new(self.sizes), new(self.sizes).zero_()
+        if segments > 1:
+            self.launch("triton_forward", initial=initial, state=ends, decay=decay)
+        if initial_state is not None:
+            initial[:, 0] = initial_state.mT
+        enters = self.enter(initial[:, 0], ends, decay, 1)
+        y, saved = torch.empty(self.shape, dtype=self.inputs["u"].dtype, device=ends.device), None
+        if save:
+            saved = new(batch, -(-self.shape[1] // self.BLOCK), N, channels)
+        self.launch("triton_forward", initial=enters, y=y, state=ends, saved=saved)
+        return y, ends[:, -1].mT, [saved, decay] if save else []
+
+    def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
+        """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
+        saved, decay = saved
+        batch, segments, N, channels = self.sizes
+        ends, zero, tiles = torch.empty_like(decay), torch.zeros_like(decay), self.grid[0]
+        if segments > 1:
+            self.launch("triton_backward", dy=dy, dstate=zero, dinitial=ends)
+        enters = self.enter(grad_state.mT, ends, decay, -1)
+        grads = {
+            k: torch.empty(self.shape, dtype=x.dtype, device=dy.device)
+            for k in ("u", "delta", "z")
+            if (x := self.inputs[k]) is not None
+        }
+        grads |= {"A": torch.empty_like(decay), "initial": ends}
+        grads |= {k: decay.new_empty(batch, segments, channels) for k in ("D", "bias")}
+        grads |= {k: decay.new_empty(tiles, batch, self.shape[1], N) for k in ("B", "C")}
+        memory = decay.new_empty(math.prod(self.grid), self.BLOCK + 1, self.options["STATES"], self.TILE)
+        given = {"d" + k: x for k, x in grads.items()}
+        self.launch("triton_backward", dy=dy, dstate=enters, saved=saved, memory=memory, **given)
+        sums = {k: grads[k].sum((0, 1)) for k in ("A", "D", "bias")} | {k: grads[k].sum(0) for k in ("B", "C")}
+        grads |= sums | {"A": sums["A"].t(), "delta_bias": sums["bias"], "initial_state": ends[:, 0].mT}
+        return grads
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Turn the functions above into Triton's kernels. Returns why that cannot be, or None."""
+    global tl
+    try:
+        triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+    except ImportError:
+        return "Triton is not installed (pip install triton)"
+    for function in (triton_sigmoid, triton_softplus, triton_load, triton_forward, triton_backward):
+        globals()[function.__name__] = triton.jit(function)
+    return None
+
+
+def fused_kind(x: Tensor) -> type:
+    """The fused scan for x: Triton's on CUDA, and where its interpreter is asked for, and C's elsewhere."""
+    return TritonScan if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else FusedScan
+
+
 def fused_problem(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts) -> str | None:
     """Why the fused scan cannot take these arguments, or None if it can."""
-    if u.device.type != "cpu":
-        return f"there is none for {u.device.type} yet"
+    if u.device.type not in ("cpu", "cuda"):
+        return f"there is none for {u.device.type}"
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if any(x is not None and x.dtype == torch.float64 for x in tensors):
         return "it computes in float32, and the input is float64"
     if B.ndim == 2 or C.ndim == 2:
         return "B or C is input-independent"
+    if fused_kind(u) is TritonScan:
+        return triton_problem()
     library = fused_library()
     return f"it could not be compiled ({library})" if isinstance(library, str) else None
 
@@ -1370,7 +1637,7 @@ def say_once(text: str) -> None:
 
 
 class ScanFunction(torch.autograd.Function):
-    """`ChunkedScan` or `FusedScan` for autograd."""
+    """`ChunkedScan`, `FusedScan` or `TritonScan` for autograd."""
 
     NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
@@ -1618,13 +1885,18 @@ class Mamba(nn.Module):
         marks where a document begins: it sees nothing before it. With targets (B, L) the mean loss takes the place of
         the logits.
         """
+        x, after = self.hidden(tokens, state, starts)
+        y = self.logits(x) if targets is None else self.loss(x, targets)
+        return (y, after) if return_state else y
+
+    def hidden(self, tokens: Tensor, state=None, starts: Tensor | None = None) -> tuple[Tensor, list]:
+        """tokens (B, L) -> the residual stream after the last layer (B, L, d_model), and the state."""
         x, after = self.embed(tokens), []
         for i, layer in enumerate(self.backbone.layers):
             y, new = layer.mixer(layer.norm(x), None if state is None else state[i], starts)
             x = x + y
             after.append(new)
-        y = self.logits(x) if targets is None else self.loss(x, targets)
-        return (y, after) if return_state else y
+        return x, after
 
     def init_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """The state before the first token, for `forward` and `step`."""
@@ -1649,8 +1921,8 @@ class Mamba(nn.Module):
         """Yield `max_new_tokens` tokens (B,) that follow the prompt (B, L >= 1): parallel prefill, then `step`."""
         fits = tokens.ndim == 2 and tokens.shape[1] > 0
         require(fits, f"prompt of shape {tuple(tokens.shape)}: must be (B, L) with L >= 1; give at least one token")
-        logits, state = self(tokens, return_state=True)
-        logits, step = logits[:, -1], self.stepper(state)
+        x, state = self.hidden(tokens)
+        logits, step = self.logits(x[:, -1]), self.stepper(state)
         for i in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)
             yield token
@@ -1662,7 +1934,7 @@ class Mamba(nn.Module):
         layers, weight = self.backbone.layers, self.lm_head.weight
         if weight.dtype == torch.float32 and len(layers[0].mixer.sizes) == 3:
             u = weight.new_zeros(1, 1, 1)
-            if fused_problem(u, u, u, u, u, *[None] * 6) is None:
+            if fused_kind(u) is FusedScan and fused_problem(u, u, u, u, u, *[None] * 6) is None:
                 steps = [layer.stepper(*pair) for layer, pair in zip(layers, state, strict=True)]
                 norm, head = lean(self.backbone.norm_f), lean(self.lm_head)
 
@@ -1674,9 +1946,38 @@ class Mamba(nn.Module):
 
                 return step
         As, box = [layer.mixer.A() for layer in layers], [state]
+        if weight.is_cuda:
+            return self.graph_stepper(state, As)
 
         def step(token: Tensor) -> Tensor:
             logits, box[0] = self.step(token, box[0], As)
+            return logits
+
+        return step
+
+    def graph_stepper(self, state: list, As: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        """`stepper` as a CUDA graph: the host starts one a token, and not some forty kernels a layer."""
+        before = [x for pair in state for x in pair]
+        now = [x.clone() for x in before]
+        token = torch.zeros(len(now[0]), dtype=torch.long, device=now[0].device)
+
+        def advance() -> Tensor:
+            logits, after = self.step(token, list(zip(now[::2], now[1::2], strict=True)), As)
+            torch._foreach_copy_(now, [x for pair in after for x in pair])
+            return logits
+
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            advance()  # libraries choose their kernels at the first call, which a graph cannot hold
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            logits = advance()
+        torch._foreach_copy_(now, before)
+
+        def step(new: Tensor) -> Tensor:
+            token.copy_(new)
+            graph.replay()
             return logits
 
         return step

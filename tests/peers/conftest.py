@@ -1,5 +1,7 @@
 """Without the peers installed these modules are skipped, visibly; with REQUIRE_PEERS=1 set, they fail instead."""
 
+import contextlib
+import importlib
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -8,6 +10,10 @@ from pathlib import Path
 import pytest
 
 INSTALL = "pip install -r tests/peers/requirements.txt"
+
+with contextlib.suppress(ImportError), pytest.MonkeyPatch.context() as environment:
+    environment.setenv("TRITON_INTERPRET", "1")  # read when Triton is first imported: its own functions obey it too
+    importlib.import_module("triton.language")
 
 
 def missing_peers() -> list[str]:
