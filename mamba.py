@@ -1078,7 +1078,9 @@ FUSED = r"""
 #include <stdlib.h>
 #include <string.h>
 #define EACH _Pragma("omp simd") for (int w = 0; w < W; w++)  /* channel of a tile */
+#define VECTORS for (int v = 0; v < W / 16; v++)               /* the same, sixteen at a time */
 #define ROW(x, b, l) (s->x + (b) * s->x##_stride[0] + (l) * s->x##_stride[1])
+typedef float vec __attribute__((vector_size(64), may_alias));
 typedef struct {  /* `fused_struct`; strides are of batch and time */
     int64_t threads, batch, length, channels, states, softplus;
     int64_t u_stride[2], delta_stride[2], z_stride[2], B_stride[2], C_stride[2];
@@ -1086,7 +1088,8 @@ typedef struct {  /* `fused_struct`; strides are of batch and time */
     const char *starts;
     float *y, *state, *saved, *du, *ddelta, *dz, *dA, *dB, *dC, *dD, *ddelta_bias, *dinitial;
 } scan;
-typedef struct { float u[T][W], raw[T][W], delta[T][W], x[T][W], z[T][W], gate[T][W], y[T][W]; } block;
+typedef float rows[T][W];
+typedef struct { rows u, raw, delta, x, z, gate, y, dx, dd; } block;
 
 #define LOG2E 1.44269504f
 static inline float exp2_(float x) {  /* the whole part becomes the exponent, the rest a polynomial; 0 or inf beyond */
@@ -1103,15 +1106,16 @@ static inline float log1p_(float e) {  /* for 0 to 1: 2 artanh(e / (2 + e)) */
     return 2.f * s * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * p))));
 }
 static inline float sigmoid_(float x) { return 1.f / (1.f + exp2_(-LOG2E * x)); }
+static inline float sum_(vec x) { float s = 0.f; for (int i = 0; i < 8; i++) s += x[i] + x[i + 8]; return s; }
 static inline void load(float *to, const float *from, int n) { EACH to[w] = w < n ? from[w] : 0.f; }
 static inline void store(float *to, const float *from, int n) { memcpy(to, from, n * sizeof *to); }
 
 /* n positions of a tile of m channels from d on: fills k, takes h (states, W) along, and keeps a and h where asked. */
 static void run(const scan *s, int64_t b, int64_t d, int m, int64_t first, int n, block *k, const float *A, float *h,
                 float *as, float *hs) {
-    float skip[W] = {0}, bias[W] = {0}, spare[W];
-    if (s->D) load(skip, s->D + d, m);
-    if (s->delta_bias) load(bias, s->delta_bias + d, m);
+    float skip[W], bias[W];
+    load(skip, s->D + d, m);
+    load(bias, s->delta_bias + d, m);
     for (int t = 0; t < n; t++) {
         int64_t l = first + t;
         float *u = k->u[t], *raw = k->raw[t], *delta = k->delta[t], *x = k->x[t], *y = k->y[t];
@@ -1131,17 +1135,26 @@ static void run(const scan *s, int64_t b, int64_t d, int m, int64_t first, int n
             load(k->z[t], ROW(z, b, l) + d, m);
             EACH k->gate[t][w] = sigmoid_(k->z[t][w]);
         }
-        const float *B = ROW(B, b, l), *C = ROW(C, b, l);
-        size_t forget = s->starts && s->starts[b * s->length + l] ? W * sizeof *h : 0;
-        for (int64_t i = 0, N = s->states; i < N; i++) {
-            float Bi = B[i], Ci = C[i], *hi = h + i * W, *a = as ? as + (t * N + i) * W : spare;
-            const float *Ai = A + i * W;
-            memset(hi, 0, forget);
-            EACH { a[w] = exp2_(delta[w] * Ai[w]); hi[w] = a[w] * hi[w] + x[w] * Bi; y[w] += Ci * hi[w]; }
-            memset(a, 0, forget);
-            if (hs) memcpy(hs + (t * N + i) * W, hi, W * sizeof *hi);
-        }
     }
+    for (int64_t i = 0; i < s->states; i++) {  /* one state of all channels stays in registers */
+        vec now[W / 16], a[W / 16], *out = (vec *)(h + i * W);
+        VECTORS now[v] = out[v];
+        for (int t = 0; t < n; t++) {
+            int64_t l = first + t, at = (i * T + t) * W;
+            float Bi = ROW(B, b, l)[i], Ci = ROW(C, b, l)[i];
+            const vec *x = (vec *)k->x[t];
+            vec *y = (vec *)k->y[t];
+            EACH ((float *)a)[w] = exp2_(k->delta[t][w] * A[i * W + w]);
+            if (s->starts && s->starts[b * s->length + l]) memset(a, 0, sizeof a), memset(now, 0, sizeof now);
+            VECTORS { now[v] = a[v] * now[v] + x[v] * Bi; y[v] += Ci * now[v]; }
+            if (hs) VECTORS { ((vec *)(as + at))[v] = a[v]; ((vec *)(hs + at))[v] = now[v]; }
+        }
+        VECTORS out[v] = now[v];
+    }
+}
+static float *floats(size_t n) {  /* zeros that a vector may be loaded from */
+    float *p = aligned_alloc(64, n = (n * sizeof *p + 63) / 64 * 64);
+    return p ? memset(p, 0, n) : p;
 }
 #define TILES /* every (b, d) is one thread's, from the first position to the last or back; sizes in floats */ \
     int64_t N = s->states, D = s->channels, L = s->length, size = N * W, blocks = (L + T - 1) / T; int failed = 0; \
@@ -1151,13 +1164,13 @@ static void run(const scan *s, int64_t b, int64_t d, int m, int64_t first, int n
 int forward(const scan *s) {
     TILES {
         int m = D - d < W ? (int)(D - d) : W;
-        float *A = malloc(2 * size * sizeof *A + sizeof(block)), *h = A + size;
+        float *A = floats(2 * size + sizeof(block) / sizeof *A), *h = A + size;
         if (!A) { failed = 1; continue; }
         block *k = (block *)(h + size);
         for (int64_t i = 0; i < N; i++) {
             load(A + i * W, s->A + i * D + d, m);
             EACH A[i * W + w] *= LOG2E;
-            load(h + i * W, s->initial ? s->initial + (b * N + i) * D + d : A, s->initial ? m : 0);
+            load(h + i * W, s->initial + (b * N + i) * D + d, m);
         }
         for (int64_t c = 0; c < blocks; c++) {
             int n = L - c * T < T ? (int)(L - c * T) : T;
@@ -1178,7 +1191,7 @@ int forward(const scan *s) {
 int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1} g_{t+1}; dB and dC: a tile's share */
     TILES {
         int m = D - d < W ? (int)(D - d) : W;
-        float *A = calloc((5 + 2 * T) * size + 3 * W + sizeof(block) / sizeof *A, sizeof *A);
+        float *A = floats((5 + 2 * T) * size + 3 * W + sizeof(block) / sizeof *A);
         if (!A) { failed = 1; continue; }
         float *first = A + size, *h = first + size, *g = h + size, *dA = g + size, *as = dA + size, *hs = as + T * size;
         float *skip = hs + T * size, *dD = skip + W, *dbias = dD + W;
@@ -1188,39 +1201,47 @@ int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1}
             EACH A[i * W + w] *= LOG2E;
             load(g + i * W, s->dstate + (b * N + i) * D + d, m);
         }
-        if (s->D) load(skip, s->D + d, m);
+        load(skip, s->D + d, m);
         for (int64_t c = blocks - 1; c >= 0; c--) {
             int n = L - c * T < T ? (int)(L - c * T) : T;
             for (int64_t i = 0; i < N; i++) load(first + i * W, s->saved + ((b * blocks + c) * N + i) * D + d, m);
             memcpy(h, first, size * sizeof *h);
             run(s, b, d, m, c * T, n, k, A, h, as, hs);
-            for (int t = n - 1; t >= 0; t--) {
-                int64_t l = c * T + t, at = b * L + l, share = (d / W * s->batch * L + at) * N;
-                float gy[W], dz[W], dx[W] = {0}, dd[W] = {0}, *u = k->u[t], *delta = k->delta[t], *x = k->x[t];
-                load(gy, s->dy + at * D + d, m);
-                if (s->z) {
-                    float *z = k->z[t], *gate = k->gate[t], *y = k->y[t];
-                    EACH dz[w] = gy[w] * y[w] * gate[w] * (1.f + z[w] * (1.f - gate[w]));
-                    EACH gy[w] *= z[w] * gate[w];
-                    store(s->dz + at * D + d, dz, m);
-                }
-                const float *B = ROW(B, b, l), *C = ROW(C, b, l);
-                for (int64_t i = 0; i < N; i++) {
-                    float Bi = B[i], Ci = C[i], dBi = 0.f, dCi = 0.f, *gi = g + i * W, *dAi = dA + i * W;
-                    const float *Ai = A + i * W, *a = as + (t * N + i) * W, *now = hs + (t * N + i) * W;
-                    const float *before = t ? now - size : first + i * W;
-                    _Pragma("omp simd reduction(+ : dBi, dCi)") for (int w = 0; w < W; w++) {
-                        float e = gi[w] + Ci * gy[w], q = e * a[w] * before[w];  /* q: gradient of delta A */
-                        dBi += e * x[w]; dCi += gy[w] * now[w];
-                        dx[w] += e * Bi; dd[w] += q * Ai[w]; dAi[w] += q * delta[w]; gi[w] = e * a[w];
+            for (int t = 0; t < n; t++) {  /* from here on y holds its own gradient, before the gate */
+                int64_t at = (b * L + c * T + t) * D + d;
+                float gy[W], dz[W], *z = k->z[t], *gate = k->gate[t], *y = k->y[t];
+                load(gy, s->dy + at, m);
+                if (s->z) EACH dz[w] = gy[w] * y[w] * gate[w] * (1.f + z[w] * (1.f - gate[w]));
+                if (s->z) EACH gy[w] *= z[w] * gate[w];
+                if (s->z) store(s->dz + at, dz, m);
+                memcpy(y, gy, sizeof gy);
+            }
+            memset(k->dx, 0, sizeof k->dx + sizeof k->dd);
+            for (int64_t i = 0; i < N; i++) {
+                vec gi[W / 16], dAi[W / 16], *Ai = (vec *)(A + i * W);
+                memcpy(gi, g + i * W, sizeof gi), memcpy(dAi, dA + i * W, sizeof dAi);
+                for (int t = n - 1; t >= 0; t--) {
+                    int64_t l = c * T + t, share = ((d / W * s->batch + b) * L + l) * N + i;
+                    float Bi = ROW(B, b, l)[i], Ci = ROW(C, b, l)[i];
+                    vec dBi = {0}, dCi = {0}, *a = (vec *)(as + (i * T + t) * W), *now = (vec *)(hs + (i * T + t) * W);
+                    vec *before = t ? now - W / 16 : (vec *)(first + i * W), *gy = (vec *)k->y[t], *x = (vec *)k->x[t];
+                    vec *delta = (vec *)k->delta[t], *dx = (vec *)k->dx[t], *dd = (vec *)k->dd[t];
+                    VECTORS {
+                        vec e = gi[v] + Ci * gy[v], q = (gi[v] = e * a[v]) * before[v];  /* q: gradient of delta A */
+                        dBi += e * x[v]; dCi += gy[v] * now[v];
+                        dx[v] += e * Bi; dd[v] += q * Ai[v]; dAi[v] += q * delta[v];
                     }
-                    s->dB[share + i] = dBi; s->dC[share + i] = dCi;
+                    s->dB[share] = sum_(dBi); s->dC[share] = sum_(dCi);
                 }
+                memcpy(g + i * W, gi, sizeof gi), memcpy(dA + i * W, dAi, sizeof dAi);
+            }
+            for (int t = 0; t < n; t++) {
+                int64_t at = (b * L + c * T + t) * D + d;
+                float *gy = k->y[t], *dx = k->dx[t], *dd = k->dd[t], *u = k->u[t], *delta = k->delta[t];
                 EACH { dd[w] = dd[w] / LOG2E + dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; }
-                EACH dD[w] += gy[w] * u[w];
                 if (s->softplus) EACH dd[w] *= sigmoid_(k->raw[t][w]);
-                EACH dbias[w] += dd[w];
-                store(s->du + at * D + d, dx, m); store(s->ddelta + at * D + d, dd, m);
+                EACH { dD[w] += gy[w] * u[w]; dbias[w] += dd[w]; }
+                store(s->du + at, dx, m); store(s->ddelta + at, dd, m);
             }
         }
         for (int64_t i = 0; i < N; i++) {
@@ -1242,7 +1263,7 @@ class FusedScan:
     computes the others again. No sum depends on the number of threads.
     """
 
-    TILE, BLOCK = 64, 32  # channels that are computed side by side, positions between two saved states
+    TILE, BLOCK = 64, 16  # channels that are computed side by side, positions between two saved states
     INTEGERS = ("threads", "batch", "length", "channels", "states", "softplus")
     STRIDED = ("u", "delta", "z", "B", "C")
     POINTERS = (
@@ -1251,6 +1272,7 @@ class FusedScan:
     )  # fmt: skip
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
+        D, delta_bias = (A.new_zeros(len(A)) if w is None else w for w in (D, delta_bias))
         tensors = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "A": A.t(), "D": D, "delta_bias": delta_bias}
         self.inputs = {k: None if x is None else x.float() for k, x in tensors.items()}
         for k, x in self.inputs.items():  # rows may lie apart, as the halves of a projection do
@@ -1281,8 +1303,8 @@ class FusedScan:
         (batch, L, D, N), new = self.sizes, self.inputs["u"].new_empty
         outputs = {"y": new(batch, L, D), "state": new(batch, N, D)}
         outputs["saved"] = new(batch, -(-L // self.BLOCK), N, D) if save else None
-        initial = None if initial_state is None else initial_state.mT.float().contiguous()
-        self.prepare("forward", initial=initial, **outputs)()
+        initial = self.inputs["A"].new_zeros(batch, D, N) if initial_state is None else initial_state
+        self.prepare("forward", initial=initial.mT.float().contiguous(), **outputs)()
         return outputs["y"].to(self.dtype), outputs["state"].mT, [outputs["saved"]] if save else []
 
     def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
