@@ -1394,6 +1394,10 @@ def triton_load(x, live):
     return tl.load(x, live, 0.0).to(tl.float32)
 
 
+def triton_vector(x, d, live):
+    return triton_load(x + d, live) if x is not None else tl.zeros([d.numel], tl.float32)
+
+
 def triton_forward(
     u, delta, A, B, C, D, z, delta_bias, starts, initial, y, state, decay, saved, L, channels, N, span,
     u_b, u_l, u_d, delta_b, delta_l, delta_d, z_b, z_l, z_d, B_b, B_l, B_n, C_b, C_l, C_n,
@@ -1406,18 +1410,14 @@ def triton_forward(
     tile, place = real[:, None] & live[None, :], (b * segments + s) * N * channels + at
     A_log2 = 1.44269504 * tl.load(A + at, tile, 0.0)
     h = tl.load(initial + place, tile, 0.0)  # (N, W), in registers from the first position to the last
-    skip = triton_load(D + d, live) if D is not None else tl.zeros([W], tl.float32)
-    bias = triton_load(delta_bias + d, live) if delta_bias is not None else tl.zeros([W], tl.float32)
+    skip, bias = triton_vector(D, d, live), triton_vector(delta_bias, d, live)
     total, keep = tl.zeros([W], tl.float32), 1.0
     begin, length = s * span, tl.minimum(span, L - s * span)
-    u += b * u_b + begin * u_l + d * u_d
-    delta += b * delta_b + begin * delta_l + d * delta_d
+    u, delta = u + b * u_b + begin * u_l + d * u_d, delta + b * delta_b + begin * delta_l + d * delta_d
     B += b * B_b + begin * B_l + n * B_n
     if y is not None:
-        y += (b * L + begin) * channels + d
-        C += b * C_b + begin * C_l + n * C_n
-    if z is not None:
-        z += b * z_b + begin * z_l + d * z_d
+        y, C = y + (b * L + begin) * channels + d, C + b * C_b + begin * C_l + n * C_n
+    z = z + b * z_b + begin * z_l + d * z_d if z is not None else None
     if saved is not None:
         saved += (b * tl.cdiv(L, BLOCK) + begin // BLOCK) * N * channels + at
     for first in range(0, length, ROWS):
@@ -1446,16 +1446,32 @@ def triton_forward(
         if y is not None:
             for i in tl.static_range(ROWS):
                 tl.store(y + i * channels, ys[i], d < tl.where(first + i < length, channels, 0))
-            y += ROWS * channels
-            C += ROWS * C_l
+            y, C = y + ROWS * channels, C + ROWS * C_l
         if z is not None:
             z += ROWS * z_l
-        u += ROWS * u_l
-        delta += ROWS * delta_l
-        B += ROWS * B_l
+        u, delta, B = u + ROWS * u_l, delta + ROWS * delta_l, B + ROWS * B_l
     tl.store(state + place, h, tile)
     if decay is not None:
         tl.store(decay + place, keep * tl.exp2(total[None, :] * A_log2), tile)
+
+
+def triton_states(
+    u, delta, B, bias, starts, h, memory, A_log2, live, real, first, rows, u_l, delta_l, B_l, SOFTPLUS: tl.constexpr
+):
+    """The states of `rows` positions from the one before them, which all go to `memory`; returns the last."""
+    tl.debug_barrier()  # what one thread stores another may load, and may still load from the block before
+    tl.store(memory, h)
+    for i in range(rows):
+        t = first + i
+        raw = triton_load(delta + t * delta_l, live) + bias
+        delta_t = triton_softplus(raw) if SOFTPLUS else raw
+        x = delta_t * triton_load(u + t * u_l, live)
+        if starts is not None:
+            h = tl.where(tl.load(starts + t) != 0, 0.0, h)
+        h = tl.exp2(delta_t[None, :] * A_log2) * h + x[None, :] * triton_load(B + t * B_l, real)[:, None]
+        tl.store(memory + (i + 1) * h.numel, h)
+    tl.debug_barrier()
+    return h
 
 
 def triton_backward(
@@ -1463,74 +1479,56 @@ def triton_backward(
     dinitial, L, channels, N, span, u_b, u_l, u_d, delta_b, delta_l, delta_d, z_b, z_l, z_d, B_b, B_l, B_n, C_b, C_l,
     C_n, dy_b, dy_l, dy_d, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients, dB and dC as each tile's share; without du only dinitial, what leaves the segment's front.
-
-    g is a_{t+1} g_{t+1}, and e = C_t gy_t + g the gradient of h_t. `memory` has room for a block's states.
-    """
+    """All gradients, of B and C each tile's share; without du only dinitial, what leaves the segment's front."""
     k, d, n = tl.program_id(0), tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, STATES)
     b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(2)
     live, real, at = d < channels, n < N, n[:, None] * channels + d[None, :]
     tile, place = real[:, None] & live[None, :], (b * segments + s) * N * channels + at
-    A_log2 = 1.44269504 * tl.load(A + at, tile, 0.0)
-    g = tl.load(dstate + place, tile, 0.0)
-    skip = triton_load(D + d, live) if D is not None else tl.zeros([W], tl.float32)
-    bias = triton_load(delta_bias + d, live) if delta_bias is not None else tl.zeros([W], tl.float32)
+    A_log2, g = 1.44269504 * tl.load(A + at, tile, 0.0), tl.load(dstate + place, tile, 0.0)
+    skip, bias = triton_vector(D, d, live), triton_vector(delta_bias, d, live)
     A_sum, D_sum, bias_sum = tl.zeros([STATES, W], tl.float32), tl.zeros([W], tl.float32), tl.zeros([W], tl.float32)
     begin, end = s * span, tl.minimum((s + 1) * span, L)
     delta, C, dy = delta + b * delta_b + d * delta_d, C + b * C_b + n * C_n, dy + b * dy_b + d * dy_d
-    if z is not None:
-        z += b * z_b + d * z_d
+    z = z + b * z_b + d * z_d if z is not None else None
+    starts = starts + b * L if starts is not None else None
     if du is not None:
         u, B = u + b * u_b + d * u_d, B + b * B_b + n * B_n
         memory += ((b * segments + s) * tl.num_programs(0) + k) * (BLOCK + 1) * STATES * W
         memory += n[:, None] * W + tl.arange(0, W)[None, :]
-    h = g  # replaced below, where it is needed
     for c in range(tl.cdiv(end, BLOCK) - 1, begin // BLOCK - 1, -1):
-        first = c * BLOCK
-        rows = tl.minimum(BLOCK, end - first)
-        if du is not None:  # the block's states again, from the one that enters it
+        first, rows = c * BLOCK, tl.minimum(BLOCK, end - c * BLOCK)
+        if du is not None:
             h = tl.load(saved + (b * tl.cdiv(L, BLOCK) + c) * N * channels + at, tile, 0.0)
-            tl.store(memory, h)
-            for i in range(rows):
-                t = first + i
-                raw = triton_load(delta + t * delta_l, live) + bias
-                delta_t = triton_softplus(raw) if SOFTPLUS else raw
-                x = delta_t * triton_load(u + t * u_l, live)
-                if starts is not None:
-                    h = tl.where(tl.load(starts + b * L + t) != 0, 0.0, h)
-                h = tl.exp2(delta_t[None, :] * A_log2) * h + x[None, :] * triton_load(B + t * B_l, real)[:, None]
-                tl.store(memory + (i + 1) * STATES * W, h)
-            tl.debug_barrier()
+            h = triton_states(
+                u, delta, B, bias, starts, h, memory, A_log2, live, real, first, rows, u_l, delta_l, B_l, SOFTPLUS
+            )
         for i in range(rows - 1, -1, -1):
             t = first + i
             raw, gy = triton_load(delta + t * delta_l, live) + bias, triton_load(dy + t * dy_l, live)
             delta_t, C_t = triton_softplus(raw) if SOFTPLUS else raw, triton_load(C + t * C_l, real)
             dout = gy
             if z is not None:
-                z_t = triton_load(z + t * z_l, live)
-                gate = triton_sigmoid(z_t)
+                z_t, gate = triton_load(z + t * z_l, live), triton_sigmoid(triton_load(z + t * z_l, live))
                 gy *= z_t * gate
             a = tl.exp2(delta_t[None, :] * A_log2)
             if starts is not None:
-                a = tl.where(tl.load(starts + b * L + t) != 0, 0.0, a)
-            e = g + C_t[:, None] * gy[None, :]
+                a = tl.where(tl.load(starts + t) != 0, 0.0, a)
+            e = g + C_t[:, None] * gy[None, :]  # the gradient of h_t, as g is that of a_{t+1} h_t
             g = e * a
             if du is not None:
                 out, share = (b * L + t) * channels + d, ((k * tl.num_programs(1) + b) * L + t) * N + n
-                u_t, B_t = triton_load(u + t * u_l, live), triton_load(B + t * B_l, real)
-                before = tl.load(memory + i * STATES * W)
+                u_t, before = triton_load(u + t * u_l, live), tl.load(memory + i * e.numel)
                 if z is not None:
                     y_t = tl.sum(C_t[:, None] * h, 0) + skip * u_t
                     tl.store(dz + out, dout * y_t * gate * (1.0 + z_t * (1.0 - gate)), live)
-                q, x, dx = g * before, delta_t * u_t, tl.sum(e * B_t[:, None], 0)  # q: gradient of delta A
-                dd = tl.sum(q * A_log2, 0) / 1.44269504 + dx * u_t
-                dd = dd * triton_sigmoid(raw) if SOFTPLUS else dd
-                tl.store(dB + share, tl.sum(e * x[None, :], 1), real)
+                dx = tl.sum(e * triton_load(B + t * B_l, real)[:, None], 0)
+                q = g * before  # the gradient of delta A
+                dd = (tl.sum(q * A_log2, 0) / 1.44269504 + dx * u_t) * (triton_sigmoid(raw) if SOFTPLUS else 1.0)
+                tl.store(dB + share, tl.sum(e * (delta_t * u_t)[None, :], 1), real)
                 tl.store(dC + share, tl.sum(h * gy[None, :], 1), real)
                 tl.store(du + out, dx * delta_t + skip * gy, live)
                 tl.store(ddelta + out, dd, live)
                 A_sum, D_sum, bias_sum, h = A_sum + q * delta_t[None, :], D_sum + gy * u_t, bias_sum + dd, before
-        tl.debug_barrier()
     tl.store(dinitial + place, g, tile)
     if du is not None:
         tl.store(dA + place, A_sum, tile)
@@ -1627,8 +1625,8 @@ def triton_problem() -> str | None:
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     except ImportError:
         return "Triton is not installed (pip install triton)"
-    for function in (triton_sigmoid, triton_softplus, triton_load, triton_forward, triton_backward):
-        globals()[function.__name__] = triton.jit(function)
+    for name in [name for name in globals() if name.startswith("triton_") and name != "triton_problem"]:
+        globals()[name] = triton.jit(globals()[name])
     return None
 
 

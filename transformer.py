@@ -686,12 +686,12 @@ def rotary_angles(config: TransformerConfig, positions: Tensor) -> tuple[Tensor,
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + d/2}) of x (..., L, H, d) by its angle at that position; see `rotary_angles`.
 
     Equation (34) of 2104.09864, with the pairs that Llama's checkpoints have: halves, not neighbours.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=out).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -730,11 +730,11 @@ def visible(begins: Tensor | None, past: int, length: int, device: torch.device)
 
 
 class Cache:
-    """Keys and values of the positions so far, in memory set aside once: (B, G, capacity, d) for each layer."""
+    """Keys and values of the positions so far, in memory set aside once: (2, B, G, capacity, d) for each layer."""
 
     def __init__(self, config: TransformerConfig, batch: int, capacity: int, like: Tensor):
-        shape = (batch, config.groups, capacity, config.head_size)
-        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
+        shape = (2, batch, config.groups, capacity, config.head_size)
+        self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
         self.capacity, self.length = capacity, 0
         self.begin: Tensor | None = None  # (B,) where each row's present document begins; None: at 0
         self.positions = torch.arange(capacity, device=like.device)
@@ -833,7 +833,7 @@ class SwiGLU(nn.Module):
     def stepper(self) -> Callable:
         """`forward` for x (B, d_model); see `lean`."""
         gate, up, down = lean(self.gate_proj), lean(self.up_proj), lean(self.down_proj)
-        return lambda x: down(F.silu(gate(x)).mul_(up(x)))
+        return lambda x: down(F.silu(gate(x), inplace=True).mul_(up(x)))
 
 
 class GELU(nn.Module):
@@ -871,27 +871,25 @@ class Layer(nn.Module):
 
     def stepper(self, cache: Cache, layer: int) -> Callable:
         """`forward` for one position as a function (x (B, d_model), angles) -> (B, d_model); see `lean`."""
-        attention, (keys, values) = self.self_attn, cache.layers[layer]
+        attention, memory = self.self_attn, cache.layers[layer]
         projections = [lean(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         norm, norm_mlp, mlp = lean(self.input_layernorm), lean(self.post_attention_layernorm), self.mlp.stepper()
-        out = lean(attention.o_proj)
-        B, G, _, d = keys.shape
+        out, (_, B, G, _, d) = lean(attention.o_proj), memory.shape
         H = attention.q_proj.out_features // d
-        heads = keys.new_empty(B, H + 2 * G, d)  # memory for q, k and v, and these after the rotation
+        heads = memory.new_empty(B, H + 2 * G, d)
         parts = heads.flatten(1).split([H * d, G * d, G * d], dim=1)
-        qk, v = heads.split([H + G, G], dim=1)
-        turned = qk if cache.angles is None else torch.empty_like(qk)
-        q, k = turned[:, :H].unsqueeze(2), turned[:, H:]
+        qk, q = heads[:, : H + G], heads[:, :H].unsqueeze(2)
+        halves = qk.unflatten(2, (2, -1)) if cache.angles else None  # swapped, they are qk rolled by d/2
+        kv = heads[:, H:].unflatten(1, (2, G)).transpose(0, 1)
 
         def step(x: Tensor, angles) -> Tensor:
             y, n = norm(x), cache.length
             for project, part in zip(projections, parts, strict=True):
                 project(y, out=part)
             if angles is not None:
-                rotate(qk, *angles, out=turned)
-            keys.select(2, n).copy_(k)
-            values.select(2, n).copy_(v)
-            x = x.add_(out(attend(q, keys.narrow(2, 0, n + 1), values.narrow(2, 0, n + 1)).flatten(1)))
+                torch.addcmul(qk * angles[0], halves.flip(2).view_as(qk), angles[1], out=qk)  # `rotate`
+            memory.select(3, n).copy_(kv)
+            x = x.add_(out(attend(q, *memory.narrow(3, 0, n + 1)).flatten(1)))
             return x.add_(mlp(norm_mlp(x)))
 
         return step
@@ -975,13 +973,14 @@ class Transformer(nn.Module):
     def stepper(self, cache: Cache) -> Callable[[Tensor], Tensor]:
         """A function token (B,) -> logits (B, V): `forward` for one more position of the cache, in few operations."""
         layers = [layer.stepper(cache, i) for i, layer in enumerate(self.model.layers)]
-        norm, head = lean(self.model.norm), lean(self.lm_head)
+        norm, head, embedding = lean(self.model.norm), lean(self.lm_head), self.model.embed_tokens.weight
+        plain = self.config.position == "rope" and embedding.dtype == torch.float32
 
         def step(token: Tensor) -> Tensor:
             n = cache.length
             if cache.begin is not None or n == cache.capacity:  # earlier documents are in the cache, or it is full
                 return self(token.unsqueeze(1), cache)[:, -1]
-            x = self.embed(token, cache.positions[n])
+            x = embedding[token] if plain else self.embed(token, cache.positions[n])
             angles = cache.angles and (cache.angles[0][n], cache.angles[1][n])
             for layer in layers:
                 x = layer(x, angles)

@@ -169,7 +169,6 @@ def test_rotation_is_complex_multiplication(seed):
     angles = transformer.rotary_angles(config, positions)
     ours = transformer.rotate(x, *angles)
     close(ours, slow_rotation(x, positions.tolist(), slow_frequencies(d, config.rope_theta, scaling)), 1e-5)
-    assert torch.equal(transformer.rotate(x, *angles, out=torch.empty_like(x)), ours)
     close(ours.norm(dim=-1), x.norm(dim=-1), 1e-6)
 
 

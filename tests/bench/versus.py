@@ -137,7 +137,7 @@ def writer(script: str, model: nn.Module, batch: int, context: int, new: int) ->
 
         return run, sum(x.nbytes for layer in state for x in layer)
     cache = model.init_cache(batch, context + new)
-    for tensor in (x for layer in cache.layers for x in layer):
+    for tensor in cache.layers:
         tensor.normal_()
     step = model.stepper(cache)
 
@@ -146,7 +146,7 @@ def writer(script: str, model: nn.Module, batch: int, context: int, new: int) ->
         for _ in range(new):
             step(token)
 
-    kept = sum(x.nbytes for layer in cache.layers for x in layer)
+    kept = sum(x.nbytes for x in cache.layers)
     return run, kept * context // (context + new)
 
 
