@@ -1379,10 +1379,12 @@ def cache_folder() -> Path:
 
 
 def triton_sigmoid(x):
+    """1 / (1 + e^-x)."""
     return 1.0 / (1.0 + tl.exp2(-1.44269504 * x))
 
 
-def triton_softplus(x):  # log(1 + e), e = exp(-|x|), as 2 artanh(e / (2 + e)): right also where e is tiny
+def triton_softplus(x):
+    """log(1 + e^x): of e = exp(-|x|) as 2 artanh(e / (2 + e)), which is right also where e is tiny."""
     e = tl.exp2(-1.44269504 * tl.abs(x))
     s = e / (2.0 + e)
     q = s * s
@@ -1391,10 +1393,12 @@ def triton_softplus(x):  # log(1 + e), e = exp(-|x|), as 2 artanh(e / (2 + e)): 
 
 
 def triton_load(x, live):
+    """Numbers as float32, 0 where not live."""
     return tl.load(x, live, 0.0).to(tl.float32)
 
 
 def triton_vector(x, d, live):
+    """A number a channel, 0 where there is no such tensor."""
     return triton_load(x + d, live) if x is not None else tl.zeros([d.numel], tl.float32)
 
 
