@@ -1687,6 +1687,38 @@ class ScanFunction(torch.autograd.Function):
 # ----- The model ------------------------------------------------------------------------------------------------------
 
 
+class ConvFunction(torch.autograd.Function):
+    """y_t = bias + sum_i weight_i x_{t-i} of padded x (B, W-1+L, E), weight (E, W), oldest first; 0 where `begun`."""
+
+    @staticmethod
+    def forward(ctx, padded, weight, bias, begun):
+        ctx.save_for_backward(padded, weight)
+        ctx.begun, taps, L = begun, weight.unbind(-1)[::-1], padded.shape[1] - weight.shape[1] + 1
+        y = torch.zeros_like(padded[:, :L]) if bias is None else bias.expand_as(padded[:, :L])
+        for back, (tap, past) in enumerate(ConvFunction.shifts(padded, taps, L)):
+            past = past if begun[back] is None else past.masked_fill(begun[back], 0.0)
+            y = torch.addcmul(y, past, tap) if back == 0 else y.addcmul_(past, tap)
+        return y
+
+    @staticmethod
+    def shifts(padded: Tensor, taps: Sequence[Tensor], L: int) -> list[tuple[Tensor, Tensor]]:
+        """Each tap with what it multiplies, newest first."""
+        return [(tap, padded[:, len(taps) - 1 - back :][:, :L]) for back, tap in enumerate(taps)]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (padded, weight), L = ctx.saved_tensors, grad.shape[1]
+        back_to, products, sums = torch.empty_like(padded), torch.empty_like(grad), []
+        back_to[:, :-L] = 0.0
+        pasts = ConvFunction.shifts(padded, weight.unbind(-1)[::-1], L)
+        for begun, (tap, past), (_, out) in zip(ctx.begun, pasts, ConvFunction.shifts(back_to, pasts, L), strict=True):
+            reached = grad if begun is None else grad.masked_fill(begun, 0.0)
+            out.addcmul_(reached, tap) if sums else torch.mul(reached, tap, out=out)
+            sums.insert(0, torch.mul(reached, past, out=products).sum((0, 1)))
+        return back_to, torch.stack(sums, -1), grad.sum((0, 1)) if ctx.needs_input_grad[2] else None, None
+
+
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -1699,14 +1731,11 @@ def causal_conv(
     if window is None:
         window = x.new_zeros(x.shape[0], W - 1, x.shape[2])
     padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, W-1+L, E)
-    taps = weight.squeeze(1).to(x.dtype).unbind(-1)  # oldest input first
-    y = x * taps[-1] if bias is None else torch.addcmul(bias.to(x.dtype), x, taps[-1])
-    for back in range(1, W):
-        past = padded[:, W - 1 - back : W - 1 - back + L]
-        if starts is not None:  # a document began at one of the last `back` positions
-            begun = torch.stack([F.pad(starts, (i, 0))[:, :L] for i in range(back)]).any(0)
-            past = past.masked_fill(begun.unsqueeze(-1), 0.0)
-        y = torch.addcmul(y, past, taps[-1 - back])
+    begun = [None] * W  # for each number of steps back: whether a document began since, (B, L, 1)
+    if starts is not None:
+        since = [F.pad(starts, (i, 0))[:, :L] for i in range(W - 1)]
+        begun[1:] = [torch.stack(since[:back]).any(0).unsqueeze(-1) for back in range(1, W)]
+    y = ConvFunction.apply(padded, weight.squeeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype), begun)
     window = padded[:, L:]
     if starts is not None:  # nor may the next call's taps
         begun = F.pad(starts, (W - 1, 0))[:, L:].flip(1).cumsum(1).flip(1)  # starts at or after each input

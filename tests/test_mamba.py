@@ -569,6 +569,20 @@ def test_causal_conv_is_conv1d(taps, bias):
     close(mamba.causal_conv(x, weight, bias, before, starts)[0][:, 1:], torch.cat(pieces, 1))
 
 
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_the_convolution_are_the_finite_differences(bias, cut):
+    x, weight, before = torch.randn(2, 6, 3), torch.randn(3, 1, 4), torch.randn(2, 3, 3)
+    starts = torch.zeros(2, 6, dtype=torch.bool)
+    starts[0, [0, 3]], starts[1, 4] = True, True
+    tensors = [v.double().requires_grad_() for v in (x, weight, before, *[torch.randn(3)] * bias)]
+
+    def conv(x, weight, before, bias=None):
+        return mamba.causal_conv(x, weight, bias, before, starts if cut else None)
+
+    assert torch.autograd.gradcheck(conv, tensors)
+
+
 def test_vocabulary_padding_is_cut():
     model = small()
     assert len(model.backbone.embeddings.weight) == 32
