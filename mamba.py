@@ -133,7 +133,7 @@ class Config:
     n_layer: int = flag(4, "Mamba blocks; paper: 24 to 64")
     d_state: int = flag(16, "states a channel, N")
     selective: str = flag("delta,B,C", "which of delta, B, C depend on the input; empty: none, time-invariant as S4D")
-    steps: int = flag(360, "optimiser steps; paper: 4,800 (130M)")
+    steps: int = flag(960, "optimiser steps; paper: 4,800 (130M)")
     batch: int = flag(8, "sequences a step, over all processes; paper: 256, half a million tokens")
     accumulate: int = flag(1, "micro-batches into which a process splits its part of the batch, to save memory")
     length: int = flag(256, "tokens a sequence; paper: 2,048")

@@ -831,9 +831,9 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def stepper(self) -> Callable:
-        """`forward` for x (B, d_model); see `lean`."""
-        gate, up, down = lean(self.gate_proj), lean(self.up_proj), lean(self.down_proj)
-        return lambda x: down(F.silu(gate(x), inplace=True).mul_(up(x)))
+        """residual + `forward` for residual and x (B, d_model), in place; see `lean`."""
+        gate, up, down = lean(self.gate_proj), lean(self.up_proj), lean_add(self.down_proj)
+        return lambda residual, x: down(residual, F.silu(gate(x), inplace=True).mul_(up(x)))
 
 
 class GELU(nn.Module):
@@ -849,9 +849,9 @@ class GELU(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x)))
 
     def stepper(self) -> Callable:
-        """`forward` for x (B, d_model); see `lean`."""
-        up, down = lean(self.up_proj), lean(self.down_proj)
-        return lambda x: down(F.gelu(up(x)))
+        """residual + `forward` for residual and x (B, d_model), in place; see `lean`."""
+        up, down = lean(self.up_proj), lean_add(self.down_proj)
+        return lambda residual, x: down(residual, F.gelu(up(x)))
 
 
 class Layer(nn.Module):
@@ -874,7 +874,7 @@ class Layer(nn.Module):
         attention, memory = self.self_attn, cache.layers[layer]
         projections = [lean(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         norm, norm_mlp, mlp = lean(self.input_layernorm), lean(self.post_attention_layernorm), self.mlp.stepper()
-        out, (_, B, G, _, d) = lean(attention.o_proj), memory.shape
+        out, (_, B, G, _, d) = lean_add(attention.o_proj), memory.shape
         H = attention.q_proj.out_features // d
         heads = memory.new_empty(B, H + 2 * G, d)
         parts = heads.flatten(1).split([H * d, G * d, G * d], dim=1)
@@ -889,8 +889,8 @@ class Layer(nn.Module):
             if angles is not None:
                 torch.addcmul(qk * angles[0], halves.flip(2).view_as(qk), angles[1], out=qk)  # `rotate`
             memory.select(3, n).copy_(kv)
-            x = x.add_(out(attend(q, *memory.narrow(3, 0, n + 1)).flatten(1)))
-            return x.add_(mlp(norm_mlp(x)))
+            x = out(x, attend(q, *memory.narrow(3, 0, n + 1)).flatten(1))
+            return mlp(x, norm_mlp(x))
 
         return step
 
@@ -909,6 +909,15 @@ def lean(module: nn.Module) -> Callable:
         weight, floor = module.weight * math.sqrt(len(module.weight)), module.floor
         return lambda x: x.div(torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(weight)
     return module
+
+
+def lean_add(layer: nn.Linear) -> Callable:
+    """A function (x, y): x += layer(y), in one operation where it can be; see `lean`."""
+    if layer.bias is None and layer.weight.dtype == torch.float32:
+        weight = layer.weight.t()
+        return lambda x, y: x.addmm_(y, weight)
+    multiply = lean(layer)
+    return lambda x, y: x.add_(multiply(y))
 
 
 class Transformer(nn.Module):
