@@ -381,3 +381,12 @@ def test_no_file_names_a_place_on_one_machine() -> None:
 def test_output_stays_out_of_the_repository() -> None:
     assert "out/" in (ROOT / ".gitignore").read_text().splitlines()
     assert not [path for path in tracked() if "out" in path.relative_to(ROOT).parts]
+
+
+def test_the_readmes_tables_are_the_result_files() -> None:
+    """And a number that somebody changes there by hand is found."""
+    report = importlib.import_module("tests.claims.report")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert readme.count("<!-- end -->") >= 10 and report.renew(readme) == readme
+    first = readme.index("| byte trigram |")
+    assert report.renew(readme[:first] + readme[first:].replace("2.977", "2.978", 1)) == readme

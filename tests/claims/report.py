@@ -1,0 +1,168 @@
+"""The README's tables, made from the result files: `python tests/claims/report.py` writes them into README.md.
+
+Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below. With `--check` nothing is written, and
+the exit status is 1 where the README says otherwise than the result files.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CLAIMS, BENCH = ROOT / "tests/claims/results", ROOT / "tests/bench/results"
+LEFT, RIGHT = "---", "---:"
+NAMES = {"mamba": "Mamba", "transformer": "Transformer++"}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def number(value: float) -> str:
+    """Three digits or so."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def table(head: list[str], rows: list[list[str]], align: list[str]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, align, *rows))
+
+
+def default_run(script: str) -> str:
+    result = read(CLAIMS / f"{script}_default.json")
+    rows = [[name, f"{value:.3f}"] for name, value in result["baselines_bits_a_byte"].items()]
+    bits = result["bits_a_byte"]
+    name = f"{NAMES[script]}, {result['parameters']:,} parameters"
+    rows.append([name, f"{bits['mean']:.3f} ± {bits['sd']:.3f}"])
+    return table(["model", "validation bits a byte"], rows, [LEFT, LEFT])
+
+
+def mamba_default() -> str:
+    return default_run("mamba")
+
+
+def transformer_default() -> str:
+    return default_run("transformer")
+
+
+def sample(script: str, lines: int = 12) -> str:
+    return "```text\n" + "\n".join(read(CLAIMS / f"{script}_default.json")["sample"].splitlines()[:lines]) + "\n```"
+
+
+def mamba_sample() -> str:
+    return sample("mamba")
+
+
+def transformer_sample() -> str:
+    return sample("transformer")
+
+
+def scan() -> str:
+    result = read(BENCH / "scan.json")
+    head = ["(B, D, L, N)", "pass", "fused, ms", "chunked, ms", "mambapy, ms", "fused faster by", "chunked faster by"]
+    head += ["fused: share of the floor", "peak extra MB, fused", "chunked", "mambapy"]
+    rows = []
+    for row in result["times"]:
+        key = row["shape"], row["mode"]
+        memory = next(m["bytes"] for m in result["memory"] if (m["shape"], m["mode"]) == key)
+        fused, chunked, theirs = (statistics.median(row["seconds"][k]) for k in ("fused", "chunked", "mambapy"))
+        cells = [1e3 * fused, 1e3 * chunked, 1e3 * theirs, theirs / fused, theirs / chunked]
+        share = f"{result['floor']['seconds'][' '.join(key)] / fused:.0%}"
+        cells = [*map(number, cells), share, *(number(memory[k] / 1e6) for k in ("fused", "chunked", "mambapy"))]
+        rows.append([str(tuple(row["sizes"])), row["mode"], *cells])
+    return table(head, rows, [LEFT, LEFT] + [RIGHT] * 9)
+
+
+def goals(*files: str) -> str:
+    rows = [goal for name in files for goal in read(BENCH / name)["goals"]]
+    verdict = {True: "reached", False: "**missed**"}
+    return "\n".join(
+        f"- {g['goal']}: {number(g['ratio'])} times, goal {g['at_least']:g}: {verdict[g['reached']]}" for g in rows
+    )
+
+
+def scan_goals() -> str:
+    return goals("scan.json", "scan-tuned.json")
+
+
+def model() -> str:
+    result = read(BENCH / "model.json")
+    rows = [[f"`{r['script']}`", r["job"], r["model"], number(r["tokens_a_second"]), ""] for r in result["measured"]]
+    for row, measured in zip(rows, result["measured"], strict=True):
+        row[-1] = "" if measured["model"] == "ours" else number(measured["ratio"])
+    for name, pair in result["pair"].items():
+        job = f"training, {pair['parameters']:,} parameters"
+        rows.append([f"`{name}`", job, "ours", number(pair["tokens_a_second"]), ""])
+    return table(["script", "job", "model", "tokens a second", "ours is faster by"], rows, [LEFT] * 3 + [RIGHT] * 2)
+
+
+def model_goals() -> str:
+    return goals("model.json")
+
+
+def versus_loss() -> str:
+    rows = sorted(read(BENCH / "versus.json")["parts"]["loss"], key=lambda row: row["parameters"] // 1e5)
+    cells = [[NAMES[r["script"]], f"{r['parameters']:,}", f"{r['lr']:g}"] for r in rows]
+    cells = [[*c, f"{r['bits_a_byte']:.3f} ± {r['sd']:.3f}"] for c, r in zip(cells, rows, strict=True)]
+    return table(["model", "parameters", "peak rate", "validation bits a byte"], cells, [LEFT] + [RIGHT] * 3)
+
+
+def versus_time() -> str:
+    rows = []
+    for row in read(BENCH / "versus.json")["parts"]["time"]["rows"]:
+        ours, theirs = (row["microseconds_a_token"][k] for k in ("mamba", "transformer"))
+        rows.append([f"{row['length']:,}", number(ours), number(theirs), number(theirs / ours)])
+    head = ["length", "Mamba, µs a token", "Transformer++, µs a token", "Transformer++ / Mamba"]
+    return table(head, rows, [RIGHT] * 4)
+
+
+def versus_text() -> str:
+    rows = []
+    for row in read(BENCH / "versus.json")["parts"]["text"]:
+        speed = [number(row["tokens_a_second"][k]) for k in NAMES]
+        memory = [number(row["bytes"][k] / 1e6) for k in NAMES]
+        rows.append([str(row["batch"]), f"{row['context']:,}", *speed, *memory])
+    head = ["batch", "context", "Mamba, tokens/s", "Transformer++, tokens/s", "Mamba, MB", "Transformer++, MB"]
+    return table(head, rows, [RIGHT] * 6)
+
+
+def transformer_plus_plus() -> str:
+    arms = read(CLAIMS / "transformer_plus_plus.json")["arms"]
+    rows = [[a["arm"], f"{a['parameters']:,}", f"{a['lr']:g}", f"{a['mean']:.3f} ± {a['sd']:.3f}"] for a in arms]
+    rows = [[*row, f"{arm['mean'] - arms[0]['mean']:+.3f}"] for row, arm in zip(rows, arms, strict=True)]
+    head = ["model", "parameters", "peak rate", "validation bits a byte", "against the vanilla one"]
+    return table(head, rows, [LEFT] + [RIGHT] * 4)
+
+
+def renew(text: str) -> str:
+    """The README with every table made anew. Raises KeyError for a name that no function has."""
+
+    def fill(found: re.Match) -> str:
+        return f"<!-- {found[1]} -->\n{globals()[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README differs")
+    check, readme = parser.parse_args(argv).check, ROOT / "README.md"
+    before = readme.read_text("utf-8")
+    after = renew(before)
+    if check and before != after:
+        lines = [line for line in after.splitlines() if line not in before.splitlines()]
+        print(
+            "README.md differs from the result files; run python tests/claims/report.py. It should have:",
+            *lines[:9],
+            sep="\n",
+        )
+        return 1
+    if not check:
+        readme.write_text(after, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
