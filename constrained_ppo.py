@@ -76,7 +76,7 @@ class Config:
     kl_coefficient: float = flag(0.2, "a_KL at the start of ppo, ppo_sat, all_ppo; it adapts")
     kl_target: float = flag(0.2, "nats a token that it adapts to; paper: 0.5")
     multiplier_lr: float = flag(0.5, "rate of the multipliers' SGD; paper: 0.1, in 25 times as many minibatches")
-    tolerance: float = flag(0.05, "nelder_mead: relative distance at which thresholds count as reached")
+    tolerance: float = flag(0.1, "nelder_mead: relative distance at which thresholds count as reached")
     degree: int = flag(4, "of the polynomial fitted to the evaluation; paper: 10, on more points")
     eval_every: int = flag(4, "updates from one evaluation, checkpoint and row of metrics.jsonl to the next")
     eval_rows: int = flag(400, "held-out prompts of an evaluation, the same with the same draws every time")
@@ -901,7 +901,7 @@ def load_function(what: str, where: str) -> Callable:
 
 def fit(module: nn.Module, steps: int, lr: float, loss_of: Callable[[], Tensor]) -> float:
     """AdamW steps on the losses that loss_of gives, the rate rising, then falling. Returns the mean of the last 50."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
     losses = []
     for step in range(steps):
         loss = loss_of()
@@ -968,7 +968,7 @@ class Run:
             {"params": [*self.policy.parameters()]},
             {"params": [*self.critic.parameters()], "lr": config.critic_lr},
         ]
-        self.optimizer = torch.optim.Adam(groups, config.lr)
+        self.optimizer = torch.optim.Adam(groups, config.lr, fused=True)
         self.multiplier_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
         self.kl_coefficient = 0.0 if method == "ppo_no_kl" else config.kl_coefficient
         self.step, self.rows, self.texts = 0, [], []
@@ -1018,11 +1018,6 @@ class Run:
             pairs = zip(multipliers(method, self.raw.detach()).tolist(), self.thresholds.tolist(), strict=True)
             for name, (m, theta) in zip(config.constrained, pairs, strict=True):
                 row |= {f"m_{name}": m, f"theta_{name}": theta}
-        if not math.isfinite(row["loss"]):
-            kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"{self.name} diverged at update {self.step}: loss {row['loss']}; {kept}; lower --lr"
-            )
         return row
 
     def learn(self, replies: Replies, advantages: Tensor, returns: Tensor, scores: Tensor) -> float:
@@ -1038,8 +1033,12 @@ class Run:
         loss = loss + sum(w * masked_mean(e, mask) for w, e in zip(self.head_weights, errors.unbind(-1), strict=True))
         self.optimizer.zero_grad()
         loss.backward()
-        for network in self.policy, self.critic:
-            nn.utils.clip_grad_norm_(network.parameters(), self.config.max_norm)
+        networks = (self.policy, self.critic)
+        norms = [nn.utils.clip_grad_norm_(network.parameters(), self.config.max_norm).item() for network in networks]
+        if not math.isfinite(loss.item() + sum(norms)):
+            kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
+            where = f"{self.name} diverged at update {self.step + 1}: loss {loss.item()}, gradient norms {norms}"
+            raise FloatingPointError(f"{where}; {kept}; lower --lr or --critic-lr")
         self.optimizer.step()
         if method in CONSTRAINED:
             self.multiplier_optimizer.zero_grad()
