@@ -367,17 +367,17 @@ def test_the_value_network_starts_at_0_and_has_a_head_a_reward_and_one_for_the_t
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder with pi_0 of a tiny config."""
+    """pi_0 of a tiny config."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("start")
     c.prepare(c.Config(**TINY, out=str(out)), torch.device("cpu"), quiet)
-    return (out / "start.pt").read_bytes()
+    return torch.load(out / "start.pt", weights_only=True)
 
 
 def new_task(tmp_path, start, **changes):
-    tmp_path.mkdir(exist_ok=True)
-    (tmp_path / "start.pt").write_bytes(start)
-    return c.prepare(c.Config(**TINY | changes, out=str(tmp_path)), torch.device("cpu"), quiet)
+    config = c.Config(**TINY | changes, out=str(tmp_path))
+    torch.save(start | {"config": dataclasses.asdict(config)}, tmp_path / "start.pt")
+    return c.prepare(config, torch.device("cpu"), quiet)
 
 
 @pytest.mark.parametrize("method", [*c.METHODS, "nelder_mead"])
@@ -411,7 +411,7 @@ def test_resuming_goes_on_bit_for_bit(tmp_path, start, method):
 def test_each_step_leaves_pi_0_alone_and_changes_what_it_should(tmp_path, start):
     task = new_task(tmp_path, start)
     before = {k: v.clone() for k, v in task.policy.state_dict().items()}
-    run = c.Run(task, "x", "xi_ppo", 1, [0.9, 0.9])
+    run = c.Run(task, "x", "xi_ppo", 1, [1.5, 1.5])
     critic, raw = [p.clone() for p in run.critic.parameters()], run.raw.detach().clone()
     row = run.update()
     assert all(torch.equal(v, before[k]) for k, v in task.policy.state_dict().items())
@@ -460,16 +460,16 @@ def test_three_rewards_and_one_as_the_objective(tmp_path):
 
 
 def test_ppo_learns_a_reward(tmp_path, start):
-    """Replies that start with a word: from chance to most of them, in seconds."""
-    task = new_task(tmp_path, start, batch=32, lr=3e-3, epochs=2, reply=3)
+    """Replies whose first word begins late in the alphabet: from a fifth or so to nearly all, in seconds."""
+    task = new_task(tmp_path, start, batch=32, lr=3e-3, epochs=2, reply=3, top_k=0)
     task.rewards = {
-        "meteor": lambda prompts, responses, references, labels: [float(t.startswith("please")) for t in responses],
+        "meteor": lambda prompts, responses, references, labels: [float(t[:1] > "s") for t in responses],
         "intent": lambda prompts, responses, references, labels: [0.0] * len(prompts),
     }
     run = c.Run(task, "x", "ppo_no_kl", 40)
     first = run.update()["batch_meteor"]
     last = [run.update()["batch_meteor"] for _ in range(40)][-1]
-    assert first < 0.2 and last > 0.8
+    assert first < 0.5 and last > 0.9
 
 
 def test_xi_holds_a_reward_at_its_threshold(tmp_path, start):
