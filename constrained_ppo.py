@@ -2,7 +2,51 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
 # ///
-"""DOCSTRING"""
+"""Constrained RLHF: PPO that holds each reward model at the value beyond which it stops being a good proxy.
+
+Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", arXiv 2310.04373.
+
+    python constrained_ppo.py                               the paper in miniature, TIME on two cores
+    python constrained_ppo.py --method nelder_mead          thresholds found within one run, TIME2 more
+    python constrained_ppo.py --data FILE --policy FOLDER   your dialogues, a GPT-2 of yours
+
+The first makes a small policy that answers small talk, trains it by PPO on each reward alone until the true metric
+falls while the reward goes on rising, fits the proxy point where the metric was best, and from the same start trains
+`ppo`, with a KL penalty, and `xi_ppo`, which holds each reward at its proxy point. Read the samples that it prints.
+
+code                     shape            paper
+policy, Task.policy                       pi, pi_0: GPT-2s of one size, the second frozen
+rewards, r0              (B, N), (B,)     r_i, r_0: of whole replies; METEOR and intent as in the paper
+penalty, kl              (B, T)           a_KL log(pi/pi_0), log(pi/pi_0), at each token
+values                   (B, T, N + 1)    v_1..v_N and v_0, the task's, which for mu and xi is the KL's
+raw, multipliers         (N,)             mu_i, bounded: sigmoid for mu-PPO and All-PPO, tanh for xi-PPO
+thresholds               (N,)             theta_i, by default the proxy points theta*
+evaluation                                r*, the true metric, seen K times a run
+
+What matters in PPO for language models, and where it is done
+  no gradient, reward or mean from what follows end-of-text             `masked_mean`, `gae`, `write_replies`
+  log-probabilities at the temperature and the top-k of the draws       `token_logp`
+  prompts padded in front, positions and attention without padding      `GPT2.hidden`
+  no dropout, the same weights in draws and ratio: the first is 1       `GPT2`, `write_replies`
+  the KL by log(pi/pi_0) of the tokens drawn: unbiased, may be < 0      `Task.log_ratio`
+  a reply is an episode: rewards at its last token, no value behind     `token_rewards`, `gae`
+  a value network of its own, a head a reward, no value clipping        `Run.learn`
+  advantages normalised by minibatch, each reward's apart, then mixed   `normalise`, `mix_advantages`
+  multipliers from mean returns, not from the critic's early values     `multiplier_loss`
+  evaluation always by the same prompts and draws                       `Task.evaluate`
+
+Differences from the paper
+1. The default policy has 0.1M parameters and the data are templates, chosen because they show the effect: most of the
+   pre-training replies are dull or rambling, so that PPO at first improves the replies, and wording and much of their
+   content are free, so that collapse on what the rewards like best costs variety. Learning rates are a small model's.
+2. The metric is the geometric mean of lexical match and of n-gram overlap with the references. The paper's mean of two
+   parts, scaled over the single-reward runs, needs these runs even for Nelder-Mead, and its second part praises babble.
+3. METEOR matches equal words only; intent's classifier is a bag of words.
+4. Ratios are of the truncated policies that wrote the replies; the critic starts from pi_0, its heads from 0.
+5. Algorithm 3 leaves open when thresholds count as reached: within --tolerance, the mean of three updates.
+
+Not included: more than one device, learned reward models other than intent's, ROUGE-L, beam search.
+"""
 
 from __future__ import annotations
 
@@ -397,7 +441,7 @@ def overlap(references: list[list], responses: list[list], n: int = 3) -> float:
 
 
 def true_metric(prompts: list[str], responses: list[str], references: list[str], labels: list[str]) -> float:
-    """r*, 0 to 1: the geometric mean of lexical match (BLEU and ROUGE-2) and of `overlap`, a variety like the references'.
+    """r*, 0 to 1: the geometric mean of lexical match (BLEU and ROUGE-2) and of `overlap`, varied as they are.
 
     Always the same reply scores low in the second, babble in both.
     """
@@ -453,7 +497,7 @@ def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Te
 
 
 def multipliers(method: str, raw: Tensor) -> Tensor:
-    """Bounded multipliers (N,) of free parameters (N,): 0 to 1 for mu and All, -1 to 1 for xi, whose constraints bind."""
+    """Bounded multipliers (N,) of free parameters (N,): 0 to 1 for mu and All, -1 to 1 for xi, of equalities."""
     require(method in CONSTRAINED, f"{method!r}: must be one of {', '.join(CONSTRAINED)} to have multipliers; use one")
     return raw.tanh() if method == "xi_ppo" else raw.sigmoid()
 
@@ -524,7 +568,7 @@ def kernel_density(points: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def polynomial_surface(x: np.ndarray, y: np.ndarray, degree: int, ridge=1e-4) -> Callable[[np.ndarray], np.ndarray]:
-    """The polynomial of that total degree nearest to y (n,) at x (n, N), slightly ridged, as a function (m, N) -> (m,)."""
+    """The polynomial of that degree nearest to y (n,) at x (n, N), slightly ridged, as a function (m, N) -> (m,)."""
     terms = [c for d in range(degree + 1) for c in itertools.combinations_with_replacement(range(x.shape[1]), d)]
 
     def features(x: np.ndarray) -> np.ndarray:
@@ -724,7 +768,7 @@ def pad_in_front(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def write_replies(policy: GPT2, prompts: list, end: int, config: Config, generator: torch.Generator) -> Replies:
-    """Draw a reply to each prompt, a list of ids, with a key-value cache; it ends with end-of-text or when it is full."""
+    """Draw a reply to each prompt, a list of ids, with a key-value cache; it ends with end-of-text, or when full."""
     tokens, valid = (x.to(policy.wte.weight.device) for x in pad_in_front(prompts))
     (B, P), D, heads = tokens.shape, policy.config.n_embd, policy.config.n_head
     room = torch.empty(len(policy.h), 2, B, heads, P + config.reply, D // heads, device=tokens.device)
@@ -807,13 +851,9 @@ class Task:
         sizes = GPT2Config(self.tokenizer.size, config.length, config.d_model, config.n_layer, config.n_head)
         self.policy = (read_policy(config.policy) if config.policy else GPT2(sizes)).to(device)
         vocabulary = self.policy.config.vocab_size
-        fits = self.tokenizer.size <= vocabulary
-        require(
-            fits, f"--policy {config.policy}: {self.tokenizer.size} tokens, its model has {vocabulary}; mend either"
-        )
-        self.classifier = nn.EmbeddingBag(vocabulary, len(self.labels)).to(
-            device
-        )  # reply's act: its words' mean logits
+        rule = f"{self.tokenizer.size} tokens, must be at most its model's {vocabulary}; mend either"
+        require(self.tokenizer.size <= vocabulary, f"--policy {config.policy}: {rule}")
+        self.classifier = nn.EmbeddingBag(vocabulary, len(self.labels)).to(device)  # a reply's act by its words alone
         self.ids = {row: self.encode(row) for row in every}
         built_in = {"meteor": meteor_reward, "diversity": diversity_reward, "intent": self.intent_reward}
         specs = reward_specs(config.reward)
@@ -868,13 +908,9 @@ class Task:
             texts += self.texts(replies)
         value = float(self.metric(*columns_of(self.valid, texts)))
         require(math.isfinite(value), f"--evaluation: gave {value}, must be finite; correct the function")
-        result = {
-            "evaluation": value,
-            "kl": (total[0] / total[1]).item(),
-            "tokens_a_reply": total[1].item() / len(texts),
-        }
-        scores = self.score(self.valid, texts).mean(0).tolist()
-        return result | {"distinct": len(set(texts)) / len(texts)} | dict(zip(self.rewards, scores, strict=True)), texts
+        kl, length = (total[0] / total[1]).item(), total[1].item() / len(texts)
+        result = {"evaluation": value, "kl": kl, "tokens_a_reply": length, "distinct": len(set(texts)) / len(texts)}
+        return result | dict(zip(self.rewards, self.score(self.valid, texts).mean(0).tolist(), strict=True)), texts
 
     @torch.no_grad()
     def log_ratio(self, replies: Replies) -> Tensor:
@@ -908,7 +944,7 @@ def fit(module: nn.Module, steps: int, lr: float, loss_of: Callable[[], Tensor])
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(
-                f"pre-training diverged at step {step + 1}: loss {losses[-1]}; lower --pretrain-lr"
+                f"pre-training diverged at step {step + 1}, loss {losses[-1]}; lower --pretrain-lr"
             )
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps + 1), 1 - step / steps + 0.01)
         optimizer.zero_grad()
@@ -964,11 +1000,9 @@ class Run:
         self.critic.load_state_dict(task.policy.state_dict(), strict=False)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.raw = (0.01 * torch.randn(N, generator=self.generator, device=device)).requires_grad_(True)
-        groups = [
-            {"params": [*self.policy.parameters()]},
-            {"params": [*self.critic.parameters()], "lr": config.critic_lr},
-        ]
-        self.optimizer = torch.optim.Adam(groups, config.lr, fused=True)
+        groups = [(self.policy, config.lr), (self.critic, config.critic_lr)]
+        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in groups]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
         self.multiplier_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
         self.kl_coefficient = 0.0 if method == "ppo_no_kl" else config.kl_coefficient
         self.step, self.rows, self.texts = 0, [], []
@@ -1073,7 +1107,8 @@ class Run:
 
     def go(self, say: Callable = print) -> Run:
         """Update to the end, evaluating and saving on the way; a finished run is only loaded."""
-        skipped = FREE + OF_METHODS if self.name.startswith("only_") else FREE
+        single = {*OF_METHODS} - {"objective"}  # which decides how many heads the critic has
+        skipped = {*FREE, "method"} | (single if self.name.startswith("only_") else set())
         content = load_stage(self.path, self.config, skipped, self.task.device)
         if content and (content["done"] or self.config.resume):
             self.load(content)
@@ -1093,10 +1128,8 @@ class Run:
             if self.step % self.config.eval_every == 0 or self.step == self.updates:
                 row = self.log(row)
                 self.save()
-                if (
-                    self.step == self.updates
-                    or self.step * 8 // self.updates > (self.step - self.config.eval_every) * 8 // self.updates
-                ):
+                eighths = [step * 8 // self.updates for step in (self.step - self.config.eval_every, self.step)]
+                if eighths[0] < eighths[1] or self.step == self.updates:
                     parts = {name: f"{row[name]:.3f}" for name in ("evaluation", *self.config.names, "kl")}
                     pace = (time.perf_counter() - began) / (self.step - first)
                     say(progress_line(self.step, self.updates, {"of": self.name} | parts, pace), flush=True)
@@ -1130,7 +1163,7 @@ class ThresholdSearch:
         return max(self.found, key=lambda pair: pair[1])[0] if last else self.simplex.ask().tolist()
 
     def after(self, means: list[float], evaluate: Callable[[], float]) -> None:
-        """Note an update's mean scores; where the thresholds are reached or out of time, evaluate, and ask for others."""
+        """Note the mean scores of an update; once thresholds are reached or out of time, evaluate, and ask for others."""
         self.step, self.used, self.recent = self.step + 1, self.used + 1, [*self.recent[-2:], means]
         theta, eighth = np.array(self.thresholds()), max(1, self.updates // 8)
         near = np.abs(np.mean(self.recent, 0) - theta) <= self.tolerance * theta
@@ -1161,7 +1194,7 @@ class ThresholdSearch:
 # ----- The whole story ------------------------------------------------------------------------------------------------
 
 
-def load_stage(path: Path, config: Config, skipped: Sequence[str], device: torch.device) -> dict | None:
+def load_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> dict | None:
     """A saved stage, or None; raises UserError naming every field in which its config differs."""
     if not path.is_file():
         return None
@@ -1170,9 +1203,7 @@ def load_stage(path: Path, config: Config, skipped: Sequence[str], device: torch
     require(fits, f"{path}: is no file of this script; move it away, or give another --out")
     then = {k: v for k, v in content["config"].items() if k not in skipped}
     differing = [f"{k} was {v!r}, is {now[k]!r}" for k, v in then.items() if v != now[k]]
-    require(
-        not differing, f"{path}: saved with another config: {'; '.join(differing)}; give the same, or another --out"
-    )
+    require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
     return content
 
 
@@ -1197,7 +1228,7 @@ def prepare(config: Config, device: torch.device, say: Callable = print) -> Task
 
 
 def proxy_points(task: Task, say: Callable = print) -> tuple[list[Run], dict]:
-    """PPO on each reward alone, without KL, and the joint and the separate proxy points of these runs (Algorithm 2)."""
+    """PPO on each reward alone, without KL, and the joint and separate proxy points of these runs (Algorithm 2)."""
     config, runs = task.config, []
     for name in config.constrained:
         weights = [float(name == other) for other in config.names]
@@ -1268,24 +1299,13 @@ def draw(runs: list[Run], points: dict, config: Config, path: Path) -> None:
         print("no picture: matplotlib is not installed; pip install matplotlib")
         return
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    pair = (config.names * 2)[:2]
+    pair, styles = (config.names * 2)[:2], itertools.cycle(("-", "--", ":", "-."))
     for i, run in enumerate(runs):
-        panels = [
-            (axes[0], "evaluation", "-", run.name),
-            *(
-                (axes[1], n, s, f"{run.name}: {n}")
-                for n, s in zip(config.names, ("-", "--", ":", "-.", "-"), strict=False)
-            ),
-        ]
-        panels += [
-            (axes[3], f"m_{n}", s, f"{run.name}: {n}")
-            for n, s in zip(config.constrained, ("-", "--", ":", "-."), strict=False)
-        ]
-        for axis, key, style, label in panels:
+        keys = [(0, "evaluation"), *((1, name) for name in config.names), *((3, f"m_{n}") for n in config.constrained)]
+        for (place, key), style in zip(keys, ("-", *itertools.islice(styles, len(keys) - 1)), strict=True):
             if rows := [row for row in run.rows if key in row]:
-                axis.plot(
-                    [row["update"] for row in rows], [row[key] for row in rows], style, color=f"C{i}", label=label
-                )
+                line = ([row["update"] for row in rows], [row[key] for row in rows])
+                axes[place].plot(*line, style, color=f"C{i}", label=f"{run.name}: {key}" if place else run.name)
         axes[2].plot(*([row[name] for row in run.rows] for name in pair), ".-", lw=0.6, color=f"C{i}", label=run.name)
     if len(config.constrained) == 2 and points:
         axes[2].plot(*points["joint"], "k*", ms=14, label="joint proxy point")

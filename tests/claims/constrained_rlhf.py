@@ -191,9 +191,7 @@ def show(value, digits: int = 3, sign: str = "") -> str:
 
 def tables(found: dict) -> str:
     """The README's tables."""
-    lines = [
-        "| only | metric of pi_0 | best | at the end | reward, at the best | at the end | KL, at the best | at the end |"
-    ]
+    lines = ["| only | metric of pi_0 | best | at the end | reward, at the best | at the end | KL, best | at the end |"]
     lines.append("| --- " * 8 + "|")
     for name, row in found["overoptimisation"].items():
         lines.append(f"| {name.removeprefix('only_')} | " + " | ".join(show(v) for v in row.values()) + " |")
