@@ -1163,7 +1163,7 @@ class ThresholdSearch:
         return max(self.found, key=lambda pair: pair[1])[0] if last else self.simplex.ask().tolist()
 
     def after(self, means: list[float], evaluate: Callable[[], float]) -> None:
-        """Note the mean scores of an update; once thresholds are reached or out of time, evaluate, and ask for others."""
+        """Note an update's mean scores; once thresholds are reached or out of time, evaluate, ask for others."""
         self.step, self.used, self.recent = self.step + 1, self.used + 1, [*self.recent[-2:], means]
         theta, eighth = np.array(self.thresholds()), max(1, self.updates // 8)
         near = np.abs(np.mean(self.recent, 0) - theta) <= self.tolerance * theta
