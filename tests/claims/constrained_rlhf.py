@@ -3,8 +3,8 @@
 Over seeds, with constrained_ppo.py's default settings (arXiv 2310.04373 has GPT-2 on DailyDialog, 5 seeds):
 1. a single reward without KL is overoptimised: the true metric rises, then falls, while the reward goes on rising;
 2. correlated rewards: the joint proxy point is another one than each reward's own;
-3. the six methods at the joint proxy point: do they keep to it, and what is the true metric at the end? Also ppo_sat with
-   the squares of the batch's mean rewards in place of each reply's, since of a 0 or 1 reward the latter is linear;
+3. the six methods at the joint proxy point: do they keep to it, and what is the true metric at the end? Also ppo_sat
+   with the squares of the batch's mean rewards in place of each reply's, since of a 0 or 1 reward the latter is linear;
 4. trained three times longer, which of ppo and xi_ppo holds?
 5. thresholds 10 % lower and higher, and each reward's own;
 6. nelder_mead's single run against the two steps, single-reward runs and then xi_ppo;
@@ -54,7 +54,7 @@ def arm(task: c.Task, name: str, method: str, updates: int, thresholds=(), weigh
 
 
 def of_means(rewards: torch.Tensor, thresholds: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """-sum a_i (mean r_i - theta_i)^2, to first order in each reply's rewards (B, N): its share of the gradient (B,)."""
+    """-sum a_i (mean r_i - theta_i)^2, to first order in each reply's rewards (B, N), as a reward (B,)."""
     return -2 * (weights * (rewards.mean(0) - thresholds) * rewards).sum(-1)
 
 
