@@ -139,7 +139,8 @@ class Config:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 fits = value >= least if isinstance(value, int) else value > 0 or value == 0 == least
                 rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
-                require(fits, f"--{field.name.replace('_', '-')} {value}: {rule}; raise it")
+                flag = f"--{field.name.replace('_', '-')} {value}"
+                require(fits and math.isfinite(value), f"{flag}: {rule} and finite; correct it")
         require(self.minibatches <= self.batch, f"--minibatches {self.minibatches}: must be at most --batch; lower it")
         fits = self.objective == "kl" or (self.objective in self.names and len(self.names) > 1)
         require(fits, f"--objective {self.objective}: must be kl or one of several rewards {self.names}; correct it")
@@ -441,9 +442,10 @@ def overlap(references: list[list], responses: list[list], n: int = 3) -> float:
 
 
 def true_metric(prompts: list[str], responses: list[str], references: list[str], labels: list[str]) -> float:
-    """r*, 0 to 1: the geometric mean of lexical match (BLEU and ROUGE-2) and of `overlap`, varied as they are.
+    """r*, 0 to 1: the geometric mean of lexical match (BLEU and ROUGE-2) and of `overlap`.
 
-    Always the same reply scores low in the second, babble in both.
+    The first asks for the right words, the second for the references' variety: one reply to everything scores low in
+    it, babble in both.
     """
     a, b = [text.split() for text in references], [text.split() for text in responses]
     lexical = (bleu(a, b) + sum(map(rouge, a, b)) / len(a)) / 2
@@ -593,7 +595,8 @@ def fit_proxy_points(rewards: np.ndarray, evaluation: np.ndarray, degree: int) -
     x = (rewards - rewards.mean(0)) / spread
     density, surface = kernel_density(x), polynomial_surface(x, evaluation, degree)
     r = np.random.default_rng(0)
-    draws = x[r.integers(n, size=20_000)] + r.standard_normal((20_000, N)) * n ** (-1 / (N + 4))
+    size = min(20_000, 10_000_000 // n)  # the densities take size x n numbers
+    draws = x[r.integers(n, size=size)] + r.standard_normal((size, N)) * n ** (-1 / (N + 4))
     draws = np.concatenate([x, draws[((draws >= x.min(0)) & (draws <= x.max(0))).all(1)]])
     draws = draws[density(draws) >= np.quantile(density(x), 0.1)]
     return rewards.mean(0) + draws[surface(draws).argmax()] * spread
