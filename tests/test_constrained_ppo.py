@@ -421,6 +421,42 @@ def test_each_step_leaves_pi_0_alone_and_changes_what_it_should(tmp_path, start)
     assert row["batch_kl"] == pytest.approx(0, abs=1e-5)  # the replies were pi_0's own
 
 
+def test_advantages_come_from_each_heads_own_values_and_are_normalised_before_they_are_mixed(
+    tmp_path, start, monkeypatch
+):
+    task = new_task(tmp_path, start)
+    run = c.Run(task, "x", "xi_ppo", 1, [0.2, 0.3])
+    run.critic.head.bias.data = torch.tensor([1.0, 2.0, 3.0])  # its weights are 0
+    gae, mix, calls, mixed = c.gae, c.mix_advantages, [], []
+    monkeypatch.setattr(c, "gae", lambda *args: calls.append(args) or gae(*args))
+    monkeypatch.setattr(c, "mix_advantages", lambda *args: mixed.append(args) or mix(*args))
+    row = run.update()
+    for i, name in enumerate(("meteor", "intent", None)):
+        rewards, values, mask = calls[i][:3]
+        assert (values == i + 1).all()
+        if name:
+            assert rewards.sum(1).mean().item() == pytest.approx(row[f"batch_{name}"])
+    assert len(calls) == 3 and mixed
+    for _, task_advantage, reward_advantages, _ in mixed:
+        for a in (task_advantage, *reward_advantages.unbind(-1)):
+            kept = a[a != 0]
+            assert abs(kept.mean()) < 1e-5 and kept.std(correction=0) == pytest.approx(1, abs=0.02)
+
+
+def test_each_head_learns_its_own_return(tmp_path, start):
+    task = new_task(tmp_path, start, batch=16, critic_lr=1e-2, lr=0.0, gamma=1.0)
+    task.rewards = {
+        "meteor": lambda prompts, responses, references, labels: [1.0] * len(prompts),
+        "intent": lambda prompts, responses, references, labels: [-0.5] * len(prompts),
+    }
+    run = c.Run(task, "x", "mu_ppo", 1, [0.2, 0.3])
+    for _ in range(60):
+        run.update()
+    replies = c.write_replies(run.policy, [task.ids[row][0] for row in task.train[:50]], 0, task.config, run.generator)
+    values = run.critic.over(replies)[replies.mask.bool()]
+    close(values.mean(0), torch.tensor([1.0, -0.5, 0.0]), 0.1)
+
+
 def test_the_tasks_reward_by_method(tmp_path, start):
     rewards, kl = torch.rand(3, 2), torch.rand(3, 5)
     task = new_task(tmp_path, start, weights="2,3")
