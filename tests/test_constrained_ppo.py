@@ -246,6 +246,8 @@ def test_the_peak_lies_where_there_are_samples():
     x = x[x.sum(1) < 1]  # a triangle; the evaluation rises beyond it
     point = c.fit_proxy_points(x, x.sum(1), 2)
     assert 0.8 < point.sum() < 1.1
+    thick = np.concatenate([np.linspace(0, 1, 50), np.ones(50)])  # nor beyond the best that any run had
+    assert c.fit_proxy_points(thick[:, None], thick, 1)[0] <= 1
 
 
 def test_correlated_rewards_move_the_joint_point():
@@ -418,6 +420,9 @@ def test_each_step_leaves_pi_0_alone_and_changes_what_it_should(tmp_path, start)
     assert any(not torch.equal(v, before[k]) for k, v in run.policy.state_dict().items())
     assert any(not torch.equal(a, b) for a, b in zip(critic, run.critic.parameters(), strict=True))
     assert (run.raw > raw).all() and row["m_meteor"] > 0  # far below both thresholds
+    run = c.Run(task, "x", "xi_ppo", 1, [1.5, -1.5])
+    run.update()
+    assert run.raw[0] > raw[0] and run.raw[1] < raw[1]  # each by its own
     assert row["batch_kl"] == pytest.approx(0, abs=1e-5)  # the replies were pi_0's own
 
 
