@@ -6,9 +6,9 @@
 
 Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", arXiv 2310.04373.
 
-    python constrained_ppo.py                               the paper in miniature, TIME on two cores
-    python constrained_ppo.py --method nelder_mead          thresholds found within one run, TIME2 more
-    python constrained_ppo.py --data FILE --policy FOLDER   your dialogues, a GPT-2 of yours
+    python constrained_ppo.py                               the paper in miniature, 3 minutes on one core
+    python constrained_ppo.py --method nelder_mead          thresholds found within one run, 1.5 minutes more
+    python constrained_ppo.py --data FILE --policy FOLDER   your dialogues, your GPT-2
 
 The first makes a small policy that answers small talk, trains it by PPO on each reward alone until the true metric
 falls while the reward goes on rising, fits the proxy point where the metric was best, and from the same start trains
