@@ -43,7 +43,8 @@ Differences from the paper
    parts, scaled over the single-reward runs, needs these runs even for Nelder-Mead, and its second part praises babble.
 3. METEOR matches equal words only; intent's classifier is a bag of words.
 4. Ratios are of the truncated policies that wrote the replies; the critic starts from pi_0, its heads from 0.
-5. Algorithm 3 leaves open when thresholds count as reached: within --tolerance, the mean of three updates.
+5. Algorithm 3 leaves open when thresholds count as reached, here the mean of three updates within --tolerance, and how
+   the run ends, here with an eighth of its updates at the best thresholds found.
 
 Not included: more than one device, learned reward models other than intent's, ROUGE-L, beam search.
 """
