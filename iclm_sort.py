@@ -60,7 +60,7 @@ class Config:
     text_field: str = flag("text", "field of a .jsonl line that holds the document")
     label_field: str = flag("label", "field with its label, if it has one: only the report uses labels")
     skip_bad: bool = flag(False, "count bad lines and go on, rather than stop at the first one")
-    tokenizer: str = flag("bpe:2048", "byte, bpe:N, a tiktoken encoding, a .tiktoken file or a tokenizer.json")
+    tokenizer: str = flag("bpe:1024", "byte, bpe:N, a tiktoken encoding, a .tiktoken file or a tokenizer.json")
     context_length: int = flag(512, "tokens of a context; paper: 8,192")
     encoder: str = flag("", "folder of a BERT-family encoder such as Contriever, the paper's; empty: hashed TF-IDF")
     embeddings: str = flag("", ".npy of shape (documents, dimensions) that takes the encoder's place")
@@ -76,10 +76,10 @@ class Config:
     degree: str = flag("static", "paper: degree in the whole graph (static), or in what is left of it (remaining)")
     steps: int = flag(1200, "experiment: optimiser steps of each arm")
     batch: int = flag(4, "experiment: contexts a step; paper: 4 million tokens")
-    d_model: int = flag(128, "experiment: width of the model; paper: 1,024 (0.3B) to 4,096 (7B)")
-    n_layer: int = flag(4, "experiment: layers; paper: 24 to 32")
+    d_model: int = flag(96, "experiment: width of the model; paper: 1,024 (0.3B) to 4,096 (7B)")
+    n_layer: int = flag(2, "experiment: layers; paper: 24 to 32")
     n_head: int = flag(4, "experiment: attention heads")
-    lr: float = flag(2e-3, "experiment: peak learning rate; a cosine takes it to a tenth, as in the paper")
+    lr: float = flag(4e-3, "experiment: peak learning rate; a cosine takes it to a tenth, as in the paper")
     seed: int = flag(0, "seed of embeddings, order, shuffle, initialisation and batches")
     device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
     out: str = flag("out/iclm_sort", "folder of everything that is written")
@@ -202,7 +202,7 @@ class Document:
 def python_functions() -> Iterator[Document]:
     """The functions and methods of the standard library, each with its module as the label; parsed, never imported.
 
-    Left out: tests, build files, what some systems package apart, and functions of fewer than 200 characters.
+    Left out: tests, build files, what some systems package apart, and functions of fewer than 100 characters.
     """
     skipped = re.compile(
         r"(^|/)(test|tests|(site|dist)-packages|pydoc_data|idlelib|lib2to3|distutils|ensurepip|venv|tkinter|turtle.*|"
@@ -226,7 +226,7 @@ def python_functions() -> Iterator[Document]:
             lines = source.splitlines(keepends=True)
             for node, name in functions(ast.parse(source), module):
                 text = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
-                if len(text) >= 200:
+                if len(text) >= 100:
                     yield Document(text, name, module)
 
 
@@ -449,11 +449,9 @@ class TfIdf:
         words = [word for word in words if word[0].isalnum()] or words
         for word in set(words) - self.cache.keys():
             self.cache[word] = zlib.crc32(word.encode("utf-8", "replace"))
+        codes = np.array([self.cache[word] for word in words], np.uint64)
         if len(self.cache) > 1 << 21:  # bounded memory, whatever the corpus
-            codes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], np.uint64)
             self.cache.clear()
-        else:
-            codes = np.array([self.cache[word] for word in words], np.uint64)
         pairs = codes[:-1] * np.uint64(0x9E3779B1) + codes[1:] + np.uint64(1)
         hashed = np.concatenate([codes, pairs]) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - 17)
         return np.unique(hashed.astype(np.int64), return_counts=True)
@@ -745,7 +743,7 @@ def nearest_neighbours(
 
 def exact_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
     """Every pair, a tile of the product at a time."""
-    size, width = (1024, 2048) if device.type == "cpu" else (1 << 14, 1 << 16)
+    size, width = TILE if device.type == "cpu" else (1 << 14, 1 << 16)
     width = max(width, 2 * k)
     table, ids = torch.from_numpy(x).to(device), np.arange(len(x))
     similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
@@ -785,7 +783,7 @@ def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, 
     looked into is the least that holds `recall` of the true neighbours of 256 rows.
     """
     table, size = torch.from_numpy(x).to(device), CHUNK["ivf"]
-    centres = cluster(table, max(1, round(LISTS * math.sqrt(len(x)))), seed)
+    centres = cluster(table, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
     most = min(len(centres), 48)
     lists = torch.cat([(part @ centres.T).topk(most).indices.int() for part in table.split(2048)]).cpu().numpy()
     own = lists[:, 0]
@@ -850,11 +848,15 @@ def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray
 
 
 METHODS = {"exact": exact_neighbours, "ivf": ivf_neighbours, "faiss": faiss_neighbours}
-CHUNK = {"exact": 1024, "ivf": 1 << 16}  # queries that go together: one process or many, the same sums
-LISTS = 4
+TILE = (1024, 2048)  # rows and columns of the product that is formed at a time
+CHUNK = {"exact": TILE[0], "ivf": 1 << 16}  # queries that go together: in one process or in many, the same sums
+LISTS = 4  # times the root of the number of documents: inverted lists
 
 
 # ----- The method: the graph and its paths ----------------------------------------------------------------------------
+
+
+ARCS = 1 << 20  # of the lists, that are sorted at a time
 
 
 def drop_duplicates(similarity: np.ndarray, index: np.ndarray, threshold: float) -> np.ndarray:
@@ -900,7 +902,7 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
     narrow = np.int32 if n <= 1 << 31 else np.int64
     shift = np.uint64((n * k).bit_length())
     back = np.empty(n * k, np.uint64)  # (target, arc) of every arc, sorted: what points at a row, without a matrix
-    count, step = 0, max(1, (1 << 20) // k)
+    count, step = 0, max(1, ARCS // k)
     for start in range(0, n, step):
         target = index[start : start + step]
         good = (target >= 0) & keep[start : start + step, None] & keep[target]
@@ -926,7 +928,8 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
         # mutual arcs meet
         order = np.argsort(row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64))
         row, other, weight = row[order], other[order], weight[order]
-        again = np.append(False, (row[1:] == row[:-1]) & (other[1:] == other[:-1]))
+        again = np.zeros(len(row), bool)
+        again[1:] = (row[1:] == row[:-1]) & (other[1:] == other[:-1])
         second = np.flatnonzero(again)
         weight[second - 1] = np.maximum(weight[second - 1], weight[second])
         row, other, weight = row[~again], other[~again], weight[~again]
@@ -961,6 +964,8 @@ def traverse(
     require(degree in ("static", "remaining"), f"degree {degree!r}: must be static or remaining; choose one")
     require(order != "cluster" or embeddings is not None, "order 'cluster': needs embeddings; give them")
     rng, nodes = np.random.default_rng(seed), graph.nodes()
+    if order == "file" or len(nodes) == 0:
+        return nodes
     if order == "paper":
         return walk(graph, degree == "remaining", rng)
     if order == "edge":
@@ -969,12 +974,12 @@ def traverse(
         rows = ((i, graph.indptr[i]) for i in rng.permutation(nodes))
         ends = graph.indptr[1:]
         return np.concatenate([[i, *graph.neighbours[a : min(a + repeats, ends[i])]] for i, a in rows]).astype(np.int64)
-    if order == "cluster" and len(nodes) > 0:
+    if order == "cluster":
         x = torch.from_numpy(np.ascontiguousarray(embeddings[nodes], np.float32))
         centres = cluster(x, -(-len(nodes) // 32), seed)
         group = torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)]).numpy()
         return nodes[np.lexsort((rng.permutation(len(nodes)), rng.permutation(len(centres))[group]))]
-    return nodes if order == "file" else rng.permutation(nodes)
+    return rng.permutation(nodes)
 
 
 def walk(graph: Graph, remaining: bool, rng: np.random.Generator) -> np.ndarray:
@@ -1000,7 +1005,7 @@ def walk(graph: Graph, remaining: bool, rng: np.random.Generator) -> np.ndarray:
                 if not visited[other]:
                     node = other
                     break
-    return np.frombuffer(path, np.int64) if path else np.zeros(0, np.int64)
+    return np.frombuffer(path, np.int64)
 
 
 class Pool:
@@ -1080,7 +1085,7 @@ def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Gene
             path.append(node)
             following = first[node] if first[node] != previous else second[node]
             node, previous = (following, node) if following >= 0 else (node, previous)
-    return np.frombuffer(path, np.int64) if path else np.zeros(0, np.int64)
+    return np.frombuffer(path, np.int64)
 
 
 def link_edges(a: np.ndarray, b: np.ndarray, links: tuple[array.array, array.array], far: array.array) -> int:
@@ -1235,15 +1240,21 @@ class Stages:
     def __init__(self, config: Config, fingerprint: list):
         self.config, self.folder, self.key = config, Path(config.out) / "stages", json.dumps(fingerprint)
 
-    def make(self, stage: str, write: Callable[[Path], object]) -> dict[str, np.ndarray]:
-        """The stage's arrays, memory-mapped: what is there, or what `write(folder)` puts there, all of it or nothing."""
+    def kept(self, stage: str) -> bool:
+        """Whether the stage is there, whole, from the same input and flags; to be asked for each stage in turn."""
         needs = {name: getattr(self.config, name) for name in NEEDS[stage]}
-        for path in filter(None, (needs.get("embeddings"), needs.get("encoder"), needs.get("tokenizer"))):
+        for path in filter(None, (needs.get(name) for name in ("embeddings", "encoder", "tokenizer"))):
             needs[path] = Path(path).stat().st_mtime_ns if Path(path).exists() else None
-        self.key = hashlib.sha256(json.dumps([self.key, stage, needs]).encode()).hexdigest()
+        self.key, file = (
+            hashlib.sha256(json.dumps([self.key, stage, needs]).encode()).hexdigest(),
+            self.folder / stage / "key",
+        )
+        return self.config.resume and file.is_file() and file.read_text("utf-8") == self.key
+
+    def make(self, stage: str, write: Callable[[Path], object], kept: bool | None = None) -> dict[str, np.ndarray]:
+        """The stage's arrays, memory-mapped: what is there, or what `write(folder)` puts there, all of it or nothing."""
         folder, half = self.folder / stage, self.folder / f"{stage}.tmp"
-        kept = self.config.resume and (folder / "key").is_file() and (folder / "key").read_text("utf-8") == self.key
-        if kept:
+        if self.kept(stage) if kept is None else kept:
             print(f"{stage}: kept from the run before", flush=True)
         else:
             for old in (half, folder):
@@ -1261,6 +1272,8 @@ class Stages:
 
 def read_stage(source: Source, config: Config, folder: Path) -> None:
     """Tokenise: flat ids, offsets (n + 1,), documents.jsonl (id and label), tokenizer.json-like settings."""
+    where = config.input or "the standard library"
+    require(next(iter(source), None) is not None, f"--input {where}: holds no documents; give one with text")
     vocabulary = open_vocabulary(config.tokenizer, (document.text for document in source))
     offsets, tick = array.array("q", [0]), Progress("read", source.total)
     with open(folder / "ids.bin", "wb") as ids, open(folder / "documents.jsonl", "w", encoding="utf-8") as names:
@@ -1271,7 +1284,7 @@ def read_stage(source: Source, config: Config, folder: Path) -> None:
                 names.write(json.dumps([document.id, document.label]) + "\n")
             tick(min(source.done, source.total - 1))
     tick(source.total)
-    count, where = len(offsets) - 1, config.input or "the standard library"
+    count = len(offsets) - 1
     require(
         count > config.k, f"{where}: {count} documents, must be more than --k {config.k}; add documents or lower it"
     )
@@ -1371,16 +1384,18 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
     """All stages up to the order; None in the processes that torchrun started only to search for neighbours."""
     main, source = not dist.is_initialized() or dist.get_rank() == 0, Source(config)
     stages = Stages(config, source.fingerprint())
-    folder, barrier = stages.folder, dist.barrier if dist.is_initialized() else lambda: None
+    folder, kept = stages.folder, [False]
     if main:
         stages.make("read", lambda half: read_stage(source, config, half))
         count = len(stages.open("read")["offsets"]) - 1
         stages.make("embed", lambda half: embed_stage(source, config, count, device, half))
-    barrier()
+        kept = [stages.kept("neighbours")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(kept)
     x = stages.open("embed")["x"]
     if not main:
-        return neighbours_stage(x, config, device, None)
-    found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half))
+        return None if kept[0] else neighbours_stage(x, config, device, None)
+    found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half), kept[0])
     graph = Graph(**stages.make("graph", lambda half: graph_stage(found["similarity"], found["index"], config, half)))
 
     def order_stage(half: Path) -> None:
@@ -1415,7 +1430,12 @@ def sort(config: Config) -> dict | None:
     write_json(out / "train.json", done.vocabulary | {"context_length": config.context_length})
     report = reports(done, config, shuffle)
     print(report_table(report["orders"]))
-    picture(done, {"shuffled": np.random.default_rng(0).permutation(done.order), config.order: done.order}, {}, out / "order.png")
+    picture(
+        done,
+        {"shuffled": np.random.default_rng(0).permutation(done.order), config.order: done.order},
+        {},
+        out / "order.png",
+    )
     report = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **report)
     write_json(out / "report.json", report)
     print(
@@ -1517,7 +1537,7 @@ class CausalLM(nn.Module):
         found, last = [], last or tokens.shape[1] - 1
         for part in tokens.split(8):
             logits = self(part[:, :-1])[:, -last:] @ self.embedding.weight.T
-            found.append(F.cross_entropy(logits.float().mT, part[:, -last:], reduction="none"))
+            found.append(F.cross_entropy(logits.mT, part[:, -last:], reduction="none"))
         return torch.cat(found)
 
 
@@ -1589,10 +1609,10 @@ def train_arm(
 
 @dataclass
 class HeldOut:
-    """What models are judged by: (m, L) contexts of held-out documents in both orders, and targets after three kinds of past."""
+    """What models are judged by: contexts of held-out documents, and first tokens of documents after three pasts."""
 
-    random: Tensor  # contexts in random order: the paper's protocol
-    related: Tensor  # contexts along the paper's path
+    random: Tensor  # (m, L) contexts in random order: the paper's protocol
+    related: Tensor  # (m, L) contexts along the paper's path
     alone: Tensor  # (t, 1 + T) separator and the first T tokens of a document
     after: dict[
         str, Tensor
@@ -1605,26 +1625,25 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
     device, sets = pick_device(config.device), {}
     for name, order in (("random", "random"), ("related", "paper")):
         contexts, _ = pack(done.tokens, traverse(graph, order, seed=config.seed), config.context_length, separator)
-        sets[name] = torch.from_numpy(contexts[: max(1, min(len(contexts) - 1, 32768 // config.context_length))].astype(np.int64)).to(device)
+        contexts = contexts[: max(1, min(len(contexts) - 1, 32768 // config.context_length))]
+        sets[name] = torch.from_numpy(contexts.astype(np.int64)).to(device)
     target = min(target, config.context_length // 4)
-    sizes, degrees = np.diff(done.tokens.offsets), np.diff(graph.indptr)
-    chosen = rng.permutation([i for i in graph.nodes() if degrees[i] and sizes[i] >= target])[:most]
-    others = rng.permutation(graph.nodes())
-    rows, past = collections.defaultdict(list), config.context_length - target - 1
-    for n, i in enumerate(chosen):
+    sizes, degrees, rows = np.diff(done.tokens.offsets), np.diff(graph.indptr), collections.defaultdict(list)
+    others, past = rng.permutation(graph.nodes()), config.context_length - target - 1
+    chosen = [i for i in graph.nodes() if degrees[i] and sizes[i] >= target]
+    for n, i in enumerate(rng.permutation(chosen)[:most]):
         wanted = [separator, *done.tokens[i][:target].tolist()]
         rows["alone"].append(wanted)
         best = graph.neighbours[graph.indptr[i] : graph.indptr[i + 1]]
         apart = np.roll(others, -n)
         apart = apart[~np.isin(apart, [i, *best])]
-        for name, sources in (("related", best), ("unrelated", apart)):
+        for name, sources in (("related", [*best, *apart]), ("unrelated", apart)):
             before = []
-            for j in sources:  # the nearest one last
-                before = [*done.tokens[j].tolist(), separator, *before] if before else done.tokens[j].tolist()
+            for j in sources:  # the first one comes last, next to the target
+                before = [*done.tokens[j].tolist(), *[separator] * bool(before), *before]
                 if len(before) >= past:
                     break
-            before = [separator] * max(0, past - len(before)) + before[max(0, len(before) - past) :]
-            rows[name].append(before + wanted)
+            rows[name].append([separator] * (past - len(before)) + before[max(0, len(before) - past) :] + wanted)
     found = {name: torch.tensor(part, device=device) for name, part in rows.items()}
     return HeldOut(**sets, alone=found.pop("alone"), after=found)
 
