@@ -2,7 +2,34 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
 # ///
-"""DOCSTRING"""
+"""In-Context Pretraining: sort a corpus so that related documents share a context, and measure what that teaches.
+
+Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries", arXiv 2310.10638.
+
+    python iclm_sort.py                                  sorts Python's functions, trains on both orders: MINUTES
+    python iclm_sort.py sort --input corpus.jsonl        writes train.bin for `mamba.py --data`, and a report
+    python iclm_sort.py sort --encoder contriever/ --context-length 8192 --input corpus/ --order edge
+
+code               shape                 meaning
+x                  (n, d)                unit embeddings of the documents: E(d)
+similarity, index  (n, k)                each document's nearest others, and their cosines: N(d)
+indptr, neighbours (n + 1,), (arcs,)     the graph: an edge where either is in the other's list; weights: its cosines
+order              (n_kept,)             the path through all documents
+contexts, starts   (m, L)                token ids as they are trained on, and where in them documents begin
+
+Read first `walk`, which is Algorithm 1, then `build_graph`, `pack`, and `sort`, which puts the stages together.
+
+Differences from the paper
+1. Line 7 of Algorithm 1 prints arg min of the similarity; text and figure mean arg max, and so do we.
+2. Degree is counted in the whole graph (`--degree static`) or in what is left of it (`remaining`): not said.
+3. k is 10 and duplicates are dropped from a cosine of 0.95 (`--k`, `--threshold`): not said. Section 4.2's text and
+   table contradict each other on what dropping them does.
+4. Embeddings are hashed TF-IDF unless `--encoder` names a model's folder; lists are exact, or of inverted lists without
+   product quantisation.
+5. `--order edge` joins the heaviest edges first, then the nearest ends: a heavier path than the paper's.
+
+Not included: distributed graph and walk, links and BM25 chaining (SPLiCe), the paper's downstream tasks.
+"""
 
 from __future__ import annotations
 
@@ -237,14 +264,8 @@ class Source:
     """
 
     def __init__(self, config: Config):
-        self.config, self.counts, self.done, self.total, self.root = (
-            config,
-            collections.Counter(),
-            0,
-            1,
-            Path(config.input),
-        )
-        self.shipped: list[Document] = []
+        self.config, self.root, self.done, self.total = config, Path(config.input), 0, 1
+        self.counts, self.shipped = collections.Counter(), []
         if config.input:
             require(self.root.exists(), f"--input {config.input}: no such file or folder; correct the path")
             found = sorted(self.root.rglob("*")) if self.root.is_dir() else [self.root]
@@ -289,11 +310,8 @@ class Source:
                 fields = None
                 try:
                     fields = json.loads(line)
-                    document = Document(
-                        "".join([fields[text_field]]),
-                        str(fields.get("id", f"{file.name}:{number}")),
-                        str(fields.get(label_field, "")),
-                    )
+                    text, name = "".join([fields[text_field]]), fields.get("id", f"{file.name}:{number}")
+                    document = Document(text, str(name), str(fields.get(label_field, "")))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     has = f", has {', '.join(fields)}" if isinstance(fields, dict) else ""
                     rule = f"must be a JSON object with a string {text_field!r}{has}"
@@ -327,28 +345,28 @@ class Vocabulary:
 
 def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
     """Tokenizer `byte`, `bpe:N` (learnt from the first 20 MB of documents), a file's, or one named by tiktoken."""
+    if name.endswith((".json", ".tiktoken")):
+        require(Path(name).is_file(), f"--tokenizer {name}: no such file; correct the path")
     if name.endswith(".json"):
         return read_tokenizer_json(name)
     if name == "byte" or name.startswith("bpe:") or name.endswith(".tiktoken"):
-        pattern, file = CL100K, ""
+        pattern, ranks = CL100K, {bytes([b]): b for b in range(256)}
         if name == "byte":
-            ranks, pattern = {bytes([b]): b for b in range(256)}, r"(?s:.{1,99})"
+            pattern = r"(?s:.{1,99})"
         elif name.startswith("bpe:"):
-            ranks, name, file = learn_bpe(name, documents), "tokenizer.tiktoken", True
+            ranks = learn_bpe(name, documents)
         else:
-            require(Path(name).is_file(), f"--tokenizer {name}: no such file; correct the path")
             try:
                 rows = [line.split() for line in Path(name).read_bytes().splitlines()]
                 ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
             except ValueError as error:
-                raise UserError(
-                    f"{name}: each line must be a base64 token and its rank, but {error}; correct it"
-                ) from None
-            name, file = "tokenizer.tiktoken", True
+                rule = f"each line must be a base64 token and its rank, but {error}"
+                raise UserError(f"--tokenizer {name}: {rule}; correct it") from None
+        file = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items() if name != "byte")
         special = {END: max(ranks.values()) + 1}
         encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        lines = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items()) if file else b""
-        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, special[END], name, lines)
+        name = "tokenizer.tiktoken" if file else name
+        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, special[END], name, file)
     choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(tiktoken.list_encoding_names())}"
     require(name in tiktoken.list_encoding_names(), f"--tokenizer {name}: unknown; choose from {choices}")
     try:
@@ -361,13 +379,10 @@ def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
 
 def read_tokenizer_json(path: str) -> Vocabulary:
     """A Hugging Face tokenizer.json, by the `tokenizers` package; it adds no tokens, nor finds special ones in text."""
-    require(Path(path).is_file(), f"--tokenizer {path}: no such file; correct the path")
     try:
         tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(path)
     except ImportError:
-        raise UserError(
-            f"--tokenizer {path}: reading it needs the tokenizers package; pip install tokenizers"
-        ) from None
+        raise UserError(f"--tokenizer {path}: needs the tokenizers package; pip install tokenizers") from None
     except Exception as error:  # the package raises no other class
         raise UserError(f"--tokenizer {path}: not a tokenizer.json ({str(error)[:80]}); give another") from None
     tokenizer.encode_special_tokens = True
@@ -382,7 +397,7 @@ def read_tokenizer_json(path: str) -> Vocabulary:
 
 
 def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
-    """Ranks of byte-level BPE `bpe:N` of N ids (bytes, merges, separator): join the commonest pair, of equals the smallest.
+    """Ranks of byte-level BPE `bpe:N` of N ids: bytes, merges of the commonest pair (of equals the smallest), separator.
 
     For a few thousand merges; a larger vocabulary is better learnt once by a package, and given as its file.
     """
@@ -717,14 +732,7 @@ def check_embeddings(x: np.ndarray, count: int | None = None, what: str = "embed
 
 
 def nearest_neighbours(
-    x: np.ndarray,
-    k: int,
-    method: str = "exact",
-    recall: float = 0.95,
-    seed: int = 0,
-    device="cpu",
-    rows=None,
-    tick=None,
+    x: np.ndarray, k: int, method="exact", recall=0.95, seed=0, device="cpu", rows=None, tick=None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of x (n, d) float32 with the largest inner product (cosine, for unit rows) with each row but itself.
 
@@ -822,7 +830,7 @@ def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, 
 
 
 def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
-    """The same by faiss: its flat index for few documents, else inverted lists, looked into until `recall` is reached."""
+    """The same by faiss: a flat index for few documents, else inverted lists with probes enough for `recall`."""
     try:
         faiss = importlib.import_module("faiss")
     except ImportError:
@@ -946,12 +954,7 @@ ORDERS = ("paper", "edge", "random", "file", "knn", "cluster")
 
 
 def traverse(
-    graph: Graph,
-    order: str = "paper",
-    degree: str = "static",
-    seed: int = 0,
-    embeddings: np.ndarray | None = None,
-    repeats: int = 10,
+    graph: Graph, order="paper", degree="static", seed=0, embeddings: np.ndarray | None = None, repeats=10
 ) -> np.ndarray:
     """An order of the kept documents, (n_kept,) int64, each exactly once, the same for the same seed.
 
@@ -1154,13 +1157,13 @@ def ordering_report(
     graph: Graph | None = None,
     labels=None,
     lengths=None,
-    context_length: int = 0,
+    context_length=0,
     shuffle=None,
 ) -> dict:
     """What an order of documents is worth; x (n, d) are unit rows, of which `order` may leave some out.
 
-    Always: documents, each_once, adjacent_cosine. With a graph: bound, the mean of each document's two best edges, which
-    no path can beat; share_of_bound; segments, between steps that follow no edge, and the longest one. With
+    Always: documents, each_once, adjacent_cosine. With a graph: bound, the mean of each document's two best edges, more
+    than which no path has; share_of_bound; segments, between steps that follow no edge, and the longest one. With
     labels (n,): label_purity, the share of steps within one label. With lengths (n,), tokens and separator, and
     context_length: contexts; within_context_cosine of two documents; truncation_rate, of documents that a cut parts;
     leakage, cosine across neighbouring contexts, before and, with a permutation of the contexts, after the shuffle.
@@ -1190,7 +1193,7 @@ def ordering_report(
 
 
 def context_report(x: np.ndarray, lengths: np.ndarray, context_length: int, shuffle) -> dict:
-    """The part of `ordering_report` about contexts; x and lengths in order. A document is in every context it touches."""
+    """`ordering_report` on contexts; x and lengths in order. A document is in every context that it touches."""
     begin = np.cumsum(lengths) - lengths
     first, last = begin // context_length, (begin + np.maximum(lengths, 1) - 1) // context_length
     context = np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)])
@@ -1252,7 +1255,7 @@ class Stages:
         return self.config.resume and file.is_file() and file.read_text("utf-8") == self.key
 
     def make(self, stage: str, write: Callable[[Path], object], kept: bool | None = None) -> dict[str, np.ndarray]:
-        """The stage's arrays, memory-mapped: what is there, or what `write(folder)` puts there, all of it or nothing."""
+        """The stage's arrays, memory-mapped: those there, or those that `write(folder)` writes, all or none of them."""
         folder, half = self.folder / stage, self.folder / f"{stage}.tmp"
         if self.kept(stage) if kept is None else kept:
             print(f"{stage}: kept from the run before", flush=True)
@@ -1326,7 +1329,7 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
 
 
 def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> None:
-    """Similarity and index (n, k); under torchrun every process searches for its part of the rows, folder only in one."""
+    """Similarity and index (n, k); of torchrun's processes each searches for its part, and the first has the folder."""
     count = len(x)
     method = config.method
     if method == "auto":
@@ -1361,9 +1364,8 @@ def graph_stage(similarity: np.ndarray, index: np.ndarray, config: Config, folde
     graph = build_graph(similarity, index, keep)
     for field in dataclasses.fields(Graph):
         np.save(folder / f"{field.name}.npy", getattr(graph, field.name))
-    print(
-        f"graph: {int(keep.sum()):,} documents, {len(keep) - int(keep.sum()):,} duplicates dropped, {len(graph.neighbours) // 2:,} edges"
-    )
+    dropped, edges = len(keep) - int(keep.sum()), len(graph.neighbours) // 2
+    print(f"graph: {len(keep) - dropped:,} documents, {dropped:,} duplicates dropped, {edges:,} edges", flush=True)
 
 
 @dataclass
@@ -1396,7 +1398,7 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
     if not main:
         return None if kept[0] else neighbours_stage(x, config, device, None)
     found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half), kept[0])
-    graph = Graph(**stages.make("graph", lambda half: graph_stage(found["similarity"], found["index"], config, half)))
+    graph = Graph(**stages.make("graph", lambda half: graph_stage(**found, config=config, folder=half)))
 
     def order_stage(half: Path) -> None:
         tick = Progress(f"order ({config.order})", int(graph.keep.sum()))
@@ -1421,15 +1423,14 @@ def sort(config: Config) -> dict | None:
         return None
     contexts, _ = pack(done.tokens, done.order, config.context_length, done.vocabulary["document_separator"])
     shuffle = np.random.default_rng(config.seed).permutation(len(contexts))
-    write_atomically(out / "order.npy", lambda name: save_array(name, done.order))
-    little = np.dtype(contexts.dtype).newbyteorder("<")
-    write_atomically(out / "train.bin", lambda name: write_contexts(name, contexts, shuffle, little))
+    np.save(out / "order.npy", done.order)
+    write_atomically(out / "train.bin", lambda name: write_contexts(name, contexts, shuffle))
     name = done.vocabulary["tokenizer"]
     if (out / "stages" / "read" / name).is_file():
         shutil.copyfile(out / "stages" / "read" / name, out / name)
     write_json(out / "train.json", done.vocabulary | {"context_length": config.context_length})
     report = reports(done, config, shuffle)
-    print(report_table(report["orders"]))
+    print(table(report["orders"]))
     picture(
         done,
         {"shuffled": np.random.default_rng(0).permutation(done.order), config.order: done.order},
@@ -1438,27 +1439,21 @@ def sort(config: Config) -> dict | None:
     )
     report = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **report)
     write_json(out / "report.json", report)
-    print(
-        f"{out}: train.bin ({contexts.size:,} tokens in {len(contexts):,} contexts), order.npy, report.json after {report['wall_seconds']:.0f} s"
-    )
+    size = f"{contexts.size:,} tokens in {len(contexts):,} contexts"
+    print(f"{out}: train.bin ({size}), order.npy, report.json after {report['wall_seconds']:.0f} s")
     return report
 
 
-def save_array(name: str, value: np.ndarray) -> None:
-    """np.save under exactly that name."""
-    with open(name, "wb") as file:
-        np.save(file, value)
-
-
-def write_contexts(name: str, contexts: np.ndarray, shuffle: np.ndarray, dtype: np.dtype) -> None:
-    """Raw ids of the contexts in shuffled order."""
+def write_contexts(name: str, contexts: np.ndarray, shuffle: np.ndarray) -> None:
+    """Raw little-endian ids of the contexts in shuffled order."""
     with open(name, "wb") as file:
         for start in range(0, len(shuffle), 1024):
-            file.write(contexts[shuffle[start : start + 1024]].astype(dtype).tobytes())
+            part = contexts[shuffle[start : start + 1024]]
+            file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
 
 
 def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
-    """`ordering_report` of the order as it came, shuffled and sorted; what was left out, recall, the longest document."""
+    """`ordering_report` of the order as it came, shuffled and sorted; what was left out, and the search's recall."""
     read = Path(config.out) / "stages" / "read"
     lengths = np.diff(done.tokens.offsets) + (done.vocabulary["document_separator"] is not None)
     labels = done.labels if any(done.labels) else None
@@ -1475,17 +1470,20 @@ def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
     return report | {"documents_longer_than_a_context": int((lengths > config.context_length).sum())}
 
 
-def report_table(orders: dict[str, dict]) -> str:
-    """The metrics of each order, a line for each metric."""
-    names = [key for key in next(iter(orders.values())) if not key.startswith("leakage")] + [
-        "leakage_before",
-        "leakage_after",
-    ]
-    lines = [" " * 24 + "".join(f"{order:>12}" for order in orders)]
-    for name in names:
-        values = (report.get(name) for report in orders.values())
-        cells = ("-" if v is None else f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in values)
-        lines.append(f"{name:24}" + "".join(f"{cell:>12}" for cell in cells))
+def table(columns: dict[str, dict]) -> str:
+    """A line for each value, a column for each dictionary of them; a dictionary among the values is set in."""
+    rows = dict.fromkeys(name for values in columns.values() for name in values)
+    lines = [" " * 26 + "".join(f"{name:>12}" for name in columns)]
+    for name in rows:
+        cells = [values.get(name, "-") for values in columns.values()]
+        if isinstance(cells[0], dict):
+            inner = {
+                column: {f"  {name} {k}": v for k, v in cell.items()}
+                for column, cell in zip(columns, cells, strict=True)
+            }
+            lines += table(inner).splitlines()[1:]
+        else:
+            lines.append(f"{name:26}" + "".join(f"{f'{c:.4f}' if isinstance(c, float) else str(c):>12}" for c in cells))
     return "\n".join(lines)
 
 
@@ -1513,7 +1511,7 @@ class CausalLM(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * config.n_layer) if writes else 1))
 
     def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
-        """tokens (B, L) -> the residual stream (B, L, d_model) before the head; with starts (B, L) documents are apart."""
+        """tokens (B, L) -> the residual stream (B, L, d_model); with starts (B, L) bool documents are apart."""
         x, length, mask = self.embedding(tokens), tokens.shape[1], None
         if starts is not None:
             document = starts.cumsum(1)
@@ -1562,7 +1560,7 @@ def keep_memory() -> None:
 def train_arm(
     name: str, contexts: np.ndarray, starts: np.ndarray | None, config: Config, vocab_size: int, log=None
 ) -> CausalLM:
-    """A model trained for config.steps batches of contexts, in a new shuffle each epoch; the same start for every arm."""
+    """A model trained on config.steps batches of contexts, shuffled anew each epoch; every arm starts alike."""
     device = pick_device(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -1660,11 +1658,11 @@ def judge(model: CausalLM, held: HeldOut) -> dict:
         scores |= {f"{name}_context_loss": loss.mean().item(), f"{name}_context_gain": (alone - loss).mean().item()}
     edges = [0, 4, 8, 16, 32, 64]
     cuts = [(a, b) for a, b in itertools.pairwise(edges) if a < alone.shape[1]]
-    return scores | {"loss_after_boundary": {f"{a}-{b - 1}": alone[:, a:b].mean().item() for a, b in cuts}}
+    return scores | {"no_context_loss_at": {f"{a}-{b - 1}": alone[:, a:b].mean().item() for a, b in cuts}}
 
 
 def split(done: Sorted, share: int = 10) -> tuple[Graph, Graph]:
-    """Graphs of the training and of the held-out documents: every tenth label, or where there are none document, held out.
+    """Graphs of the training and of the held-out documents: every tenth label, or without labels every tenth document.
 
     Duplicates were dropped over all documents together, so none parts training from held-out text.
     """
@@ -1702,7 +1700,7 @@ def experiment(config: Config) -> dict | None:
         name: ordering_report(done.x, path, graph, labels, lengths, config.context_length)
         for name, path in paths.items()
     }
-    print(report_table(report) + "\n\n" + arms_table(arms))
+    print(table(report) + "\n\n" + table(arms))
     picture(done, paths, arms, out / "iclm_sort.png")
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), arms=arms, orders=report)
     result |= {"tokens_an_arm": config.steps * config.batch * config.context_length}
@@ -1711,28 +1709,11 @@ def experiment(config: Config) -> dict | None:
     return result
 
 
-def arms_table(arms: dict[str, dict]) -> str:
-    """The scores of each arm in nats a token, a line for each score."""
-    first = next(iter(arms.values()))
-    lines = [f"{'nats a token':24}" + "".join(f"{arm:>12}" for arm in arms)]
-    lines += [
-        f"{name:24}" + "".join(f"{arm[name]:12.4f}" for arm in arms.values())
-        for name in first
-        if name != "loss_after_boundary"
-    ]
-    places = first["loss_after_boundary"]
-    lines += [
-        f"  alone, tokens {at:10}" + "".join(f"{arm['loss_after_boundary'][at]:12.4f}" for arm in arms.values())
-        for at in places
-    ]
-    return "\n".join(lines)
-
-
 # ----- Pictures, jobs, main -------------------------------------------------------------------------------------------
 
 
 def picture(done: Sorted, paths: dict[str, np.ndarray], arms: dict, path: Path) -> None:
-    """Similarity of adjacent documents in each order; a map of the corpus with the last path over it; the arms' losses."""
+    """Similarity of adjacent documents in each order; a map of the corpus under the last path; the arms' losses."""
     try:
         import matplotlib.pyplot as plt
         from matplotlib.collections import LineCollection

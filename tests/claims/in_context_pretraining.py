@@ -115,9 +115,9 @@ def summary(rows: list[dict]) -> dict:
             if apart:
                 spread = statistics.stdev(apart) if len(apart) > 1 else 0.0
                 found[name][score] |= {"minus_standard": statistics.mean(apart), "sd_of_difference": spread}
-        places = next(iter(mine.values()))["loss_after_boundary"]
-        found[name]["loss_after_boundary"] = {
-            at: statistics.mean(r["loss_after_boundary"][at] for r in mine.values()) for at in places
+        places = next(iter(mine.values()))["no_context_loss_at"]
+        found[name]["no_context_loss_at"] = {
+            at: statistics.mean(r["no_context_loss_at"][at] for r in mine.values()) for at in places
         }
     return found
 
@@ -128,8 +128,8 @@ def table(found: dict) -> str:
     for score, label in SCORES.items():
         cells = [f"{arm[score]['mean']:.3f} ± {arm[score]['sd']:.3f}" for arm in found.values()]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    for at in next(iter(found.values()))["loss_after_boundary"]:
-        cells = [f"{arm['loss_after_boundary'][at]:.3f}" for arm in found.values()]
+    for at in next(iter(found.values()))["no_context_loss_at"]:
+        cells = [f"{arm['no_context_loss_at'][at]:.3f}" for arm in found.values()]
         lines.append(f"| no context, tokens {at} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
