@@ -397,7 +397,7 @@ def read_tokenizer_json(path: str) -> Vocabulary:
 
 
 def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
-    """Ranks of byte-level BPE `bpe:N` of N ids: bytes, merges of the commonest pair (of equals the smallest), separator.
+    """Ranks of byte-level BPE `bpe:N` of N ids: bytes, merges of the commonest pair, of equals the smallest, and END.
 
     For a few thousand merges; a larger vocabulary is better learnt once by a package, and given as its file.
     """
@@ -1617,13 +1617,13 @@ class HeldOut:
     ]  # (t, L) past, separator and the same T tokens: `related`: its nearest neighbour, `unrelated`
 
 
-def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most: int = 200) -> HeldOut:
+def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most: int = 400) -> HeldOut:
     """The held-out contexts and targets; graph is that of the held-out documents alone."""
     rng, separator = np.random.default_rng(config.seed), done.vocabulary["document_separator"]
     device, sets = pick_device(config.device), {}
     for name, order in (("random", "random"), ("related", "paper")):
         contexts, _ = pack(done.tokens, traverse(graph, order, seed=config.seed), config.context_length, separator)
-        contexts = contexts[: max(1, min(len(contexts) - 1, 32768 // config.context_length))]
+        contexts = contexts[: max(1, min(len(contexts) - 1, 65536 // config.context_length))]
         sets[name] = torch.from_numpy(contexts.astype(np.int64)).to(device)
     target = min(target, config.context_length // 4)
     sizes, degrees, rows = np.diff(done.tokens.offsets), np.diff(graph.indptr), collections.defaultdict(list)

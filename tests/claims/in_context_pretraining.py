@@ -1,12 +1,12 @@
-"""Does the order of the documents teach a model to use its context? Every arm at equal tokens and equal start, over seeds.
+"""Does the order of the documents teach a model to use its context? All arms at equal tokens, from equal starts.
 
     python tests/claims/in_context_pretraining.py                                  all arms, seeds 1 to 5
     python tests/claims/in_context_pretraining.py --seeds 1 --arms standard sorted  adds these to what is there
 
-The documents are the functions of Python's standard library; every tenth module is held out, duplicates were dropped over
-all of them together. Arms: standard (shuffled), knn (each document before its ten nearest, with repeats), cluster,
-sorted (the paper's walk), sorted without deduplication, and standard with attention kept within documents. Settings were
-chosen on seed 0. Runs are kept in --runs, so that a stopped program goes on; the result file holds all of them.
+The documents are the functions of Python's standard library; every tenth module is held out, duplicates were dropped
+over all of them together. Arms: standard (shuffled), knn (each document before its ten nearest, with repeats), cluster,
+sorted (the paper's walk), sorted without deduplication, and standard with attention kept within documents. Settings
+were chosen on seed 0. Runs are kept in --runs, so that a stopped program goes on; the result file holds all of them.
 
 Naming: six functions of two held-out modules, each followed by an arbitrary word for its module, and one more function:
 how often is the right word the likelier one of the two? Chance is a half.

@@ -112,7 +112,7 @@ def test_sort_by_an_encoder(folder, tmp_path):
     words += ["--threshold", "2", "--out", tmp_path / "out"]
     assert iclm_sort.main([*map(str, words)]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["orders"]["paper"]["label_purity"] > 0.9 > 0.6 > report["orders"]["random"]["label_purity"]
+    assert report["orders"]["paper"]["label_purity"] > 0.8 > 0.5 > report["orders"]["random"]["label_purity"]
 
 
 def clustered(n, d, clusters, seed=0):
