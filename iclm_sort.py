@@ -456,7 +456,7 @@ class TfIdf:
 
     def __init__(self, dim: int = 256, seed: int = 0):
         self.table = torch.randn(BUCKETS, dim, generator=torch.Generator().manual_seed(seed))
-        self.document_frequency, self.count, self.cache = np.zeros(BUCKETS, np.int64), 0, {}
+        self.dim, self.document_frequency, self.count, self.cache = dim, np.zeros(BUCKETS, np.int64), 0, {}
 
     def terms(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The distinct hashed terms of a text, and how often each occurs; marks count only in a text without words."""
@@ -891,7 +891,11 @@ class Graph:
     indptr: np.ndarray  # (n + 1,) int64: row i is neighbours[indptr[i]:indptr[i + 1]]
     neighbours: np.ndarray  # (arcs,) int32, or int64 where there are more documents; every edge is two arcs
     weights: np.ndarray  # (arcs,) float32: cosine
-    keep: np.ndarray  # (n,) bool: the documents that were not dropped; a dropped one has no arcs
+    keep: np.ndarray | None = None  # (n,) bool: the documents that were not dropped, by default all
+
+    def __post_init__(self):
+        if self.keep is None:
+            object.__setattr__(self, "keep", np.ones(len(self.indptr) - 1, bool))
 
     def nodes(self) -> np.ndarray:
         """The kept documents, rising."""
@@ -928,13 +932,11 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
         source = arc // k
         target = index[start:stop]
         good = (target >= 0) & keep[start:stop, None] & keep[target]
-        row = np.concatenate(
-            [np.nonzero(good)[0], np.repeat(np.arange(stop - start), np.diff(incoming[start : stop + 1]))]
-        )
+        arriving = np.repeat(np.arange(stop - start), np.diff(incoming[start : stop + 1]))
+        row = np.concatenate([np.nonzero(good)[0], arriving])
         other = np.concatenate([target[good], source])
         weight = np.concatenate([similarity[start:stop][good], similarity[source, arc - source * k]])
-        # mutual arcs meet
-        order = np.argsort(row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64))
+        order = np.argsort(row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64))  # mutual arcs meet
         row, other, weight = row[order], other[order], weight[order]
         again = np.zeros(len(row), bool)
         again[1:] = (row[1:] == row[:-1]) & (other[1:] == other[:-1])
@@ -964,7 +966,7 @@ def traverse(
     `repeats` best neighbours.
     """
     require(order in ORDERS, f"order {order!r}: must be one of {', '.join(ORDERS)}; choose one")
-    require(degree in ("static", "remaining"), f"degree {degree!r}: must be static or remaining; choose one")
+    require(degree in DEGREES, f"degree {degree!r}: must be static or remaining; choose one")
     require(order != "cluster" or embeddings is not None, "order 'cluster': needs embeddings; give them")
     rng, nodes = np.random.default_rng(seed), graph.nodes()
     if order == "file" or len(nodes) == 0:
@@ -1016,12 +1018,8 @@ class Pool:
 
     def __init__(self, nodes: np.ndarray, degrees: np.ndarray, rng: np.random.Generator):
         self.degree, self.place = array.array("q", degrees.tobytes()), array.array("q", bytes(8 * len(degrees)))
-        self.buckets, self.lowest, self.random = (
-            collections.defaultdict(list),
-            0,
-            random.Random(int(rng.integers(1 << 62))),
-        )
-        self.left = len(nodes)
+        self.buckets, self.random = collections.defaultdict(list), random.Random(int(rng.integers(1 << 62)))
+        self.lowest, self.left = 0, len(nodes)
         for node in memoryview(nodes):
             self.put(node)
 
@@ -1152,13 +1150,7 @@ class Ragged:
 
 
 def ordering_report(
-    x: np.ndarray,
-    order: np.ndarray,
-    graph: Graph | None = None,
-    labels=None,
-    lengths=None,
-    context_length=0,
-    shuffle=None,
+    x, order, graph: Graph | None = None, labels=None, lengths=None, context_length=0, shuffle=None
 ) -> dict:
     """What an order of documents is worth; x (n, d) are unit rows, of which `order` may leave some out.
 
@@ -1248,10 +1240,8 @@ class Stages:
         needs = {name: getattr(self.config, name) for name in NEEDS[stage]}
         for path in filter(None, (needs.get(name) for name in ("embeddings", "encoder", "tokenizer"))):
             needs[path] = Path(path).stat().st_mtime_ns if Path(path).exists() else None
-        self.key, file = (
-            hashlib.sha256(json.dumps([self.key, stage, needs]).encode()).hexdigest(),
-            self.folder / stage / "key",
-        )
+        self.key = hashlib.sha256(json.dumps([self.key, stage, needs]).encode()).hexdigest()
+        file = self.folder / stage / "key"
         return self.config.resume and file.is_file() and file.read_text("utf-8") == self.key
 
     def make(self, stage: str, write: Callable[[Path], object], kept: bool | None = None) -> dict[str, np.ndarray]:
@@ -1287,10 +1277,6 @@ def read_stage(source: Source, config: Config, folder: Path) -> None:
                 names.write(json.dumps([document.id, document.label]) + "\n")
             tick(min(source.done, source.total - 1))
     tick(source.total)
-    count = len(offsets) - 1
-    require(
-        count > config.k, f"{where}: {count} documents, must be more than --k {config.k}; add documents or lower it"
-    )
     np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
     if vocabulary.file:
         (folder / vocabulary.name).write_bytes(vocabulary.file)
@@ -1314,11 +1300,10 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
     else:
         if config.encoder:
             model = Encoder(config.encoder, device)
-            dim, model_size = model.dim, 256
         else:
             model = TfIdf(config.dim, config.seed).fit(document.text for document in source)
-            dim, model_size = config.dim, 512
-        blocks = (model.embed([document.text for document in batch]) for batch in batches(source, model_size))
+        dim, texts = model.dim, (document.text for document in source)
+        blocks = (model.embed(batch) for batch in batches(texts, 256))
     x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, dim))
     done = 0
     for block in blocks:
@@ -1330,8 +1315,7 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
 
 def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> None:
     """Similarity and index (n, k); of torchrun's processes each searches for its part, and the first has the folder."""
-    count = len(x)
-    method = config.method
+    count, method = len(x), config.method
     if method == "auto":
         method = "exact" if count <= config.exact_limit else "ivf"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1390,6 +1374,7 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
     if main:
         stages.make("read", lambda half: read_stage(source, config, half))
         count = len(stages.open("read")["offsets"]) - 1
+        require(count > config.k, f"--k {config.k}: must be below the {count} documents; lower it or add documents")
         stages.make("embed", lambda half: embed_stage(source, config, count, device, half))
         kept = [stages.kept("neighbours")]
     if dist.is_initialized():
@@ -1431,12 +1416,8 @@ def sort(config: Config) -> dict | None:
     write_json(out / "train.json", done.vocabulary | {"context_length": config.context_length})
     report = reports(done, config, shuffle)
     print(table(report["orders"]))
-    picture(
-        done,
-        {"shuffled": np.random.default_rng(0).permutation(done.order), config.order: done.order},
-        {},
-        out / "order.png",
-    )
+    shuffled = np.random.default_rng(config.seed).permutation(done.order)
+    picture(done, {"shuffled": shuffled, config.order: done.order}, {}, out / "order.png")
     report = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **report)
     write_json(out / "report.json", report)
     size = f"{contexts.size:,} tokens in {len(contexts):,} contexts"
@@ -1457,11 +1438,8 @@ def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
     read = Path(config.out) / "stages" / "read"
     lengths = np.diff(done.tokens.offsets) + (done.vocabulary["document_separator"] is not None)
     labels = done.labels if any(done.labels) else None
-    orders = {name: traverse(done.graph, name, seed=config.seed) for name in ("file", "random")} | {
-        config.order: done.order
-    }
-    each = {}
-    for name, order in orders.items():
+    orders, each = {name: traverse(done.graph, name, seed=config.seed) for name in ("file", "random")}, {}
+    for name, order in (orders | {config.order: done.order}).items():
         permutation = shuffle if order is done.order else None
         each[name] = ordering_report(done.x, order, done.graph, labels, lengths, config.context_length, permutation)
     report = {"orders": each, "left_out": json.loads((read / "left_out.json").read_text("utf-8"))}
@@ -1495,16 +1473,11 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
-        d, self.heads = config.d_model, config.n_head
-        self.embedding = nn.Embedding(vocab_size, d)
-        self.norm = nn.RMSNorm(d)
-        linear = functools.partial(nn.Linear, bias=False)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [nn.RMSNorm(d), linear(d, 3 * d), linear(d, d), nn.RMSNorm(d), linear(d, 4 * d), linear(4 * d, d)]
-            )
-            for _ in range(config.n_layer)
-        )
+        d, self.heads, linear = config.d_model, config.n_head, functools.partial(nn.Linear, bias=False)
+        self.embedding, self.norm, self.layers = nn.Embedding(vocab_size, d), nn.RMSNorm(d), nn.ModuleList()
+        for _ in range(config.n_layer):
+            attention, mlp = (linear(d, 3 * d), linear(d, d)), (linear(d, 4 * d), linear(4 * d, d))
+            self.layers.append(nn.ModuleList([nn.RMSNorm(d), *attention, nn.RMSNorm(d), *mlp]))
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 writes = name.endswith(("2.weight", "5.weight"))  # to the residual stream
@@ -1517,9 +1490,8 @@ class CausalLM(nn.Module):
             document = starts.cumsum(1)
             mask = (document[:, None, :, None] == document[:, None, None, :]).tril()
         half = x.shape[-1] // self.heads // 2
-        angles = torch.arange(length, device=x.device)[:, None] * 10000.0 ** (
-            -torch.arange(half, device=x.device) / half
-        )
+        wavelengths = 10000.0 ** (torch.arange(half, device=x.device) / half)
+        angles = torch.arange(length, device=x.device)[:, None] / wavelengths
         cos, sin = angles.cos(), angles.sin()  # (L, d / 2)
         for norm, qkv, out, norm_2, up, down in self.layers:
             q, k, v = qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, d)
@@ -1565,12 +1537,10 @@ def train_arm(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = CausalLM(config, vocab_size).to(device)
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim > 1) == decays], "weight_decay": 0.1 * decays}
-        for decays in (True, False)
-    ]
+    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == whole] for whole in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer, rng, waiting = torch.optim.AdamW(groups, config.lr, (0.9, 0.95)), np.random.default_rng(config.seed), []
-    began, total = time.perf_counter(), 0.0
+    began, total, often = time.perf_counter(), 0.0, max(1, config.steps // 10)
     for step in range(1, config.steps + 1):
         while len(waiting) < config.batch:
             waiting += rng.permutation(len(contexts)).tolist()
@@ -1579,9 +1549,7 @@ def train_arm(
         apart = None if starts is None else torch.from_numpy(starts[rows]).to(device)[:, :-1]
         loss = head_loss(model(tokens[:, :-1], apart), model.embedding.weight, tokens[:, 1:])
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"training diverged at step {step} of the arm {name}: loss {loss.item()}; lower --lr"
-            )
+            raise FloatingPointError(f"training diverged at step {step} of {name}: loss {loss.item()}; lower --lr")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         warm, share = max(1, config.steps // 20), step / config.steps
@@ -1590,18 +1558,13 @@ def train_arm(
         optimizer.step()
         optimizer.zero_grad()
         total += loss.item()
-        if step % max(1, config.steps // 10) == 0:
-            pace, mean = (time.perf_counter() - began) / step, total / max(1, config.steps // 10)
-            print(
-                progress_line(
-                    step, config.steps, {"arm": name, "loss": f"{mean:.4f}", "step": f"{pace * 1e3:.0f} ms"}, pace
-                ),
-                flush=True,
-            )
+        if step % often == 0:
+            pace, mean, total = (time.perf_counter() - began) / step, total / often, 0.0
+            parts = {"arm": name, "loss": f"{mean:.4f}", "step": f"{pace * 1e3:.0f} ms"}
+            print(progress_line(step, config.steps, parts, pace), flush=True)
             if log:
                 log.write(json.dumps({"arm": name, "step": step, "loss": mean}) + "\n")
                 log.flush()
-            total = 0.0
     return model.eval()
 
 
@@ -1612,15 +1575,14 @@ class HeldOut:
     random: Tensor  # (m, L) contexts in random order: the paper's protocol
     related: Tensor  # (m, L) contexts along the paper's path
     alone: Tensor  # (t, 1 + T) separator and the first T tokens of a document
-    after: dict[
-        str, Tensor
-    ]  # (t, L) past, separator and the same T tokens: `related`: its nearest neighbour, `unrelated`
+    after: dict[str, Tensor]  # (t, L) the same after related documents, the nearest last, or after unrelated ones
 
 
 def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most: int = 400) -> HeldOut:
     """The held-out contexts and targets; graph is that of the held-out documents alone."""
     rng, separator = np.random.default_rng(config.seed), done.vocabulary["document_separator"]
     device, sets = pick_device(config.device), {}
+    require(len(graph.nodes()) > 1, "documents: too few to hold some out; add more")
     for name, order in (("random", "random"), ("related", "paper")):
         contexts, _ = pack(done.tokens, traverse(graph, order, seed=config.seed), config.context_length, separator)
         contexts = contexts[: max(1, min(len(contexts) - 1, 65536 // config.context_length))]
@@ -1629,6 +1591,7 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
     sizes, degrees, rows = np.diff(done.tokens.offsets), np.diff(graph.indptr), collections.defaultdict(list)
     others, past = rng.permutation(graph.nodes()), config.context_length - target - 1
     chosen = [i for i in graph.nodes() if degrees[i] and sizes[i] >= target]
+    require(len(chosen) > 0, f"held-out documents: none has a neighbour and {target} tokens; give more text")
     for n, i in enumerate(rng.permutation(chosen)[:most]):
         wanted = [separator, *done.tokens[i][:target].tolist()]
         rows["alone"].append(wanted)
@@ -1669,9 +1632,8 @@ def split(done: Sorted, share: int = 10) -> tuple[Graph, Graph]:
     names = np.unique(done.labels, return_inverse=True)[1] if any(done.labels) else np.arange(len(done.labels))
     names = np.random.default_rng(0).permutation(names.max() + 1)[names]
     keep = done.graph.keep
-    return tuple(
-        build_graph(done.similarity, done.index, keep & part) for part in (names % share != 0, names % share == 0)
-    )
+    part = names % share == 0
+    return build_graph(done.similarity, done.index, keep & ~part), build_graph(done.similarity, done.index, keep & part)
 
 
 def experiment(config: Config) -> dict | None:
@@ -1681,25 +1643,17 @@ def experiment(config: Config) -> dict | None:
     if done is None:
         return None
     graph, other = split(done)
-    require(
-        min(graph.keep.sum(), other.keep.sum()) > 1,
-        f"--input {config.input}: too few documents to hold some out; add more",
-    )
-    held, arms, separator = hold_out(done, config, other), {}, done.vocabulary["document_separator"]
+    separator, lengths = done.vocabulary["document_separator"], np.diff(done.tokens.offsets) + 1
+    require(separator is not None, f"--tokenizer {config.tokenizer}: has no token to set documents apart; give another")
+    held, labels = hold_out(done, config, other), done.labels if any(done.labels) else None
     keep_memory()
-    orders = {"standard": "random", "sorted": config.order}
+    paths, arms, report = {}, {}, {}
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for name, order in orders.items():
-            path = traverse(graph, order, config.degree, config.seed, done.x)
+        for name, order in {"standard": "random", "sorted": config.order}.items():
+            paths[name] = path = traverse(graph, order, config.degree, config.seed, done.x)
+            report[name] = ordering_report(done.x, path, graph, labels, lengths, config.context_length)
             contexts, _ = pack(done.tokens, path, config.context_length, separator)
             arms[name] = judge(train_arm(name, contexts, None, config, done.vocabulary["vocab_size"], log), held)
-    lengths = np.diff(done.tokens.offsets) + 1
-    paths = {name: traverse(graph, order, config.degree, config.seed, done.x) for name, order in orders.items()}
-    labels = done.labels if any(done.labels) else None
-    report = {
-        name: ordering_report(done.x, path, graph, labels, lengths, config.context_length)
-        for name, path in paths.items()
-    }
     print(table(report) + "\n\n" + table(arms))
     picture(done, paths, arms, out / "iclm_sort.png")
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), arms=arms, orders=report)
@@ -1734,11 +1688,7 @@ def picture(done: Sorted, paths: dict[str, np.ndarray], arms: dict, path: Path) 
     lines.set_array(np.arange(len(place)))
     axes[1].scatter(*place.T, s=1, color="0.6")
     axes[1].add_collection(lines)
-    axes[1].set(
-        title=f"the first {len(order):,} documents of the path ({name})",
-        xlabel="first principal component",
-        ylabel="second",
-    )
+    axes[1].set(xlabel=f"first principal component ({len(order):,} documents, {name})", ylabel="second")
     names = [n for n in next(iter(arms.values())) if n.endswith("loss")] if arms else []
     for i, (arm, scores) in enumerate(arms.items()):
         axes[2].barh(np.arange(len(names)) + 0.35 * i, [scores[n] for n in names], 0.33, label=arm)

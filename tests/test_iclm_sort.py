@@ -679,7 +679,7 @@ def test_bad_embeddings(tmp_path, name, here):
     ("flags", "message"),
     [
         (("--input", "nowhere"), "--input nowhere: no such file or folder"),
-        (("--k", "60"), "60 documents, must be more than --k 60"),
+        (("--k", "60"), "--k 60: must be below the 60 documents"),
         (("--order", "tsp"), "--order tsp: must be one of paper, edge"),
         (("--encoder", "nowhere"), "--encoder nowhere: holds no config.json"),
         (("--context-length", "0"), "--context-length 0: must be at least 1"),
