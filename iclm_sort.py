@@ -1,0 +1,1743 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
+# ///
+"""In-Context Pretraining: sort a corpus so that related documents share a context, and measure what that teaches.
+
+Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries", arXiv 2310.10638.
+
+    python iclm_sort.py                                  sorts Python's functions, trains on both orders: MINUTES
+    python iclm_sort.py sort --input corpus.jsonl        writes train.bin for `mamba.py --data`, and a report
+    python iclm_sort.py sort --encoder contriever/ --context-length 8192 --input corpus/ --order edge
+
+code               shape                 meaning
+x                  (n, d)                unit embeddings of the documents: E(d)
+similarity, index  (n, k)                each document's nearest others, and their cosines: N(d)
+indptr, neighbours (n + 1,), (arcs,)     the graph: an edge where either is in the other's list; weights: its cosines
+order              (n_kept,)             the path through all documents
+contexts, starts   (m, L)                token ids as they are trained on, and where in them documents begin
+
+Read first `walk`, which is Algorithm 1, then `build_graph`, `pack`, and `sort`, which puts the stages together.
+
+Differences from the paper
+1. Line 7 of Algorithm 1 prints arg min of the similarity; text and figure mean arg max, and so do we.
+2. Degree is counted in the whole graph (`--degree static`) or in what is left of it (`remaining`): not said.
+3. k is 10 and duplicates are dropped from a cosine of 0.95 (`--k`, `--threshold`): not said. Section 4.2's text and
+   table contradict each other on what dropping them does.
+4. Embeddings are hashed TF-IDF unless `--encoder` names a model's folder; lists are exact, or of inverted lists without
+   product quantisation.
+5. `--order edge` joins the heaviest edges first, then the nearest ends: a heavier path than the paper's.
+
+Not included: distributed graph and walk, links and BM25 chaining (SPLiCe), the paper's downstream tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import ast
+import base64
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import sysconfig
+import textwrap
+import time
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ----- Config ---------------------------------------------------------------------------------------------------------
+
+
+def flag(default, text: str):
+    """A field of `Config`, and a flag with its default and help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; each field is a flag."""
+
+    input: str = flag(
+        "", ".jsonl file, text file or folder of these; empty: the functions of Python's standard library"
+    )
+    text_field: str = flag("text", "field of a .jsonl line that holds the document")
+    label_field: str = flag("label", "field with its label, if it has one: only the report uses labels")
+    skip_bad: bool = flag(False, "count bad lines and go on, rather than stop at the first one")
+    tokenizer: str = flag("bpe:1024", "byte, bpe:N, a tiktoken encoding, a .tiktoken file or a tokenizer.json")
+    context_length: int = flag(512, "tokens of a context; paper: 8,192")
+    encoder: str = flag("", "folder of a BERT-family encoder such as Contriever, the paper's; empty: hashed TF-IDF")
+    embeddings: str = flag("", ".npy of shape (documents, dimensions) that takes the encoder's place")
+    dim: int = flag(256, "dimensions of the TF-IDF embeddings; Contriever's are 768")
+    k: int = flag(10, "neighbours of a document; the paper's released configuration has 50")
+    method: str = flag("auto", "exact, ivf or faiss; auto: exact up to --exact-limit documents, then ivf")
+    exact_limit: int = flag(50_000, "documents up to which auto compares all pairs")
+    recall: float = flag(0.95, "ivf, faiss: share of the true neighbours to find")
+    threshold: float = flag(
+        0.95, "cosine from which the later of two documents is dropped; over 1: none; paper: not said"
+    )
+    order: str = flag("paper", "paper, edge, random, file, knn (with repeats) or cluster")
+    degree: str = flag("static", "paper: degree in the whole graph (static), or in what is left of it (remaining)")
+    steps: int = flag(1200, "experiment: optimiser steps of each arm")
+    batch: int = flag(4, "experiment: contexts a step; paper: 4 million tokens")
+    d_model: int = flag(96, "experiment: width of the model; paper: 1,024 (0.3B) to 4,096 (7B)")
+    n_layer: int = flag(2, "experiment: layers; paper: 24 to 32")
+    n_head: int = flag(4, "experiment: attention heads")
+    lr: float = flag(4e-3, "experiment: peak learning rate; a cosine takes it to a tenth, as in the paper")
+    seed: int = flag(0, "seed of embeddings, order, shuffle, initialisation and batches")
+    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
+    out: str = flag("out/iclm_sort", "folder of everything that is written")
+    resume: bool = flag(False, "keep the stages in OUT/stages that the same input and flags made")
+    smoke: bool = flag(False, "a few documents and steps, whatever the other flags: does it run?")
+
+    def __post_init__(self):
+        for name in ("context_length", "dim", "k", "steps", "batch", "d_model", "n_layer", "n_head"):
+            value, words = getattr(self, name), name.replace("_", "-")
+            require(value > 0, f"--{words} {value}: must be at least 1; raise it")
+        require(self.seed >= 0, f"--seed {self.seed}: must not be negative; raise it")
+        for name, choices in (("order", ORDERS), ("degree", DEGREES), ("method", ("auto", *METHODS))):
+            value = getattr(self, name)
+            require(value in choices, f"--{name} {value}: must be one of {', '.join(choices)}; choose one")
+        require(0 < self.recall <= 1, f"--recall {self.recall}: must be above 0 and at most 1; correct it")
+        fits = self.d_model % (2 * self.n_head) == 0
+        require(fits, f"--n-head {self.n_head}: must cut --d-model {self.d_model} into even widths; change either")
+        require(
+            not (self.encoder and self.embeddings), "--encoder and --embeddings: one of them must do; leave one out"
+        )
+
+
+SMOKE = {
+    "steps": 3,
+    "batch": 2,
+    "d_model": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "context_length": 64,
+    "tokenizer": "byte",
+    "k": 5,
+}
+
+
+# ----- Shared block: the same text in every script --------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Bad input from the user: one line that says the value, the rule and the fix."""
+
+
+def require(fits: bool, message: str) -> None:
+    """Raise UserError with the message unless the input fits."""
+    if not fits:
+        raise UserError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> argparse.ArgumentParser:
+    """A flag for every field of the config dataclass, with its help and default."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    for field in dataclasses.fields(config_class):
+        boolean = isinstance(field.default, bool)
+        kind = {"action": argparse.BooleanOptionalAction} if boolean else {"type": type(field.default)}
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    return parser
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of that name; auto is cuda, mps or cpu, the first there is."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try auto") from None
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Call write(temporary name), then rename: a crash leaves the old file or the new one, never half of one."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write value as indented JSON, atomically."""
+    write_atomically(path, lambda name: Path(name).write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
+
+
+def progress_line(step: int, steps: int, parts: dict[str, str], seconds_a_step: float) -> str:
+    """`step 10/400 · loss 3.21 · ... · 4:12 left`: one line, the same in a terminal and in a log."""
+    left = round((steps - step) * seconds_a_step)
+    return " · ".join([f"step {step:,}/{steps:,}", *map(" ".join, parts.items()), f"{left // 60}:{left % 60:02} left"])
+
+
+def result_record(config: object, device: torch.device, **rest) -> dict:
+    """What a result file says of its run: config, command, seed, versions, device, this script's hash, and `rest`."""
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    record = {"config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed}
+    record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return record | rest
+
+
+# ----- Data: documents and their tokens -------------------------------------------------------------------------------
+
+END = "<|endoftext|>"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
+    r"\s+(?!\S)|\s"
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, a name to find it by, and a label (or "") that only the report uses."""
+
+    text: str
+    id: str
+    label: str
+
+
+def python_functions() -> Iterator[Document]:
+    """The functions and methods of the standard library, each with its module as the label; parsed, never imported.
+
+    Left out: tests, build files, what some systems package apart, and functions of fewer than 100 characters.
+    """
+    skipped = re.compile(
+        r"(^|/)(test|tests|(site|dist)-packages|pydoc_data|idlelib|lib2to3|distutils|ensurepip|venv|tkinter|turtle.*|"
+        r"config-.*|_sysconfig.*|sitecustomize\.py|__pycache__)(/|$)"
+    )
+
+    def functions(node: ast.AST, name: str):
+        for child in getattr(node, "body", []):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child, f"{name}.{child.name}"
+            elif isinstance(child, ast.ClassDef):
+                yield from functions(child, f"{name}.{child.name}")
+
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if skipped.search(file):
+            continue
+        module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        with contextlib.suppress(SyntaxError, ValueError):  # not source of this Python
+            source = (root / file).read_text("utf-8")
+            lines = source.splitlines(keepends=True)
+            for node, name in functions(ast.parse(source), module):
+                text = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+                if len(text) >= 100:
+                    yield Document(text, name, module)
+
+
+class Source:
+    """The documents of --input; each pass over it reads them anew, so that no corpus has to fit in memory.
+
+    `done` of `total` bytes have been read in this pass, and `counts` says what was left out.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.root, self.done, self.total = config, Path(config.input), 0, 1
+        self.counts, self.shipped = collections.Counter(), []
+        if config.input:
+            require(self.root.exists(), f"--input {config.input}: no such file or folder; correct the path")
+            found = sorted(self.root.rglob("*")) if self.root.is_dir() else [self.root]
+            hidden = (any(part.startswith(".") for part in file.relative_to(self.root).parts) for file in found)
+            self.files = [file for file, h in zip(found, hidden, strict=True) if file.is_file() and not h]
+            self.total = sum(file.stat().st_size for file in self.files)
+
+    def __iter__(self) -> Iterator[Document]:
+        self.counts, self.done = collections.Counter(), 0
+        if not self.config.input:
+            if not self.shipped:  # parsing them takes longer than keeping them
+                self.shipped = list(itertools.islice(python_functions(), 150 if self.config.smoke else None))
+            yield from self.shipped
+            return
+        for file in self.files:
+            for document in self.read_lines(file) if file.suffix == ".jsonl" else self.read_text(file):
+                if document.text.strip():
+                    yield document
+                else:
+                    self.counts["empty documents"] += 1
+
+    def read_text(self, file: Path) -> Iterator[Document]:
+        """The one document of a text file, labelled by its folder."""
+        self.done += file.stat().st_size
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            fits = self.root.is_dir() or self.config.skip_bad
+            require(fits, f"{file}: must be UTF-8, but byte {error.start} is not; convert it")
+            self.counts["files that are not UTF-8"] += 1
+            return
+        yield Document(text, str(file.relative_to(self.root)) if self.root.is_dir() else file.name, file.parent.name)
+
+    def read_lines(self, file: Path) -> Iterator[Document]:
+        """The documents of a .jsonl file."""
+        text_field, label_field = self.config.text_field, self.config.label_field
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                self.done += len(line)
+                if not line.strip():
+                    continue
+                fields = None
+                try:
+                    fields = json.loads(line)
+                    text, name = "".join([fields[text_field]]), fields.get("id", f"{file.name}:{number}")
+                    document = Document(text, str(name), str(fields.get(label_field, "")))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    has = f", has {', '.join(fields)}" if isinstance(fields, dict) else ""
+                    rule = f"must be a JSON object with a string {text_field!r}{has}"
+                    fix = "correct it, name the field by --text-field, or give --skip-bad"
+                    require(self.config.skip_bad, f"{file}, line {number}: {line[:60]!r} {rule}; {fix}")
+                    self.counts["bad lines"] += 1
+                    continue
+                yield document
+
+    def fingerprint(self) -> list:
+        """What tells this input from another one."""
+        if not self.config.input:
+            return [sys.version, self.config.smoke]
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+
+
+@dataclass
+class Vocabulary:
+    """A tokenizer as far as it is needed here: text to ids, and how another script finds it again."""
+
+    encode: Callable[[list[str]], list[list[int]]]
+    size: int
+    separator: int | None
+    name: str  # as train.json gives it
+    file: bytes = b""  # what a file of that name beside train.json holds, if there is one
+
+    @property
+    def dtype(self):
+        return np.uint16 if self.size <= 1 << 16 else np.uint32
+
+
+def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
+    """Tokenizer `byte`, `bpe:N` (learnt from the first 20 MB of documents), a file's, or one named by tiktoken."""
+    if name.endswith((".json", ".tiktoken")):
+        require(Path(name).is_file(), f"--tokenizer {name}: no such file; correct the path")
+    if name.endswith(".json"):
+        return read_tokenizer_json(name)
+    if name == "byte" or name.startswith("bpe:") or name.endswith(".tiktoken"):
+        pattern, ranks = CL100K, {bytes([b]): b for b in range(256)}
+        if name == "byte":
+            pattern = r"(?s:.{1,99})"
+        elif name.startswith("bpe:"):
+            ranks = learn_bpe(name, documents)
+        else:
+            try:
+                rows = [line.split() for line in Path(name).read_bytes().splitlines()]
+                ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+            except ValueError as error:
+                rule = f"each line must be a base64 token and its rank, but {error}"
+                raise UserError(f"--tokenizer {name}: {rule}; correct it") from None
+        file = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items() if name != "byte")
+        special = {END: max(ranks.values()) + 1}
+        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        name = "tokenizer.tiktoken" if file else name
+        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, special[END], name, file)
+    choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(tiktoken.list_encoding_names())}"
+    require(name in tiktoken.list_encoding_names(), f"--tokenizer {name}: unknown; choose from {choices}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors are among these
+        fix = "connect once (TIKTOKEN_CACHE_DIR keeps the file), or give a local file, byte or bpe:N"
+        raise UserError(f"--tokenizer {name}: the download failed ({type(error).__name__}); {fix}") from None
+    return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, encoding._special_tokens.get(END), name)
+
+
+def read_tokenizer_json(path: str) -> Vocabulary:
+    """A Hugging Face tokenizer.json, by the `tokenizers` package; it adds no tokens, nor finds special ones in text."""
+    try:
+        tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(path)
+    except ImportError:
+        raise UserError(f"--tokenizer {path}: needs the tokenizers package; pip install tokenizers") from None
+    except Exception as error:  # the package raises no other class
+        raise UserError(f"--tokenizer {path}: not a tokenizer.json ({str(error)[:80]}); give another") from None
+    tokenizer.encode_special_tokens = True
+    ids = (tokenizer.token_to_id(token) for token in (END, "<|end_of_text|>", "</s>"))
+    separator = next((i for i in ids if i is not None), None)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    size = 1 + max(tokenizer.get_vocab().values())
+    return Vocabulary(encode, size, separator, "tokenizer.json", Path(path).read_bytes())
+
+
+def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
+    """Ranks of byte-level BPE `bpe:N` of N ids: bytes, merges of the commonest pair, of equals the smallest, and END.
+
+    For a few thousand merges; a larger vocabulary is better learnt once by a package, and given as its file.
+    """
+    size = int(name[4:]) if name[4:].isdecimal() else 0
+    require(257 <= size <= 1 << 14, f"--tokenizer {name}: bpe:N needs a whole N from 257 to 16384; try bpe:2048")
+    split = importlib.import_module("regex").compile(CL100K).findall  # tiktoken brings it; `re` lacks \p{L}
+    counts, read = collections.Counter(), 0
+    for text in documents:
+        counts.update(split(text))
+        read += len(text)
+        if read > 20_000_000:
+            break
+    words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts]
+    weights, total, places = list(counts.values()), collections.Counter(), collections.defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in itertools.pairwise(word):
+            total[pair] += weights[i]
+            places[pair].add(i)
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < size - 1:
+        most = max(total.values(), default=0)
+        require(most > 0, f"--tokenizer {name}: the text yields only {len(ranks) + 1} ids; lower N or add text")
+        pair = min(pair for pair, count in total.items() if count == most)
+        joined = b"".join(pair)
+        ranks.setdefault(joined, len(ranks))
+        for i in places.pop(pair):
+            word, merged = words[i], []
+            for part in word:
+                if merged and (merged[-1], part) == pair:
+                    merged[-1] = joined
+                else:
+                    merged.append(part)
+            for old in itertools.pairwise(word):
+                total[old] -= weights[i]
+            for new in itertools.pairwise(merged):
+                total[new] += weights[i]
+                places[new].add(i)
+            words[i] = merged
+        total = +total if len(ranks) % 64 == 0 else total  # drop pairs that are gone
+        total.pop(pair, None)
+    return ranks
+
+
+# ----- The method: embeddings -----------------------------------------------------------------------------------------
+
+BUCKETS = 1 << 17  # of hashed words and pairs of words
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
+
+
+class TfIdf:
+    """Hashed TF-IDF of words and pairs of adjacent words, projected at random to `dim`: fit with one pass over texts.
+
+    Weight (1 + log tf) (1 + log((1 + n) / (1 + df))); a row is the sum of its weights times the rows of a normal
+    matrix (BUCKETS, dim), brought to length 1. A cosine is the unprojected one with an error of about dim^-1/2.
+    """
+
+    def __init__(self, dim: int = 256, seed: int = 0):
+        self.table = torch.randn(BUCKETS, dim, generator=torch.Generator().manual_seed(seed))
+        self.dim, self.document_frequency, self.count, self.cache = dim, np.zeros(BUCKETS, np.int64), 0, {}
+
+    def terms(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct hashed terms of a text, and how often each occurs; marks count only in a text without words."""
+        words = WORD.findall(text.lower())
+        words = [word for word in words if word[0].isalnum()] or words
+        for word in set(words) - self.cache.keys():
+            self.cache[word] = zlib.crc32(word.encode("utf-8", "replace"))
+        codes = np.array([self.cache[word] for word in words], np.uint64)
+        if len(self.cache) > 1 << 21:  # bounded memory, whatever the corpus
+            self.cache.clear()
+        pairs = codes[:-1] * np.uint64(0x9E3779B1) + codes[1:] + np.uint64(1)
+        hashed = np.concatenate([codes, pairs]) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - 17)
+        return np.unique(hashed.astype(np.int64), return_counts=True)
+
+    def fit(self, texts: Iterable[str]) -> TfIdf:
+        """Count the documents that each term is in."""
+        for text in texts:
+            self.document_frequency[self.terms(text)[0]] += 1
+            self.count += 1
+        return self
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Unit rows (len(texts), dim) float32. Raises UserError for an empty text."""
+        found = [self.terms(text) for text in texts]
+        for text, (terms, _) in zip(texts, found, strict=True):
+            require(len(terms) > 0, f"text {text[:20]!r}: has neither words nor marks to embed; leave it out")
+        terms, counts = (np.concatenate(part) for part in zip(*found, strict=True))
+        idf = 1 + np.log((1 + self.count) / (1 + self.document_frequency[terms]))
+        weights = torch.from_numpy(((1 + np.log(counts)) * idf).astype(np.float32))
+        begin = torch.from_numpy(np.cumsum([0] + [len(part) for part, _ in found[:-1]]))
+        rows = F.embedding_bag(torch.from_numpy(terms), self.table, begin, mode="sum", per_sample_weights=weights)
+        return F.normalize(rows, dim=1).numpy()
+
+
+def embed_documents(texts: Iterable[str], dim: int = 256, seed: int = 0) -> np.ndarray:
+    """Unit rows (n, dim) float32 of hashed TF-IDF, see `TfIdf`, in two passes over `texts`."""
+    texts = texts if isinstance(texts, Iterable) and not isinstance(texts, Iterator) else list(texts)
+    model = TfIdf(dim, seed).fit(texts)
+    require(model.count > 0, "no documents: there is nothing to embed; give at least one text")
+    return np.concatenate([model.embed(batch) for batch in batches(texts, 512)])
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        shards = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else [name]
+        if not index.is_file() and not (folder / name).is_file():
+            continue
+        tensors = {}
+        for shard in sorted(set(shards)):
+            require(
+                (folder / shard).is_file(), f"{folder / shard}: named in {index.name}, but not there; copy it there"
+            )
+            tensors |= load_torch(folder / shard)
+        return {k: v.float() for k, v in tensors.items()}
+    raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
+
+
+def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
+    """The contents of a .safetensors file, by the safetensors package, or of a torch.save; data only, never code."""
+    try:
+        if path.suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except ImportError:
+        raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
+    except Exception as error:  # each format has its own kinds
+        raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
+
+
+class WordPiece:
+    """BERT's tokenizer: clean, split at spaces and marks, then the longest known pieces first (1609.08144)."""
+
+    def __init__(self, folder: Path):
+        vocab, whole = folder / "vocab.txt", folder / "tokenizer.json"
+        require(vocab.is_file() or whole.is_file(), f"{folder}: has neither vocab.txt nor tokenizer.json; add one")
+        if vocab.is_file():
+            self.ids = {word: i for i, word in enumerate(vocab.read_text("utf-8").splitlines())}
+        else:
+            self.ids = json.loads(whole.read_text("utf-8"))["model"]["vocab"]
+        settings = folder / "tokenizer_config.json"
+        self.lower = not settings.is_file() or json.loads(settings.read_text("utf-8")).get("do_lower_case", True)
+        missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in self.ids]
+        require(not missing, f"{folder}: vocabulary lacks {', '.join(missing)}; give a BERT-family encoder")
+        self.cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without [CLS] and [SEP]; a special token written in it is ordinary text."""
+        kept = (c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"))
+        text = "".join(f" {c} " if is_chinese(ord(c)) else " " if c.isspace() else c for c in kept)
+        if self.lower:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+            text = "".join(c.lower() for c in text)  # by characters: a sigma at a word's end is a sigma
+        words = "".join(f" {c} " if is_mark(c) else c for c in text).split()
+        for word in set(words) - self.cache.keys():
+            self.cache[word] = self.pieces(word)
+        ids = [i for word in words for i in self.cache[word]]
+        if len(self.cache) > 1 << 20:
+            self.cache.clear()
+        return ids
+
+    def pieces(self, word: str) -> list[int]:
+        """Ids of the longest known pieces of a word, left to right; [UNK] where there are none or it is over 100."""
+        found, start = [], 0
+        while start < len(word) <= 100:
+            names = ((end, "##" * (start > 0) + word[start:end]) for end in range(len(word), start, -1))
+            end, i = next(((end, self.ids[name]) for end, name in names if name in self.ids), (0, 0))
+            if not end:
+                break
+            found.append(i)
+            start = end
+        return found if found and start == len(word) else [self.ids["[UNK]"]]
+
+
+def is_chinese(code: int) -> bool:
+    """Whether BERT sets the character apart: CJK ideographs, not kana or hangul."""
+    blocks = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF))
+    return code >= 0x3400 and any(first <= code <= last for first, last in (*blocks, (0x2F800, 0x2FA1F)))
+
+
+def is_mark(c: str) -> bool:
+    """Whether BERT's pre-tokenizer sets the character apart: ASCII marks and Unicode punctuation."""
+    return (c.isascii() and not c.isalnum() and c > " " and c != "\x7f") or unicodedata.category(c)[0] == "P"
+
+
+class Encoder:
+    """A BERT-family encoder from a local folder in Hugging Face layout: mean of the last layer, padding left out."""
+
+    def __init__(self, folder: str, device: torch.device):
+        path = Path(folder)
+        require((path / "config.json").is_file(), f"--encoder {folder}: holds no config.json; give a model's folder")
+        self.config, self.device = json.loads((path / "config.json").read_text("utf-8")), device
+        fits = (self.config.get("model_type"), self.config.get("hidden_act")) == ("bert", "gelu")
+        require(fits, f"--encoder {folder}: must be model_type bert with hidden_act gelu; give a BERT-family encoder")
+        self.tokenizer, self.dim = WordPiece(path), self.config["hidden_size"]
+        self.weights = {k.removeprefix("bert."): v.to(device) for k, v in read_tensors(path).items()}
+        settings, length = path / "sentence_bert_config.json", self.config["max_position_embeddings"]
+        own = json.loads(settings.read_text("utf-8"))["max_seq_length"] if settings.is_file() else length
+        self.length = min(own or length, length)
+
+    def layer(self, x: Tensor, name: str, norm: bool = False) -> Tensor:
+        """A linear layer, or a LayerNorm, of that name."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return (
+            F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_eps"])
+            if norm
+            else F.linear(x, weight, bias)
+        )
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean-pooled last hidden state (B, d) of ids (B, L), where mask (B, L) bool is False at padding."""
+        names = ("word", "position", "token_type")
+        word, position, kind = (self.weights[f"embeddings.{name}_embeddings.weight"] for name in names)
+        x = self.layer(word[ids] + position[: ids.shape[1]] + kind[0], "embeddings.LayerNorm", norm=True)
+        heads = self.config["num_attention_heads"]
+        for i in range(self.config["num_hidden_layers"]):
+            at = f"encoder.layer.{i}"
+            parts = (self.layer(x, f"{at}.attention.self.{name}") for name in ("query", "key", "value"))
+            q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)  # (B, H, L, d / H)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2)
+            x = self.layer(x + self.layer(y, f"{at}.attention.output.dense"), f"{at}.attention.output.LayerNorm", True)
+            y = self.layer(F.gelu(self.layer(x, f"{at}.intermediate.dense")), f"{at}.output.dense")
+            x = self.layer(x + y, f"{at}.output.LayerNorm", norm=True)
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Unit rows (n, d) float32; a text longer than the encoder's window is cut, and its chunks are averaged."""
+        ids, room = self.tokenizer.ids, self.length - 2
+        chunks = [
+            (i, t[j : j + room])
+            for i, t in enumerate(map(self.tokenizer.encode, texts))
+            for j in range(0, max(len(t), 1), room)
+        ]
+        chunks.sort(key=lambda chunk: len(chunk[1]))  # like lengths go together: less padding
+        total = torch.zeros(len(texts), self.dim)
+        for batch in batches(chunks, 64):
+            width = len(batch[-1][1]) + 2
+            rows = [[ids["[CLS]"], *t, ids["[SEP]"]] for _, t in batch]
+            mask = torch.tensor([[j < len(row) for j in range(width)] for row in rows], device=self.device)
+            tokens = torch.tensor([row + [ids["[PAD]"]] * (width - len(row)) for row in rows], device=self.device)
+            total.index_add_(0, torch.tensor([i for i, _ in batch]), self.forward(tokens, mask).float().cpu())
+        return F.normalize(total, dim=1).numpy()
+
+
+# ----- The method: neighbours -----------------------------------------------------------------------------------------
+
+
+class Best:
+    """The k best candidates of each of `count` rows: only scores that reach a row's k-th best so far are looked at.
+
+    A tile of scores costs its product, one comparison and one pass over booleans; the few that pass wait until a
+    merge sorts them by (row, falling score, id) and raises the floors.
+    """
+
+    def __init__(self, count: int, k: int):
+        self.k, self.floor, self.waiting = k, np.full(count, -np.inf, np.float32), 0
+        self.parts: list[tuple[np.ndarray, ...]] = []  # (row, score, id), each 1-D
+
+    def offer(self, scores: Tensor, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Scores (r, m) of candidates `ids` (m,) for the rows `rows` (r,); a candidate is offered to a row once."""
+        floor, width = self.floor[rows], scores.shape[1]
+        if width > self.k and np.isneginf(floor).all():
+            floor = scores.topk(self.k).values[:, -1].cpu().numpy()
+            self.floor[rows] = floor
+        mask = scores >= torch.from_numpy(floor).to(scores.device)[:, None]
+        hits = np.flatnonzero(mask.numpy()) if mask.device.type == "cpu" else mask.flatten().nonzero()[:, 0]
+        found = scores.flatten()[hits].cpu().numpy()
+        hits = hits if isinstance(hits, np.ndarray) else hits.cpu().numpy()
+        row, column = np.divmod(hits, width)
+        self.parts.append((rows[row], found, ids[column]))
+        self.waiting += len(hits)
+        if self.waiting > 4 * self.k * len(self.floor):
+            self.merge()
+
+    def merge(self) -> tuple[np.ndarray, np.ndarray]:
+        """Similarity (count, k) float32 and id (count, k) int64 so far; -inf and -1 where a row has fewer than k."""
+        row, score, ids = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        order = stable_order(row, score, ids)
+        row, score, ids = row[order], score[order], ids[order]
+        first = np.searchsorted(row, np.arange(len(self.floor)))
+        place = np.arange(len(row)) - first[row]
+        kept = place < self.k
+        row, score, ids, place = row[kept], score[kept], ids[kept], place[kept]
+        similarity = np.full((len(self.floor), self.k), -np.inf, np.float32)
+        index = np.full((len(self.floor), self.k), -1, np.int64)
+        similarity[row, place], index[row, place] = score, ids
+        self.parts, self.waiting, self.floor = [(row, score, ids)], 0, similarity[:, -1].copy()
+        return similarity, index
+
+
+def falling(weights: np.ndarray) -> np.ndarray:
+    """uint32 keys whose rising order is the falling order of float32 weights."""
+    bits = (weights + np.float32(0)).view(np.uint32)  # + 0: -0 and 0 are one number
+    return np.where(bits >> 31, bits, ~(bits | np.uint32(1 << 31)))
+
+
+def stable_order(row: np.ndarray, weight: np.ndarray, tie: np.ndarray) -> np.ndarray:
+    """The permutation that sorts by (row, falling weight, tie): rows below 2^32, weights float32.
+
+    Row and weight share one 64-bit key, which NumPy sorts several times faster than `lexsort` sorts three arrays.
+    """
+    key = row.astype(np.uint64) << np.uint64(32) | falling(weight)
+    order = np.argsort(key)
+    sorted_key = key[order]
+    same = sorted_key[1:] == sorted_key[:-1]
+    if same.any():
+        runs = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
+        inside = order[runs]
+        order[runs] = inside[np.lexsort((tie[inside], key[inside]))]
+    return order
+
+
+def check_embeddings(x: np.ndarray, count: int | None = None, what: str = "embeddings") -> None:
+    """Raise UserError unless x is (n, d) with n >= 2 rows (`count` rows, if given), finite, and no row is zero."""
+    require(x.ndim == 2, f"{what}: shape {x.shape} must be (documents, dimensions); reshape it")
+    fits = count is None or len(x) == count
+    require(fits, f"{what}: {len(x)} rows, must be one for each of the {count} documents; embed the same documents")
+    for start in range(0, len(x), 1 << 16):
+        norm = np.linalg.norm(np.asarray(x[start : start + (1 << 16)], np.float32), axis=1)
+        bad = np.flatnonzero(~np.isfinite(norm) | (norm == 0))
+        if len(bad):
+            value = "is zero" if norm[bad[0]] == 0 else "is not finite"
+            raise UserError(f"{what}: row {start + bad[0]} {value}; every row must have a direction; mend or drop it")
+
+
+def nearest_neighbours(
+    x: np.ndarray, k: int, method="exact", recall=0.95, seed=0, device="cpu", rows=None, tick=None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k rows of x (n, d) float32 with the largest inner product (cosine, for unit rows) with each row but itself.
+
+    Returns similarity (n, k) float32, falling, and index (n, k) int64; equal similarities by index. `method`: exact;
+    ivf, which looks into so many lists that `recall` of the k are found on a sample; faiss, the same by that library.
+    `rows` are those to search for, by default all. `tick(done)` is told of progress. Raises UserError for k >= n,
+    NaN and zero rows.
+    """
+    check_embeddings(x)
+    require(1 <= k < len(x), f"k {k}: must be at least 1 and below the {len(x)} documents; change k or add documents")
+    require(method in METHODS, f"method {method!r}: must be one of {', '.join(METHODS)}; choose one")
+    x = np.require(x, np.float32, ["C", "W"])  # torch wants it writable: a read-only memory map is copied
+    rows = np.arange(len(x)) if rows is None else np.asarray(rows)
+    return METHODS[method](x, k, rows, recall, seed, torch.device(device), tick or (lambda done: None))
+
+
+def exact_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair, a tile of the product at a time."""
+    size, width = TILE if device.type == "cpu" else (1 << 14, 1 << 16)
+    width = max(width, 2 * k)
+    table, ids = torch.from_numpy(x).to(device), np.arange(len(x))
+    similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        best, queries, local = Best(len(chunk), k), table[chunk], np.arange(len(chunk))
+        for left in range(0, len(x), width):
+            scores = queries @ table[left : left + width].T
+            own = np.flatnonzero((chunk >= left) & (chunk < left + width))
+            scores[own, chunk[own] - left] = -math.inf
+            best.offer(scores, local, ids[left : left + width])
+            if left == 0:
+                best.merge()
+        similarity[start : start + size], index[start : start + size] = best.merge()
+        tick(start + len(chunk))
+    return similarity, index
+
+
+def cluster(x: Tensor, count: int, seed: int, rounds: int = 6, per_centre: int = 32) -> Tensor:
+    """Unit centres (count, d) by spherical k-means on a sample of x (n, d)."""
+    rng = np.random.default_rng(seed)
+    sample = x[torch.from_numpy(rng.choice(len(x), min(len(x), per_centre * count), replace=False))]
+    centres = sample[:count].clone()
+    for _ in range(rounds):
+        own = torch.cat([(part @ centres.T).argmax(1) for part in sample.split(4096)])
+        sums = torch.zeros_like(centres).index_add_(0, own, sample)
+        empty = torch.bincount(own, minlength=count) == 0
+        sums[empty] = sample[torch.from_numpy(rng.choice(len(sample), int(empty.sum()))).to(x.device)]
+        centres = F.normalize(sums, dim=1)
+    return centres
+
+
+def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+    """Inverted lists in one big batch: one product for each list, of all the queries that look into it.
+
+    A row's own list comes first and sets its floor, so that of the further lists few scores pass. The number of lists
+    looked into is the least that holds `recall` of the true neighbours of 256 rows.
+    """
+    table, size = torch.from_numpy(x).to(device), CHUNK["ivf"]
+    centres = cluster(table, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
+    most = min(len(centres), 48)
+    lists = torch.cat([(part @ centres.T).topk(most).indices.int() for part in table.split(2048)]).cpu().numpy()
+    own = lists[:, 0]
+    members = np.argsort(own, kind="stable")  # by list, then by number
+    begin = np.searchsorted(own[members], np.arange(len(centres) + 1))
+    place = np.empty(len(x), np.int64)
+    place[members] = np.arange(len(x)) - begin[own[members]]
+    sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
+    true = exact_neighbours(x, k, sample, recall, seed, device, lambda done: None)[1]
+    rank = own[true][:, :, None] == lists[sample][:, None, :]  # (sample, k, most)
+    share = rank.cumsum(2).mean((0, 1))  # of true neighbours in the first lists
+    probes = 1 + min(int((share < recall).sum()), most - 1)
+    table = table[torch.from_numpy(members).to(device)]
+    similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        queries, best = torch.from_numpy(x[chunk]).to(device), Best(len(chunk), k)
+        for first, last in ((0, 1), (1, min(4, probes)), (min(4, probes), probes)):
+            visits = lists[chunk, first:last].ravel()
+            order = np.argsort(visits, kind="stable")
+            edges = np.searchsorted(visits[order], np.arange(len(centres) + 1))
+            for number in np.flatnonzero(np.diff(edges)):
+                asking = order[edges[number] : edges[number + 1]] // (last - first)
+                part = slice(begin[number], begin[number + 1])
+                scores = queries[asking] @ table[part].T
+                if first == 0:
+                    scores[np.arange(len(asking)), place[chunk[asking]]] = -math.inf
+                best.offer(scores, asking, members[part])
+            found = best.merge()
+        similarity[start : start + size], index[start : start + size] = found
+        tick(start + len(chunk))
+    short = np.flatnonzero(np.isneginf(similarity[:, -1]))  # all its lists together hold fewer than k
+    if len(short):
+        similarity[short], index[short] = exact_neighbours(x, k, rows[short], recall, seed, device, lambda done: None)
+    return similarity, index
+
+
+def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+    """The same by faiss: a flat index for few documents, else inverted lists with probes enough for `recall`."""
+    try:
+        faiss = importlib.import_module("faiss")
+    except ImportError:
+        raise UserError("--method faiss: the package is not installed; pip install faiss-cpu") from None
+    index = faiss.IndexFlatIP(x.shape[1])
+    if len(x) > 20_000:
+        index = faiss.IndexIVFFlat(index, x.shape[1], round(4 * math.sqrt(len(x))), faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = seed
+        index.train(x)
+    index.add(x)
+    sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
+    true = exact_neighbours(x, k, sample, recall, seed, torch.device("cpu"), lambda done: None)[1]
+    while len(x) > 20_000 and index.nprobe < index.nlist:
+        found = index.search(x[sample], k + 1)[1]
+        if (true[:, :, None] == found[:, None, :]).any(2).mean() >= recall:
+            break
+        index.nprobe *= 2
+    similarity, found = index.search(x[rows], k + 1)
+    similarity[found == rows[:, None]] = -np.inf  # itself, or with equals before it nobody
+    order = np.lexsort((found, -similarity))[:, :k]
+    tick(len(rows))
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(found, order, 1)
+
+
+METHODS = {"exact": exact_neighbours, "ivf": ivf_neighbours, "faiss": faiss_neighbours}
+TILE = (1024, 2048)  # rows and columns of the product that is formed at a time
+CHUNK = {"exact": TILE[0], "ivf": 1 << 16}  # queries that go together: in one process or in many, the same sums
+LISTS = 4  # times the root of the number of documents: inverted lists
+
+
+# ----- The method: the graph and its paths ----------------------------------------------------------------------------
+
+
+ARCS = 1 << 20  # of the lists, that are sorted at a time
+
+
+def drop_duplicates(similarity: np.ndarray, index: np.ndarray, threshold: float) -> np.ndarray:
+    """Which documents stay, (n,) bool, when of two neighbours at least `threshold` alike only the earlier one does.
+
+    Documents are judged in their order, and only one that stays drops others: each dropped one has its like in what
+    is left. Raises UserError for a NaN threshold.
+    """
+    require(threshold == threshold, f"threshold {threshold}: must be a number; give a cosine such as 0.95")
+    row, column = np.nonzero(similarity >= threshold)
+    other = index[row, column]
+    pairs = np.unique(np.stack([np.minimum(row, other), np.maximum(row, other)], 1), axis=0)
+    keep = bytearray(b"\1") * len(index)
+    for earlier, later in pairs.tolist():  # by the earlier one, which has been judged when its turn comes
+        if keep[earlier]:
+            keep[later] = 0
+    return np.frombuffer(keep, bool)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Undirected weighted graph over n documents in compressed rows, each by falling weight, then by neighbour."""
+
+    indptr: np.ndarray  # (n + 1,) int64: row i is neighbours[indptr[i]:indptr[i + 1]]
+    neighbours: np.ndarray  # (arcs,) int32, or int64 where there are more documents; every edge is two arcs
+    weights: np.ndarray  # (arcs,) float32: cosine
+    keep: np.ndarray | None = None  # (n,) bool: the documents that were not dropped, by default all
+
+    def __post_init__(self):
+        if self.keep is None:
+            object.__setattr__(self, "keep", np.ones(len(self.indptr) - 1, bool))
+
+    def nodes(self) -> np.ndarray:
+        """The kept documents, rising."""
+        return np.flatnonzero(self.keep)
+
+
+def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | None = None) -> Graph:
+    """An edge where either of two kept documents is in the other's list (section 2.1); similarity, index (n, k).
+
+    Listed by both with weights that rounding made differ, an edge has the larger one. A document may fill its list
+    up with -1. Memory beside the input and the graph: 8 bytes an arc of the lists.
+    """
+    n, k = index.shape
+    keep = np.ones(n, bool) if keep is None else np.asarray(keep, bool)
+    require(len(keep) == n == len(similarity), f"{len(keep)} keep, {len(similarity)} rows, must be {n}; mend the input")
+    narrow = np.int32 if n <= 1 << 31 else np.int64
+    shift = np.uint64((n * k).bit_length())
+    back = np.empty(n * k, np.uint64)  # (target, arc) of every arc, sorted: what points at a row, without a matrix
+    count, step = 0, max(1, ARCS // k)
+    for start in range(0, n, step):
+        target = index[start : start + step]
+        good = (target >= 0) & keep[start : start + step, None] & keep[target]
+        arc = np.flatnonzero(good)
+        back[count : count + len(arc)] = target[good].astype(np.uint64) << shift | (arc + start * k).astype(np.uint64)
+        count += len(arc)
+    back = back[:count]
+    back.sort()
+    incoming = np.searchsorted(back, np.arange(n + 1, dtype=np.uint64) << shift)
+    neighbours, weights = np.empty(2 * count, narrow), np.empty(2 * count, np.float32)
+    degrees, filled = np.zeros(n, np.int64), 0
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        arc = (back[incoming[start] : incoming[stop]] & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.int64)
+        source = arc // k
+        target = index[start:stop]
+        good = (target >= 0) & keep[start:stop, None] & keep[target]
+        arriving = np.repeat(np.arange(stop - start), np.diff(incoming[start : stop + 1]))
+        row = np.concatenate([np.nonzero(good)[0], arriving])
+        other = np.concatenate([target[good], source])
+        weight = np.concatenate([similarity[start:stop][good], similarity[source, arc - source * k]])
+        order = np.argsort(row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64))  # mutual arcs meet
+        row, other, weight = row[order], other[order], weight[order]
+        again = np.zeros(len(row), bool)
+        again[1:] = (row[1:] == row[:-1]) & (other[1:] == other[:-1])
+        second = np.flatnonzero(again)
+        weight[second - 1] = np.maximum(weight[second - 1], weight[second])
+        row, other, weight = row[~again], other[~again], weight[~again]
+        order = stable_order(row, weight, other)
+        neighbours[filled : filled + len(row)], weights[filled : filled + len(row)] = other[order], weight[order]
+        degrees[start:stop] = np.bincount(row, minlength=stop - start)
+        filled += len(row)
+    indptr = np.concatenate([[0], degrees.cumsum()])
+    return Graph(indptr, neighbours[:filled], weights[:filled], keep)
+
+
+DEGREES = ("static", "remaining")
+ORDERS = ("paper", "edge", "random", "file", "knn", "cluster")
+
+
+def traverse(
+    graph: Graph, order="paper", degree="static", seed=0, embeddings: np.ndarray | None = None, repeats=10
+) -> np.ndarray:
+    """An order of the kept documents, (n_kept,) int64, each exactly once, the same for the same seed.
+
+    paper: Algorithm 1, see `walk`, by the degree in the whole graph (static) or in what is left of it (remaining).
+    edge: see `chain_edges`; embeddings (n, d) let it join fragments by their nearest ends. random; file: as they came;
+    cluster: k-means groups of about 32, each shuffled; knn, with repeats: each document, shuffled, before its
+    `repeats` best neighbours.
+    """
+    require(order in ORDERS, f"order {order!r}: must be one of {', '.join(ORDERS)}; choose one")
+    require(degree in DEGREES, f"degree {degree!r}: must be static or remaining; choose one")
+    require(order != "cluster" or embeddings is not None, "order 'cluster': needs embeddings; give them")
+    rng, nodes = np.random.default_rng(seed), graph.nodes()
+    if order == "file" or len(nodes) == 0:
+        return nodes
+    if order == "paper":
+        return walk(graph, degree == "remaining", rng)
+    if order == "edge":
+        return chain_edges(graph, embeddings, rng)
+    if order == "knn":
+        rows = ((i, graph.indptr[i]) for i in rng.permutation(nodes))
+        ends = graph.indptr[1:]
+        return np.concatenate([[i, *graph.neighbours[a : min(a + repeats, ends[i])]] for i, a in rows]).astype(np.int64)
+    if order == "cluster":
+        x = torch.from_numpy(np.ascontiguousarray(embeddings[nodes], np.float32))
+        centres = cluster(x, -(-len(nodes) // 32), seed)
+        group = torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)]).numpy()
+        return nodes[np.lexsort((rng.permutation(len(nodes)), rng.permutation(len(centres))[group]))]
+    return rng.permutation(nodes)
+
+
+def walk(graph: Graph, remaining: bool, rng: np.random.Generator) -> np.ndarray:
+    """Algorithm 1: from a document of least degree on to the most similar one not yet visited; where there is none,
+    anew from a random one of least degree. Every arc is looked at once at most, so it is linear in the graph.
+
+    Line 7 of the algorithm prints arg min; text and figure mean arg max, which in a row by falling weight is the first
+    one not yet visited. Documents of low degree go first because later their few neighbours would be gone.
+    """
+    nodes, degrees = rng.permutation(graph.nodes()), np.diff(graph.indptr)
+    starts = memoryview(nodes[np.argsort(degrees[nodes], kind="stable")])  # equal degrees stay shuffled
+    pool = Pool(nodes, degrees, rng) if remaining else None
+    visited, path = bytearray(~graph.keep), array.array("q")
+    rows, arcs = memoryview(graph.indptr), memoryview(graph.neighbours)
+    for node in pool.draw() if pool else starts:
+        while not visited[node]:
+            visited[node] = 1
+            path.append(node)
+            row = arcs[rows[node] : rows[node + 1]]
+            if pool:
+                pool.remove(node, row, visited)
+            for other in row:
+                if not visited[other]:
+                    node = other
+                    break
+    return np.frombuffer(path, np.int64)
+
+
+class Pool:
+    """The documents not yet visited, by the number of their neighbours in the pool; every step takes constant time."""
+
+    def __init__(self, nodes: np.ndarray, degrees: np.ndarray, rng: np.random.Generator):
+        self.degree, self.place = array.array("q", degrees.tobytes()), array.array("q", bytes(8 * len(degrees)))
+        self.buckets, self.random = collections.defaultdict(list), random.Random(int(rng.integers(1 << 62)))
+        self.lowest, self.left = 0, len(nodes)
+        for node in memoryview(nodes):
+            self.put(node)
+
+    def put(self, node: int) -> None:
+        bucket = self.buckets[self.degree[node]]
+        self.place[node] = len(bucket)
+        bucket.append(node)
+
+    def take(self, node: int) -> None:
+        bucket = self.buckets[self.degree[node]]
+        last = bucket.pop()
+        if last != node:
+            bucket[self.place[node]] = last
+            self.place[last] = self.place[node]
+
+    def remove(self, node: int, row: Iterable[int], visited: bytearray) -> None:
+        """Take a document out: its neighbours lose one."""
+        self.take(node)
+        self.left -= 1
+        for other in row:
+            if not visited[other]:
+                self.take(other)
+                self.degree[other] -= 1
+                self.put(other)
+                self.lowest = min(self.lowest, self.degree[other])
+
+    def draw(self) -> Iterator[int]:
+        """A random one of those of least degree, as long as any are left."""
+        while self.left:
+            while not self.buckets[self.lowest]:
+                self.lowest += 1
+            yield self.random.choice(self.buckets[self.lowest])
+
+
+def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Greedy edge matching (not in the paper): the heaviest edges first, each unless it would give a document a third
+    neighbour or close a ring; then the nearest ends of what has become of it, again and again, until one path is left.
+
+    Without embeddings the fragments stand in random order.
+    """
+    nodes, n = graph.nodes(), len(graph.keep)
+    links = (array.array("q", [-1]) * n, array.array("q", [-1]) * n)  # the neighbours of a document in its fragment
+    far = array.array("q", range(n))  # of a fragment's end, the other end
+    row = np.repeat(np.arange(n, dtype=graph.neighbours.dtype), np.diff(graph.indptr))
+    once = np.flatnonzero(row < graph.neighbours)
+    once = once[by_falling(graph.weights[once])]
+    joined = link_edges(row[once], graph.neighbours[once], links, far)
+    method = "auto"
+    while embeddings is not None and joined < len(nodes) - 1:
+        ends = nodes[np.frombuffer(links[1], np.int64)[nodes] < 0]
+        k = min(10, len(ends) - 1)
+        method = ("exact" if len(ends) <= 20_000 else "ivf") if method == "auto" else method
+        similarity, index = nearest_neighbours(embeddings[ends], k, method)
+        order = by_falling(similarity.ravel())
+        added = link_edges(np.repeat(ends, k)[order], ends[index.ravel()[order]], links, far)
+        method = "auto" if added else "exact"  # the nearest two ends of different fragments see each other in it
+        joined += added
+    first, second = links
+    path, seen = array.array("q"), bytearray(n)
+    for start in memoryview(rng.permutation(nodes)):
+        node, previous = start, -1
+        while second[start] < 0 and not seen[node]:  # from an end
+            seen[node] = 1
+            path.append(node)
+            following = first[node] if first[node] != previous else second[node]
+            node, previous = (following, node) if following >= 0 else (node, previous)
+    return np.frombuffer(path, np.int64)
+
+
+def link_edges(a: np.ndarray, b: np.ndarray, links: tuple[array.array, array.array], far: array.array) -> int:
+    """Take edges (a, b) in their order wherever both are ends of different fragments; how many were taken."""
+    (first, second), count = links, 0
+    full = np.frombuffer(second, np.int64)
+    for start in range(0, len(a), 1 << 18):
+        u, v = a[start : start + (1 << 18)], b[start : start + (1 << 18)]
+        free = (full[u] < 0) & (full[v] < 0)  # most edges fall here, by NumPy
+        for x, y in zip(u[free].tolist(), v[free].tolist(), strict=True):
+            if second[x] < 0 and second[y] < 0 and far[x] != y and x != y:
+                (first if first[x] < 0 else second)[x] = y
+                (first if first[y] < 0 else second)[y] = x
+                left, right = far[x], far[y]
+                far[left], far[right] = right, left
+                count += 1
+    return count
+
+
+def by_falling(weights: np.ndarray) -> np.ndarray:
+    """Stable permutation that sorts fewer than 2^32 float32 weights, the largest first."""
+    key = falling(weights).astype(np.uint64) << np.uint64(32) | np.arange(len(weights), dtype=np.uint64)
+    key.sort()
+    return (key & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+# ----- The method: contexts and what an order is worth ----------------------------------------------------------------
+
+
+def pack(tokens, order: np.ndarray, context_length: int, separator: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenate documents in their order, a separator after each, and cut (section 2.2).
+
+    `tokens[i]` are the ids of document i. Returns contexts (m, context_length) and starts, bool of that shape, True at
+    the first token of a document. The last context is filled up with separators (0 without one). Raises UserError.
+    """
+    require(context_length >= 1, f"context_length {context_length}: must be at least 1; raise it")
+    end, order = int(separator is not None), np.asarray(order, np.int64)
+    require(len(order) > 0, "order: is empty, there is nothing to pack; keep at least one document")
+    sizes = np.array([len(tokens[i]) for i in order]) + end
+    begin = np.cumsum(sizes) - sizes
+    count = -(-int(sizes.sum()) // context_length)
+    contexts = np.full(count * context_length, separator or 0, tokens[order[0]].dtype)
+    starts = np.zeros(count * context_length, bool)
+    for i, at in zip(order.tolist(), begin.tolist(), strict=True):
+        contexts[at : at + len(tokens[i])] = tokens[i]
+    starts[begin[sizes > end]] = True
+    return contexts.reshape(count, -1), starts.reshape(count, -1)
+
+
+class Ragged:
+    """Documents' ids in one flat array: item i is flat[offsets[i]:offsets[i + 1]]."""
+
+    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
+        self.flat, self.offsets = flat, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.flat[self.offsets[i] : self.offsets[i + 1]]
+
+
+def ordering_report(
+    x, order, graph: Graph | None = None, labels=None, lengths=None, context_length=0, shuffle=None
+) -> dict:
+    """What an order of documents is worth; x (n, d) are unit rows, of which `order` may leave some out.
+
+    Always: documents, each_once, adjacent_cosine. With a graph: bound, the mean of each document's two best edges, more
+    than which no path has; share_of_bound; segments, between steps that follow no edge, and the longest one. With
+    labels (n,): label_purity, the share of steps within one label. With lengths (n,), tokens and separator, and
+    context_length: contexts; within_context_cosine of two documents; truncation_rate, of documents that a cut parts;
+    leakage, cosine across neighbouring contexts, before and, with a permutation of the contexts, after the shuffle.
+    """
+    order = np.asarray(order, np.int64)
+    once = len(np.unique(order)) == len(order) and (graph is None or len(order) == int(graph.keep.sum()))
+    report = {"documents": len(order), "each_once": bool(once)}
+    steps = [(x[order[i : i + 4097][:-1]] * x[order[i : i + 4097][1:]]).sum(1) for i in range(0, len(order) - 1, 4096)]
+    report["adjacent_cosine"] = float(np.concatenate(steps).mean()) if steps else 0.0
+    if labels is not None:
+        named = np.unique(np.asarray(labels), return_inverse=True)[1][order]
+        report["label_purity"] = float((named[1:] == named[:-1]).mean()) if len(order) > 1 else 1.0
+    if graph is not None:
+        degrees = np.diff(graph.indptr)
+        best = np.zeros((len(x), 2))
+        for i in (0, 1):
+            best[degrees > i, i] = graph.weights[graph.indptr[:-1][degrees > i] + i]
+        report["bound"] = float(best[order].mean())
+        report["share_of_bound"] = report["adjacent_cosine"] / report["bound"] if report["bound"] else 0.0
+        arcs = np.repeat(np.arange(len(x)), degrees) * len(x) + graph.neighbours
+        taken = np.isin(order[:-1] * len(x) + order[1:], arcs)
+        cuts = np.flatnonzero(np.concatenate([[True], ~taken, [True]]))
+        report |= {"segments": len(cuts) - 1, "longest_segment": int(np.diff(cuts).max())}
+    if lengths is not None and context_length:
+        report |= context_report(x[order], np.asarray(lengths)[order], context_length, shuffle)
+    return report
+
+
+def context_report(x: np.ndarray, lengths: np.ndarray, context_length: int, shuffle) -> dict:
+    """`ordering_report` on contexts; x and lengths in order. A document is in every context that it touches."""
+    begin = np.cumsum(lengths) - lengths
+    first, last = begin // context_length, (begin + np.maximum(lengths, 1) - 1) // context_length
+    context = np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)])
+    document = np.repeat(np.arange(len(x)), last - first + 1)
+    total, size = np.zeros((context[-1] + 1, x.shape[1])), np.bincount(context)
+    np.add.at(total, context, x[document])
+    square, many = (total**2).sum(1), size > 1
+    within = (square - size)[many] / (size * (size - 1))[many]
+    mean = total / np.maximum(size, 1)[:, None]
+    report = {"contexts": len(size), "within_context_cosine": float(within.mean()) if many.any() else None}
+    report["truncation_rate"] = float((last > first).mean())
+    for name, permutation in (("before", np.arange(len(size))), ("after", shuffle)):
+        if permutation is not None and len(size) > 1:
+            report[f"leakage_{name}"] = float((mean[permutation][1:] * mean[permutation][:-1]).sum(1).mean())
+    return report
+
+
+# ----- Sort: the stages of the job ------------------------------------------------------------------------------------
+
+NEEDS = {  # what each stage depends on, beside the stages before it
+    "read": ("tokenizer", "text_field", "label_field", "skip_bad"),
+    "embed": ("encoder", "embeddings", "dim", "seed"),
+    "neighbours": ("k", "method", "exact_limit", "recall"),
+    "graph": ("threshold",),
+    "order": ("order", "degree"),
+}
+
+
+class Progress:
+    """A line for a stage at most every five seconds, and one at its end."""
+
+    def __init__(self, stage: str, total: int):
+        self.stage, self.total, self.began = stage, total, time.perf_counter()
+        self.shown = self.began
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if done >= self.total or now - self.shown > 5:
+            self.shown, seconds = now, now - self.began
+            parts = {"stage": self.stage, "took": f"{seconds:.1f} s"}
+            print(progress_line(done, self.total, parts, seconds / max(1, done)), flush=True)
+
+
+class Stages:
+    """Folders of arrays under OUT/stages; --resume keeps each one that the same input and flags made."""
+
+    def __init__(self, config: Config, fingerprint: list):
+        self.config, self.folder, self.key = config, Path(config.out) / "stages", json.dumps(fingerprint)
+
+    def kept(self, stage: str) -> bool:
+        """Whether the stage is there, whole, from the same input and flags; to be asked for each stage in turn."""
+        needs = {name: getattr(self.config, name) for name in NEEDS[stage]}
+        for path in filter(None, (needs.get(name) for name in ("embeddings", "encoder", "tokenizer"))):
+            needs[path] = Path(path).stat().st_mtime_ns if Path(path).exists() else None
+        self.key = hashlib.sha256(json.dumps([self.key, stage, needs]).encode()).hexdigest()
+        file = self.folder / stage / "key"
+        return self.config.resume and file.is_file() and file.read_text("utf-8") == self.key
+
+    def make(self, stage: str, write: Callable[[Path], object], kept: bool | None = None) -> dict[str, np.ndarray]:
+        """The stage's arrays, memory-mapped: those there, or those that `write(folder)` writes, all or none of them."""
+        folder, half = self.folder / stage, self.folder / f"{stage}.tmp"
+        if self.kept(stage) if kept is None else kept:
+            print(f"{stage}: kept from the run before", flush=True)
+        else:
+            for old in (half, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            half.mkdir(parents=True)
+            write(half)
+            (half / "key").write_text(self.key, "utf-8")
+            os.replace(half, folder)
+        return self.open(stage)
+
+    def open(self, stage: str) -> dict[str, np.ndarray]:
+        """A stage's arrays, memory-mapped."""
+        return {path.stem: np.load(path, mmap_mode="r") for path in sorted((self.folder / stage).glob("*.npy"))}
+
+
+def read_stage(source: Source, config: Config, folder: Path) -> None:
+    """Tokenise: flat ids, offsets (n + 1,), documents.jsonl (id and label), tokenizer.json-like settings."""
+    where = config.input or "the standard library"
+    require(next(iter(source), None) is not None, f"--input {where}: holds no documents; give one with text")
+    vocabulary = open_vocabulary(config.tokenizer, (document.text for document in source))
+    offsets, tick = array.array("q", [0]), Progress("read", source.total)
+    with open(folder / "ids.bin", "wb") as ids, open(folder / "documents.jsonl", "w", encoding="utf-8") as names:
+        for batch in batches(source, 256):
+            for document, found in zip(batch, vocabulary.encode([document.text for document in batch]), strict=True):
+                ids.write(np.array(found, vocabulary.dtype).tobytes())
+                offsets.append(offsets[-1] + len(found))
+                names.write(json.dumps([document.id, document.label]) + "\n")
+            tick(min(source.done, source.total - 1))
+    tick(source.total)
+    np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
+    if vocabulary.file:
+        (folder / vocabulary.name).write_bytes(vocabulary.file)
+    about = {"dtype": np.dtype(vocabulary.dtype).name, "vocab_size": vocabulary.size, "tokenizer": vocabulary.name}
+    write_json(folder / "vocabulary.json", about | {"document_separator": vocabulary.separator})
+    write_json(folder / "left_out.json", dict(source.counts))
+
+
+def embed_stage(source: Source, config: Config, count: int, device: torch.device, folder: Path) -> None:
+    """Unit rows (n, d) float32: of --embeddings, by --encoder, or by TF-IDF."""
+    tick = Progress("embed", count)
+    if config.embeddings:
+        require(Path(config.embeddings).is_file(), f"--embeddings {config.embeddings}: no such file; correct the path")
+        try:
+            given = np.load(config.embeddings, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"--embeddings {config.embeddings}: must be a .npy array ({error}); give another") from None
+        check_embeddings(given, count, f"--embeddings {config.embeddings}")
+        rows = (np.asarray(given[i : i + 4096], np.float32) for i in range(0, count, 4096))
+        blocks, dim = (block / np.linalg.norm(block, axis=1, keepdims=True) for block in rows), given.shape[1]
+    else:
+        if config.encoder:
+            model = Encoder(config.encoder, device)
+        else:
+            model = TfIdf(config.dim, config.seed).fit(document.text for document in source)
+        dim, texts = model.dim, (document.text for document in source)
+        blocks = (model.embed(batch) for batch in batches(texts, 256))
+    x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, dim))
+    done = 0
+    for block in blocks:
+        x[done : done + len(block)] = block
+        done += len(block)
+        tick(done)
+    x.flush()
+
+
+def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> None:
+    """Similarity and index (n, k); of torchrun's processes each searches for its part, and the first has the folder."""
+    count, method = len(x), config.method
+    if method == "auto":
+        method = "exact" if count <= config.exact_limit else "ivf"
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = CHUNK.get(method, count)
+    chunks = [np.arange(start, min(start + size, count)) for start in range(0, count, size)][rank::world]
+    rows = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+    tick = Progress(f"neighbours ({method})", len(rows)) if rank == 0 else None
+    similarity, index = np.zeros((count, config.k), np.float32), np.zeros((count, config.k), np.int64)
+    similarity[rows], index[rows] = nearest_neighbours(
+        x, config.k, method, config.recall, config.seed, device, rows, tick
+    )
+    for part in (similarity, index) if world > 1 else ():
+        dist.all_reduce(torch.from_numpy(part))  # the other rows are 0
+    if folder is None:
+        return
+    np.save(folder / "similarity.npy", similarity)
+    np.save(folder / "index.npy", index)
+    recall = 1.0
+    if method != "exact":
+        sample = np.random.default_rng(config.seed + 1).choice(count, min(count, 256), replace=False)
+        true = nearest_neighbours(x, config.k, "exact", device=device, rows=sample)[1]
+        recall = float((true[:, :, None] == index[sample][:, None, :]).any(2).mean())
+        print(f"recall@{config.k} against exact search on {len(sample)} documents: {recall:.3f}")
+    write_json(folder / "recall.json", {"method": method, "recall": recall})
+
+
+def graph_stage(similarity: np.ndarray, index: np.ndarray, config: Config, folder: Path) -> None:
+    """The graph's arrays."""
+    keep = drop_duplicates(similarity, index, config.threshold)
+    graph = build_graph(similarity, index, keep)
+    for field in dataclasses.fields(Graph):
+        np.save(folder / f"{field.name}.npy", getattr(graph, field.name))
+    dropped, edges = len(keep) - int(keep.sum()), len(graph.neighbours) // 2
+    print(f"graph: {len(keep) - dropped:,} documents, {dropped:,} duplicates dropped, {edges:,} edges", flush=True)
+
+
+@dataclass
+class Sorted:
+    """What the stages made."""
+
+    tokens: Ragged
+    vocabulary: dict
+    labels: list[str]
+    x: np.ndarray
+    similarity: np.ndarray
+    index: np.ndarray
+    graph: Graph
+    order: np.ndarray
+
+
+def run_stages(config: Config, device: torch.device) -> Sorted | None:
+    """All stages up to the order; None in the processes that torchrun started only to search for neighbours."""
+    main, source = not dist.is_initialized() or dist.get_rank() == 0, Source(config)
+    stages = Stages(config, source.fingerprint())
+    folder, kept = stages.folder, [False]
+    if main:
+        stages.make("read", lambda half: read_stage(source, config, half))
+        count = len(stages.open("read")["offsets"]) - 1
+        require(count > config.k, f"--k {config.k}: must be below the {count} documents; lower it or add documents")
+        stages.make("embed", lambda half: embed_stage(source, config, count, device, half))
+        kept = [stages.kept("neighbours")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(kept)
+    x = stages.open("embed")["x"]
+    if not main:
+        return None if kept[0] else neighbours_stage(x, config, device, None)
+    found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half), kept[0])
+    graph = Graph(**stages.make("graph", lambda half: graph_stage(**found, config=config, folder=half)))
+
+    def order_stage(half: Path) -> None:
+        tick = Progress(f"order ({config.order})", int(graph.keep.sum()))
+        order = traverse(graph, config.order, config.degree, config.seed, x)
+        np.save(half / "order.npy", order)
+        tick(len(order))
+
+    order = stages.make("order", order_stage)["order"]
+    vocabulary = json.loads((folder / "read" / "vocabulary.json").read_text("utf-8"))
+    ids = np.memmap(folder / "read" / "ids.bin", vocabulary["dtype"], "r")
+    with open(folder / "read" / "documents.jsonl", encoding="utf-8") as names:
+        labels = [json.loads(line)[1] for line in names]
+    tokens = Ragged(ids, stages.open("read")["offsets"])
+    return Sorted(tokens, vocabulary, labels, x, found["similarity"], found["index"], graph, order)
+
+
+def sort(config: Config) -> dict | None:
+    """The job `sort`: order.npy, train.bin, train.json, report.json and order.png in config.out."""
+    began, device, out = time.perf_counter(), start(config), Path(config.out)
+    done = run_stages(config, device)
+    if done is None:
+        return None
+    contexts, _ = pack(done.tokens, done.order, config.context_length, done.vocabulary["document_separator"])
+    shuffle = np.random.default_rng(config.seed).permutation(len(contexts))
+    np.save(out / "order.npy", done.order)
+    write_atomically(out / "train.bin", lambda name: write_contexts(name, contexts, shuffle))
+    name = done.vocabulary["tokenizer"]
+    if (out / "stages" / "read" / name).is_file():
+        shutil.copyfile(out / "stages" / "read" / name, out / name)
+    write_json(out / "train.json", done.vocabulary | {"context_length": config.context_length})
+    report = reports(done, config, shuffle)
+    print(table(report["orders"]))
+    shuffled = np.random.default_rng(config.seed).permutation(done.order)
+    picture(done, {"shuffled": shuffled, config.order: done.order}, {}, out / "order.png")
+    report = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **report)
+    write_json(out / "report.json", report)
+    size = f"{contexts.size:,} tokens in {len(contexts):,} contexts"
+    print(f"{out}: train.bin ({size}), order.npy, report.json after {report['wall_seconds']:.0f} s")
+    return report
+
+
+def write_contexts(name: str, contexts: np.ndarray, shuffle: np.ndarray) -> None:
+    """Raw little-endian ids of the contexts in shuffled order."""
+    with open(name, "wb") as file:
+        for start in range(0, len(shuffle), 1024):
+            part = contexts[shuffle[start : start + 1024]]
+            file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
+
+
+def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
+    """`ordering_report` of the order as it came, shuffled and sorted; what was left out, and the search's recall."""
+    read = Path(config.out) / "stages" / "read"
+    lengths = np.diff(done.tokens.offsets) + (done.vocabulary["document_separator"] is not None)
+    labels = done.labels if any(done.labels) else None
+    orders, each = {name: traverse(done.graph, name, seed=config.seed) for name in ("file", "random")}, {}
+    for name, order in (orders | {config.order: done.order}).items():
+        permutation = shuffle if order is done.order else None
+        each[name] = ordering_report(done.x, order, done.graph, labels, lengths, config.context_length, permutation)
+    report = {"orders": each, "left_out": json.loads((read / "left_out.json").read_text("utf-8"))}
+    report |= {"documents": len(done.tokens), "duplicates": float(1 - done.graph.keep.mean())}
+    report |= {"neighbours": json.loads((read.parent / "neighbours" / "recall.json").read_text("utf-8"))}
+    return report | {"documents_longer_than_a_context": int((lengths > config.context_length).sum())}
+
+
+def table(columns: dict[str, dict]) -> str:
+    """A line for each value, a column for each dictionary of them; a dictionary among the values is set in."""
+    rows = dict.fromkeys(name for values in columns.values() for name in values)
+    lines = [" " * 26 + "".join(f"{name:>12}" for name in columns)]
+    for name in rows:
+        cells = [values.get(name, "-") for values in columns.values()]
+        if isinstance(cells[0], dict):
+            inner = {
+                column: {f"  {name} {k}": v for k, v in cell.items()}
+                for column, cell in zip(columns, cells, strict=True)
+            }
+            lines += table(inner).splitlines()[1:]
+        else:
+            lines.append(f"{name:26}" + "".join(f"{f'{c:.4f}' if isinstance(c, float) else str(c):>12}" for c in cells))
+    return "\n".join(lines)
+
+
+# ----- The experiment: does the order teach a model to use its context? -----------------------------------------------
+
+
+class CausalLM(nn.Module):
+    """A small LLaMA-like language model: RMSNorm, rotary positions, attention, GELU, tied head."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        d, self.heads, linear = config.d_model, config.n_head, functools.partial(nn.Linear, bias=False)
+        self.embedding, self.norm, self.layers = nn.Embedding(vocab_size, d), nn.RMSNorm(d), nn.ModuleList()
+        for _ in range(config.n_layer):
+            attention, mlp = (linear(d, 3 * d), linear(d, d)), (linear(d, 4 * d), linear(4 * d, d))
+            self.layers.append(nn.ModuleList([nn.RMSNorm(d), *attention, nn.RMSNorm(d), *mlp]))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("2.weight", "5.weight"))  # to the residual stream
+                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * config.n_layer) if writes else 1))
+
+    def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+        """tokens (B, L) -> the residual stream (B, L, d_model); with starts (B, L) bool documents are apart."""
+        x, length, mask = self.embedding(tokens), tokens.shape[1], None
+        if starts is not None:
+            document = starts.cumsum(1)
+            mask = (document[:, None, :, None] == document[:, None, None, :]).tril()
+        half = x.shape[-1] // self.heads // 2
+        wavelengths = 10000.0 ** (torch.arange(half, device=x.device) / half)
+        angles = torch.arange(length, device=x.device)[:, None] / wavelengths
+        cos, sin = angles.cos(), angles.sin()  # (L, d / 2)
+        for norm, qkv, out, norm_2, up, down in self.layers:
+            q, k, v = qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, d)
+            q, k = (torch.cat([a * cos - b * sin, a * sin + b * cos], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            x = x + out(y.transpose(1, 2).flatten(2))
+            x = x + down(F.gelu(up(norm_2(x))))
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def losses(self, tokens: Tensor, last: int = 0) -> Tensor:
+        """Nats of the `last` tokens of each row, or of all but the first: (B, last)."""
+        found, last = [], last or tokens.shape[1] - 1
+        for part in tokens.split(8):
+            logits = self(part[:, :-1])[:, -last:] @ self.embedding.weight.T
+            found.append(F.cross_entropy(logits.mT, part[:, -last:], reduction="none"))
+        return torch.cat(found)
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of x (B, L, d_model) through the head's weight (V, d_model) for targets (B, L).
+
+    On the CPU it goes in pieces, so that the logits (B L, V) never exist as a whole: faster, and less memory.
+    """
+    pieces = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None, acc_policy="balanced")
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+    return F.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), options=None if whole else pieces)
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed blocks: giving them back and fetching them anew each step takes up to half the time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, as small ones do,
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
+
+def train_arm(
+    name: str, contexts: np.ndarray, starts: np.ndarray | None, config: Config, vocab_size: int, log=None
+) -> CausalLM:
+    """A model trained on config.steps batches of contexts, shuffled anew each epoch; every arm starts alike."""
+    device = pick_device(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = CausalLM(config, vocab_size).to(device)
+    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == whole] for whole in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer, rng, waiting = torch.optim.AdamW(groups, config.lr, (0.9, 0.95)), np.random.default_rng(config.seed), []
+    began, total, often = time.perf_counter(), 0.0, max(1, config.steps // 10)
+    for step in range(1, config.steps + 1):
+        while len(waiting) < config.batch:
+            waiting += rng.permutation(len(contexts)).tolist()
+        rows, waiting = waiting[: config.batch], waiting[config.batch :]
+        tokens = torch.from_numpy(contexts[rows].astype(np.int64)).to(device)
+        apart = None if starts is None else torch.from_numpy(starts[rows]).to(device)[:, :-1]
+        loss = head_loss(model(tokens[:, :-1], apart), model.embedding.weight, tokens[:, 1:])
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"training diverged at step {step} of {name}: loss {loss.item()}; lower --lr")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        warm, share = max(1, config.steps // 20), step / config.steps
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(step / warm, 0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.item()
+        if step % often == 0:
+            pace, mean, total = (time.perf_counter() - began) / step, total / often, 0.0
+            parts = {"arm": name, "loss": f"{mean:.4f}", "step": f"{pace * 1e3:.0f} ms"}
+            print(progress_line(step, config.steps, parts, pace), flush=True)
+            if log:
+                log.write(json.dumps({"arm": name, "step": step, "loss": mean}) + "\n")
+                log.flush()
+    return model.eval()
+
+
+@dataclass
+class HeldOut:
+    """What models are judged by: contexts of held-out documents, and first tokens of documents after three pasts."""
+
+    random: Tensor  # (m, L) contexts in random order: the paper's protocol
+    related: Tensor  # (m, L) contexts along the paper's path
+    alone: Tensor  # (t, 1 + T) separator and the first T tokens of a document
+    after: dict[str, Tensor]  # (t, L) the same after related documents, the nearest last, or after unrelated ones
+
+
+def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most: int = 400) -> HeldOut:
+    """The held-out contexts and targets; graph is that of the held-out documents alone."""
+    rng, separator = np.random.default_rng(config.seed), done.vocabulary["document_separator"]
+    device, sets = pick_device(config.device), {}
+    require(len(graph.nodes()) > 1, "documents: too few to hold some out; add more")
+    for name, order in (("random", "random"), ("related", "paper")):
+        contexts, _ = pack(done.tokens, traverse(graph, order, seed=config.seed), config.context_length, separator)
+        contexts = contexts[: max(1, min(len(contexts) - 1, 65536 // config.context_length))]
+        sets[name] = torch.from_numpy(contexts.astype(np.int64)).to(device)
+    target = min(target, config.context_length // 4)
+    sizes, degrees, rows = np.diff(done.tokens.offsets), np.diff(graph.indptr), collections.defaultdict(list)
+    others, past = rng.permutation(graph.nodes()), config.context_length - target - 1
+    chosen = [i for i in graph.nodes() if degrees[i] and sizes[i] >= target]
+    require(len(chosen) > 0, f"held-out documents: none has a neighbour and {target} tokens; give more text")
+    for n, i in enumerate(rng.permutation(chosen)[:most]):
+        wanted = [separator, *done.tokens[i][:target].tolist()]
+        rows["alone"].append(wanted)
+        best = graph.neighbours[graph.indptr[i] : graph.indptr[i + 1]]
+        apart = np.roll(others, -n)
+        apart = apart[~np.isin(apart, [i, *best])]
+        for name, sources in (("related", [*best, *apart]), ("unrelated", apart)):
+            before = []
+            for j in sources:  # the first one comes last, next to the target
+                before = [*done.tokens[j].tolist(), *[separator] * bool(before), *before]
+                if len(before) >= past:
+                    break
+            rows[name].append([separator] * (past - len(before)) + before[max(0, len(before) - past) :] + wanted)
+    found = {name: torch.tensor(part, device=device) for name, part in rows.items()}
+    return HeldOut(**sets, alone=found.pop("alone"), after=found)
+
+
+def judge(model: CausalLM, held: HeldOut) -> dict:
+    """Nats a token on held-out text in random and in related order, of targets with no, related and unrelated past; the
+    context gain, what a past takes off the loss; and the loss alone by position after the boundary."""
+    scores = {"random_order_loss": model.losses(held.random).mean().item()}
+    scores["related_order_loss"] = model.losses(held.related).mean().item()
+    alone = model.losses(held.alone)  # (t, T)
+    scores["no_context_loss"] = alone.mean().item()
+    for name, rows in held.after.items():
+        loss = model.losses(rows, alone.shape[1])
+        scores |= {f"{name}_context_loss": loss.mean().item(), f"{name}_context_gain": (alone - loss).mean().item()}
+    edges = [0, 4, 8, 16, 32, 64]
+    cuts = [(a, b) for a, b in itertools.pairwise(edges) if a < alone.shape[1]]
+    return scores | {"no_context_loss_at": {f"{a}-{b - 1}": alone[:, a:b].mean().item() for a, b in cuts}}
+
+
+def split(done: Sorted, share: int = 10) -> tuple[Graph, Graph]:
+    """Graphs of the training and of the held-out documents: every tenth label, or without labels every tenth document.
+
+    Duplicates were dropped over all documents together, so none parts training from held-out text.
+    """
+    names = np.unique(done.labels, return_inverse=True)[1] if any(done.labels) else np.arange(len(done.labels))
+    names = np.random.default_rng(0).permutation(names.max() + 1)[names]
+    keep = done.graph.keep
+    part = names % share == 0
+    return build_graph(done.similarity, done.index, keep & ~part), build_graph(done.similarity, done.index, keep & part)
+
+
+def experiment(config: Config) -> dict | None:
+    """The default job: sort, then train on the shuffled and on the sorted documents at equal tokens and equal start."""
+    began, device, out = time.perf_counter(), start(config), Path(config.out)
+    done = run_stages(config, device)
+    if done is None:
+        return None
+    graph, other = split(done)
+    separator, lengths = done.vocabulary["document_separator"], np.diff(done.tokens.offsets) + 1
+    require(separator is not None, f"--tokenizer {config.tokenizer}: has no token to set documents apart; give another")
+    held, labels = hold_out(done, config, other), done.labels if any(done.labels) else None
+    keep_memory()
+    paths, arms, report = {}, {}, {}
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log:
+        for name, order in {"standard": "random", "sorted": config.order}.items():
+            paths[name] = path = traverse(graph, order, config.degree, config.seed, done.x)
+            report[name] = ordering_report(done.x, path, graph, labels, lengths, config.context_length)
+            contexts, _ = pack(done.tokens, path, config.context_length, separator)
+            arms[name] = judge(train_arm(name, contexts, None, config, done.vocabulary["vocab_size"], log), held)
+    print(table(report) + "\n\n" + table(arms))
+    picture(done, paths, arms, out / "iclm_sort.png")
+    result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), arms=arms, orders=report)
+    result |= {"tokens_an_arm": config.steps * config.batch * config.context_length}
+    write_json(out / "result.json", result)
+    print(f"{out}: result.json, metrics.jsonl after {result['wall_seconds']:.0f} s")
+    return result
+
+
+# ----- Pictures, jobs, main -------------------------------------------------------------------------------------------
+
+
+def picture(done: Sorted, paths: dict[str, np.ndarray], arms: dict, path: Path) -> None:
+    """Similarity of adjacent documents in each order; a map of the corpus under the last path; the arms' losses."""
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.collections import LineCollection
+    except ImportError:
+        print("no picture: matplotlib is not installed; pip install matplotlib")
+        return
+    figure, axes = plt.subplots(1, 3 if arms else 2, figsize=(15 if arms else 10, 4.6), layout="constrained")
+    for name, order in paths.items():
+        order = order[:200_000]
+        cosine = (done.x[order[1:]] * done.x[order[:-1]]).sum(1)
+        axes[0].hist(cosine, np.linspace(-0.2, 1, 61), histtype="step", label=f"{name}: mean {cosine.mean():.3f}")
+    axes[0].set(xlabel="cosine of adjacent documents", ylabel="steps")
+    axes[0].legend()
+    order = np.asarray(paths[name][:5000])
+    x = torch.from_numpy(np.array(done.x[order]))
+    place = ((x - x.mean(0)) @ torch.pca_lowrank(x, 2)[2]).numpy()
+    lines = LineCollection(np.stack([place[:-1], place[1:]], 1), cmap="viridis", lw=0.3, alpha=0.5)
+    lines.set_array(np.arange(len(place)))
+    axes[1].scatter(*place.T, s=1, color="0.6")
+    axes[1].add_collection(lines)
+    axes[1].set(xlabel=f"first principal component ({len(order):,} documents, {name})", ylabel="second")
+    names = [n for n in next(iter(arms.values())) if n.endswith("loss")] if arms else []
+    for i, (arm, scores) in enumerate(arms.items()):
+        axes[2].barh(np.arange(len(names)) + 0.35 * i, [scores[n] for n in names], 0.33, label=arm)
+    if arms:
+        axes[2].set_yticks(np.arange(len(names)) + 0.17, [n.replace("_", " ") for n in names])
+        axes[2].set(xlabel="nats a token, held-out text")
+        axes[2].legend()
+    write_atomically(path, lambda name: figure.savefig(name, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def start(config: Config) -> torch.device:
+    """The device; also joins the processes that torchrun started, and makes the folder."""
+    device, out = pick_device(config.device), Path(config.out)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # arrays are shared on the CPU
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    require(not out.exists() or out.is_dir(), f"--out {out}: must be a folder, but a file is there; give another")
+    out.mkdir(parents=True, exist_ok=True)
+    return device
+
+
+JOBS = {"experiment": experiment, "sort": sort}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: a job and a flag for every field of `Config`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    text = "sort a corpus; or sort it, train on both orders and compare"
+    parser.add_argument("job", nargs="?", default="experiment", choices=JOBS, help=text)
+    return add_flags(parser, Config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a job from the command line. Returns 0; 1 when training diverged, 2 for bad input, 130 after Ctrl-C."""
+    arguments = vars(build_parser().parse_args(argv))
+    job = JOBS[arguments.pop("job")]
+    try:
+        job(Config(**arguments | (SMOKE if arguments["smoke"] else {})))
+    except (UserError, OSError, FloatingPointError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,708 @@
+"""iclm_sort.py by slow loops in float64, by hand-made cases, and as a user runs it."""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import iclm_sort
+import mamba
+from iclm_sort import Config, build_graph, drop_duplicates, nearest_neighbours, ordering_report, pack, traverse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def unit(n, d, seed=0, clusters=0):
+    """Random unit rows, around so many centres."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d))
+    if clusters:
+        x = x * 0.5 + rng.standard_normal((clusters, d))[rng.integers(clusters, size=n)]
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def lists(n, k, seed=0, clusters=4, d=8):
+    return nearest_neighbours(unit(n, d, seed, clusters), k)
+
+
+# ----- Embeddings -----------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The cat sat on the mat; the cat slept.",
+    "def read_file(path):\n    return open(path).read()",
+    "naïve café déjà vu 日本語 text",
+    "!!! ??? ...",
+    "The dog sat on the mat, and the dog slept.",
+    "word",
+]
+
+
+def slow_terms(text):
+    """Words, split at underscores and between ideographs, and pairs; marks only where there are no words."""
+    found = re.findall(
+        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]",
+        text.lower(),
+    )
+    words = [w for w in found if w[0].isalnum()] or found
+    codes = [zlib.crc32(w.encode()) for w in words]
+    codes += [(a * 0x9E3779B1 + b + 1) % 2**64 for a, b in itertools.pairwise(codes)]
+    return Counter((c * 0x9E3779B97F4A7C15 % 2**64) >> 47 for c in codes)
+
+
+def test_embeddings_are_projected_tf_idf():
+    counts = [slow_terms(text) for text in TEXTS]
+    frequency = Counter(term for count in counts for term in count)
+    table = torch.randn(iclm_sort.BUCKETS, 32, generator=torch.Generator().manual_seed(3)).double().numpy()
+    ours = iclm_sort.embed_documents(TEXTS, dim=32, seed=3)
+    for row, count in zip(ours, counts, strict=True):
+        truth = sum((1 + math.log(c)) * (1 + math.log(7 / (1 + frequency[t]))) * table[t] for t, c in count.items())
+        np.testing.assert_allclose(row, truth / np.linalg.norm(truth), atol=2e-6)
+    assert ours.dtype == np.float32 and ours.shape == (6, 32)
+    wide = iclm_sort.embed_documents(TEXTS, dim=1024)
+    assert wide[0] @ wide[4] > 0.35 > 0.15 > abs(wide[0] @ wide[[1, 2, 3, 5]].T).max()
+    np.testing.assert_array_equal(ours, iclm_sort.embed_documents(iter(TEXTS), dim=32, seed=3))
+    assert not np.array_equal(ours, iclm_sort.embed_documents(TEXTS, dim=32, seed=4))
+
+
+@pytest.mark.parametrize("texts", [[], ["fine", "  \n"]])
+def test_there_must_be_text_to_embed(texts):
+    with pytest.raises(ValueError, match=r"no documents|neither words nor marks"):
+        iclm_sort.embed_documents(texts)
+
+
+# ----- Neighbours -----------------------------------------------------------------------------------------------------
+
+
+def slow_neighbours(x, k):
+    """By float64 loops: falling similarity, then rising index, never itself."""
+    x = x.astype(np.float64)
+    rows = [sorted((-float(x[i] @ x[j]), j) for j in range(len(x)) if j != i)[:k] for i in range(len(x))]
+    return np.array([[-s for s, _ in row] for row in rows]), np.array([[j for _, j in row] for row in rows])
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(2, 3, 1), (9, 4, 8), (150, 8, 5), (61, 2, 20)])
+@pytest.mark.parametrize("method", ["exact", "ivf"])
+def test_neighbours_by_loops(n, d, k, method):
+    x = unit(n, d, n)
+    similarity, index = nearest_neighbours(x, k, method, recall=1.0)
+    truth, numbers = slow_neighbours(x, k)
+    assert similarity.dtype == np.float32 and index.dtype == np.int64
+    np.testing.assert_allclose(similarity, truth, atol=1e-6)
+    np.testing.assert_array_equal(index, numbers)
+
+
+@pytest.mark.parametrize("method", ["exact", "ivf"])
+def test_equal_similarities_go_by_index(method):
+    """Whole-numbered vectors, so that equal products are equal floats; many of them, at the k-th place too."""
+    x = np.random.default_rng(0).integers(-1, 2, (90, 3)).astype(np.float32) + np.float32([4, 0, 0])
+    truth, numbers = slow_neighbours(x, 7)
+    similarity, index = nearest_neighbours(x, 7, method, recall=1.0)
+    np.testing.assert_array_equal(similarity, truth)
+    np.testing.assert_array_equal(index, numbers)
+
+
+def test_neighbours_over_many_tiles(monkeypatch):
+    monkeypatch.setattr(iclm_sort, "TILE", (32, 48))
+    x = unit(500, 6, 1, 9)
+    similarity, index = nearest_neighbours(x, 11)
+    truth, numbers = slow_neighbours(x, 11)
+    np.testing.assert_allclose(similarity, truth, atol=1e-6)
+    np.testing.assert_array_equal(index, numbers)
+
+
+def test_ivf_reaches_the_recall_asked_for():
+    x = unit(6000, 24, 2, 60)
+    _, exact = nearest_neighbours(x, 10)
+    shares = []
+    for recall in (0.5, 0.9, 0.99):
+        similarity, index = nearest_neighbours(x, 10, "ivf", recall)
+        shares.append(float((exact[:, :, None] == index[:, None, :]).any(2).mean()))
+        assert shares[-1] > recall - 0.03
+        assert (np.diff(similarity, axis=1) <= 0).all() and (index != np.arange(6000)[:, None]).all()
+        assert all(len(set(row)) == 10 for row in index.tolist())
+        np.testing.assert_allclose(similarity, np.einsum("nd,nkd->nk", x, x[index]), atol=1e-6)
+    assert shares == sorted(shares) and shares[0] < 0.99
+
+
+def test_a_part_of_the_rows_is_the_same_part_of_the_whole(monkeypatch):
+    """What processes share out: whole chunks of queries give bit for bit what one process gets."""
+    monkeypatch.setattr(iclm_sort, "CHUNK", {"exact": 64, "ivf": 128})
+    x = unit(1000, 16, 3, 30)
+    for method, size in iclm_sort.CHUNK.items():
+        similarity, index = nearest_neighbours(x, 6, method)
+        rows = np.r_[size : 2 * size, 4 * size : 5 * size]
+        part, numbers = nearest_neighbours(x, 6, method, rows=rows)
+        np.testing.assert_array_equal(part, similarity[rows])
+        np.testing.assert_array_equal(numbers, index[rows])
+
+
+BAD_ROWS = {"NaN": (2, np.nan, "not finite"), "infinite": (4, np.inf, "not finite"), "zero": (1, 0, "is zero")}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_without_direction_is_named(name):
+    row, value, message = BAD_ROWS[name]
+    x = unit(6, 4)
+    x[row] = value
+    with pytest.raises(ValueError, match=f"row {row} .*{message}"):
+        nearest_neighbours(x, 2)
+
+
+@pytest.mark.parametrize("k", [0, 5, 9])
+def test_k_must_be_below_the_number_of_documents(k):
+    with pytest.raises(ValueError, match=f"k {k}: must be at least 1 and below the 5 documents"):
+        nearest_neighbours(unit(5, 3), k)
+
+
+def test_unknown_methods_orders_and_degrees():
+    with pytest.raises(ValueError, match="'hnsw': must be one of exact, ivf, faiss"):
+        nearest_neighbours(unit(5, 3), 2, "hnsw")
+    graph = build_graph(*lists(9, 3))
+    with pytest.raises(ValueError, match="'tsp': must be one of paper, edge"):
+        traverse(graph, "tsp")
+    with pytest.raises(ValueError, match="'most': must be static or remaining"):
+        traverse(graph, degree="most")
+    with pytest.raises(ValueError, match="needs embeddings"):
+        traverse(graph, "cluster")
+
+
+# ----- Duplicates and the graph ---------------------------------------------------------------------------------------
+
+
+def test_of_two_alike_the_earlier_stays():
+    x = unit(40, 5, 1)
+    x[[7, 31]], x[20] = x[3], x[12]
+    keep = drop_duplicates(*nearest_neighbours(x, 4), 0.999)
+    assert np.flatnonzero(~keep).tolist() == [7, 20, 31]
+    assert drop_duplicates(*nearest_neighbours(x, 4), 1.5).all()
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 0.9])
+def test_dropped_documents_by_loops(threshold):
+    similarity, index = lists(200, 6, 5, d=3)
+    like = defaultdict(set)
+    for i, j, s in zip(np.arange(200).repeat(6), index.ravel(), similarity.ravel(), strict=True):
+        if s >= threshold:
+            like[min(i, j)].add(max(i, j))
+    keep = [True] * 200
+    for i in range(200):
+        for j in like[i] if keep[i] else ():
+            keep[j] = False
+    ours = drop_duplicates(similarity, index, threshold)
+    assert ours.tolist() == keep and 0 < sum(keep) < 200
+    chain = np.array([[1, 2], [0, 2], [1, 0]])  # 0 ~ 1 ~ 2, but not 0 ~ 2: what drops 2 is gone, so 2 stays
+    assert drop_duplicates(np.array([[0.99, 0.1], [0.99, 0.97], [0.97, 0.1]]), chain, 0.95).tolist() == [
+        True,
+        False,
+        True,
+    ]
+
+
+def slow_graph(similarity, index, keep):
+    """Rows of (neighbour, weight) by sets and dictionaries."""
+    edges = {}
+    for i, row in enumerate(index.tolist()):
+        for j, weight in zip(row, similarity[i].tolist(), strict=True):
+            if j >= 0 and keep[i] and keep[j]:
+                for pair in ((i, j), (j, i)):
+                    edges[pair] = max(weight, edges.get(pair, -2))
+    rows = [[] for _ in index]
+    for (i, j), weight in edges.items():
+        rows[i].append((j, weight))
+    return [sorted(row, key=lambda arc: (-arc[1], arc[0])) for row in rows]
+
+
+def rows_of(graph):
+    spans = itertools.pairwise(graph.indptr.tolist())
+    return [list(zip(graph.neighbours[a:b].tolist(), graph.weights[a:b].tolist(), strict=True)) for a, b in spans]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_graph_by_loops(seed):
+    rng = np.random.default_rng(seed)
+    n, k = int(rng.integers(5, 300)), int(rng.integers(1, 5))
+    similarity, index = lists(n, k, seed)
+    similarity += rng.choice([0, 1e-7], similarity.shape).astype(np.float32)  # the two ways round differ by rounding
+    similarity = np.round(similarity, 2) if seed == 3 else similarity  # many ties
+    index[rng.random(index.shape) < 0.05] = -1
+    keep = rng.random(n) < 0.8
+    graph = build_graph(similarity, index, keep)
+    assert rows_of(graph) == slow_graph(similarity, index, keep)
+    assert graph.weights.dtype == np.float32 and graph.keep.tolist() == keep.tolist()
+    assert rows_of(build_graph(similarity, index)) == slow_graph(similarity, index, [True] * n)
+
+
+def test_graph_over_many_blocks_with_a_hub(monkeypatch):
+    monkeypatch.setattr(iclm_sort, "ARCS", 64)
+    similarity, index = lists(700, 3, 7)
+    index[1:, 2], similarity[1:, 2] = 0, np.linspace(-0.9, -0.5, 699)
+    again = (index[:, :2] == 0).any(1)
+    index[again, 2] = -1
+    assert rows_of(build_graph(similarity, index)) == slow_graph(similarity, index, [True] * 700)
+
+
+# ----- Orders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["paper", "edge", "random", "file", "cluster"])
+@pytest.mark.parametrize("degree", ["static", "remaining"])
+@pytest.mark.parametrize("n", [2, 37, 400])
+def test_each_kept_document_once_and_the_same_again(order, degree, n):
+    x = unit(n, 6, n, 5)
+    keep = np.arange(n) % 7 != 3
+    graph = build_graph(*nearest_neighbours(x, min(5, n - 1)), keep)
+    for embeddings in (x, None) if order == "edge" else (x,):
+        path = traverse(graph, order, degree, 1, embeddings)
+        assert path.dtype == np.int64 and sorted(path.tolist()) == np.flatnonzero(keep).tolist()
+        assert path.tolist() == traverse(graph, order, degree, 1, embeddings).tolist()
+    if order in ("random", "paper") and n == 400:
+        assert path.tolist() != traverse(graph, order, degree, 2, x).tolist()
+
+
+def test_nothing_kept():
+    graph = build_graph(*lists(9, 3), np.zeros(9, bool))
+    assert [len(traverse(graph, order, embeddings=unit(9, 8))) for order in iclm_sort.ORDERS] == [0] * 6
+
+
+@pytest.mark.parametrize("degree", ["static", "remaining"])
+def test_the_walk_follows_the_algorithm(degree):
+    """Each step goes to the heaviest unvisited neighbour; else to an unvisited document of least degree."""
+    for seed in range(10):
+        graph = build_graph(*lists(120, 3, seed))
+        rows, path = slow_graph_rows(graph), traverse(graph, "paper", degree, seed).tolist()
+        left, sizes = set(range(120)), {i: len(row) for i, row in enumerate(rows)}
+        for step, node in enumerate(path):
+            options = [j for j, _ in rows[path[step - 1]] if j in left] if step else []
+            if options:
+                assert node == options[0]
+            else:
+                live = {i: sizes[i] if degree == "static" else sum(j in left for j, _ in rows[i]) for i in left}
+                assert live[node] == min(live.values())
+            left.remove(node)
+
+
+def slow_graph_rows(graph):
+    return [sorted(row, key=lambda arc: (-arc[1], arc[0])) for row in rows_of(graph)]
+
+
+def test_the_start_is_drawn_among_the_least():
+    """A star of three leaves and two pairs: each of the seven documents of degree 1 starts as often as the others."""
+    index = np.array([[1], [0], [0], [0], [5], [4], [7], [6]])
+    graph = build_graph(np.full((8, 1), 0.5, np.float32), index)
+    for degree in ("static", "remaining"):
+        starts = Counter(int(traverse(graph, "paper", degree, seed)[0]) for seed in range(700))
+        assert starts.keys() == {1, 2, 3, 4, 5, 6, 7} and min(starts.values()) > 60
+
+
+def test_edge_matching_by_loops():
+    for seed in range(6):
+        graph = build_graph(*lists(90, 4, seed))
+        edges = sorted((-w, i, j) for i, row in enumerate(rows_of(graph)) for j, w in row if i < j)
+        fragment, ends, taken = {i: i for i in range(90)}, Counter(), set()
+        for _, i, j in edges:
+            if ends[i] < 2 and ends[j] < 2 and fragment[i] != fragment[j]:
+                taken.add((i, j))
+                ends.update([i, j])
+                old = fragment[j]
+                fragment = {node: fragment[i] if f == old else f for node, f in fragment.items()}
+        path = traverse(graph, "edge", seed=seed).tolist()
+        steps = {(min(a, b), max(a, b)) for a, b in itertools.pairwise(path)}
+        assert taken <= steps and len(steps) == 89
+        for embeddings in (unit(90, 8, seed, 4),):  # joined ends keep every edge that was taken
+            path = traverse(graph, "edge", seed=seed, embeddings=embeddings).tolist()
+            assert taken <= {(min(a, b), max(a, b)) for a, b in itertools.pairwise(path)}
+
+
+def best_path(x):
+    """The heaviest path through a few documents, by trying all of them."""
+    cosine = (x @ x.T).tolist()
+    return max(sum(cosine[a][b] for a, b in itertools.pairwise(p)) for p in itertools.permutations(range(len(x))))
+
+
+def test_orders_against_the_heaviest_path():
+    shares = defaultdict(list)
+    for seed in range(12):
+        x = unit(7, 3, seed)
+        graph = build_graph(*nearest_neighbours(x, 6))
+        for order in ("paper", "edge"):
+            path = traverse(graph, order, seed=seed, embeddings=x)
+            total = float((x[path[1:]] * x[path[:-1]]).sum())
+            assert total <= best_path(x) + 1e-4
+            shares[order].append(total / best_path(x))
+    assert min(np.mean(s) for s in shares.values()) > 0.85
+
+
+def test_edge_joins_better_than_the_walk():
+    x = unit(3000, 16, 4, 200)
+    graph = build_graph(*nearest_neighbours(x, 8))
+    share = {
+        order: ordering_report(x, traverse(graph, order, embeddings=x), graph)["share_of_bound"]
+        for order in iclm_sort.ORDERS
+        if order != "knn"
+    }
+    assert share["edge"] > share["paper"] + 0.01 > share["cluster"] > share["random"] + 0.3
+
+
+def test_knn_repeats_each_document_before_its_best_neighbours():
+    graph = build_graph(*lists(30, 4))
+    path, rows = traverse(graph, "knn", repeats=3).tolist(), rows_of(graph)
+    seen = []
+    while path:
+        node, *path = path
+        best = [j for j, _ in rows[node][:3]]
+        assert path[: len(best)] == best
+        path = path[len(best) :]
+        seen.append(node)
+    assert sorted(seen) == list(range(30)) != seen
+
+
+# ----- Contexts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", [99, None])
+@pytest.mark.parametrize("length", [1, 4, 7, 1000])
+def test_pack_by_loops(separator, length):
+    r = random.Random(length)
+    tokens = [np.array([r.randrange(90) for _ in range(r.randrange(1, 30))], np.uint16) for _ in range(12)]
+    order = r.sample(range(12), 9)
+    flat, begins = [], []
+    for i in order:
+        begins += [True] + [False] * (len(tokens[i]) - 1) + [False] * (separator is not None)
+        flat += [*tokens[i].tolist(), *([separator] if separator is not None else [])]
+    while len(flat) % length:
+        flat.append(separator or 0)
+        begins.append(False)
+    contexts, starts = pack(tokens, np.array(order), length, separator)
+    assert contexts.dtype == np.uint16 and contexts.shape == starts.shape == (len(flat) // length, length)
+    assert contexts.ravel().tolist() == flat and starts.ravel().tolist() == begins
+
+
+def test_pack_refuses():
+    tokens = [np.arange(5, dtype=np.uint16)]
+    with pytest.raises(ValueError, match="context_length 0: must be at least 1"):
+        pack(tokens, np.array([0]), 0, 9)
+    with pytest.raises(ValueError, match="nothing to pack"):
+        pack(tokens, np.array([], np.int64), 4, 9)
+
+
+def test_report_by_loops():
+    x, labels, lengths = unit(60, 8, 2, 5), np.arange(60) // 7, np.random.default_rng(0).integers(1, 40, 60)
+    keep = np.arange(60) % 9 != 4
+    graph = build_graph(*nearest_neighbours(x, 4), keep)
+    order, size = traverse(graph, "paper"), 32
+    cosine = x.astype(np.float64) @ x.T
+    steps = list(itertools.pairwise(order.tolist()))
+    rows = rows_of(graph)
+    runs = [1]
+    for a, b in steps:
+        runs = [*runs[:-1], runs[-1] + 1] if b in [j for j, _ in rows[a]] else [*runs, 1]
+    places, at = defaultdict(list), 0
+    parted = 0
+    for i in order.tolist():
+        touched = range(at // size, (at + int(lengths[i]) - 1) // size + 1)
+        for context in touched:
+            places[context].append(i)
+        parted += len(touched) > 1
+        at += int(lengths[i])
+    pairs = [np.mean([cosine[a, b] for a, b in itertools.combinations(p, 2)]) for p in places.values() if len(p) > 1]
+    shuffle = np.random.default_rng(1).permutation(len(places))
+
+    def leakage(contexts):
+        return np.mean([cosine[np.ix_(places[a], places[b])].mean() for a, b in itertools.pairwise(contexts)])
+
+    expected = {
+        "documents": int(keep.sum()),
+        "each_once": True,
+        "adjacent_cosine": np.mean([cosine[a, b] for a, b in steps]),
+        "label_purity": np.mean([labels[a] == labels[b] for a, b in steps]),
+        "bound": np.mean([(sum(w for _, w in rows[i][:2])) / 2 for i in order]),
+        "segments": len(runs),
+        "longest_segment": max(runs),
+        "contexts": len(places),
+        "within_context_cosine": np.mean(pairs),
+        "truncation_rate": parted / len(order),
+        "leakage_before": leakage(range(len(places))),
+        "leakage_after": leakage(shuffle.tolist()),
+    }
+    expected["share_of_bound"] = expected["adjacent_cosine"] / expected["bound"]
+    report = ordering_report(x, order, graph, labels, lengths, size, shuffle)
+    assert report == pytest.approx(expected, abs=1e-6)
+    assert not ordering_report(x, order[:-1], graph)["each_once"]
+    assert not ordering_report(x, np.append(order[:-1], order[0]), graph)["each_once"]
+
+
+# ----- Tokenizers and input -------------------------------------------------------------------------------------------
+
+
+def test_learnt_merges_are_those_of_the_other_scripts():
+    texts = [text for _, text in zip(range(15), mamba.python_documents(), strict=False)]
+    ours = iclm_sort.open_vocabulary("bpe:350", texts)
+    theirs = mamba.load_tokenizer("bpe:350", texts)
+    assert ours.encode(texts[:5]) == [theirs.encode(text).tolist() for text in texts[:5]]
+    assert (ours.size, ours.separator) == (theirs.vocab_size, theirs.separator)
+
+
+@pytest.mark.parametrize("name", ["bpe:256", "bpe:x", "bpe:99999", "no-such", "missing.json", "missing.tiktoken"])
+def test_unknown_tokenizers(name):
+    with pytest.raises(ValueError, match=f"--tokenizer {re.escape(name)}: (needs|bpe:N|unknown|no such file)"):
+        iclm_sort.open_vocabulary(name, ["text"])
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def corpus(tmp_path, n=60, **changes):
+    r = random.Random(0)
+    words = [["".join(r.choices("abcdefgh", k=5)) for _ in range(12)] for _ in range(6)]
+    rows = [{"text": " ".join(r.choices(words[i % 6], k=20)), "id": i, "label": f"topic {i % 6}"} for i in range(n)]
+    return write_lines(tmp_path / "corpus.jsonl", rows)
+
+
+def read(path, **flags):
+    source = iclm_sort.Source(Config(input=str(path), **flags))
+    return list(source), source
+
+
+def test_input_of_lines_files_and_folders(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    write_lines(
+        tmp_path / "in" / "x.jsonl",
+        [{"text": "one", "id": 7, "label": "L", "extra": 1}, {"text": "two"}, {"text": " "}],
+    )
+    (tmp_path / "in" / "a" / "b.txt").write_text("\ufeffthree", "utf-8")
+    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    (tmp_path / "in" / ".hidden").write_text("no")
+    documents, source = read(tmp_path / "in")
+    assert [(d.text, d.id, d.label) for d in documents] == [
+        ("three", "a/b.txt", "a"),
+        ("one", "7", "L"),
+        ("two", "x.jsonl:2", ""),
+    ]
+    assert source.counts == {"files that are not UTF-8": 1, "empty documents": 1} and source.done == source.total
+    write_lines(tmp_path / "y.jsonl", [{"body": "hi", "kind": "k"}])
+    documents, _ = read(tmp_path / "y.jsonl", text_field="body", label_field="kind")
+    assert [(d.text, d.label) for d in documents] == [("hi", "k")]
+
+
+BAD_LINES = {
+    '{"text": "cut': 'must be a JSON object with a string "text"|must be a JSON object with a string',
+    '{"body": "x", "url": "y"}': "has body, url",
+    '{"text": 3}': "string",
+    "[1, 2]": "object",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_broken_line_is_named_or_counted(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + '\n{"text": "fine too"}\n')
+    with pytest.raises(ValueError, match=rf"bad.jsonl, line 2: .*({BAD_LINES[line]}).*--skip-bad"):
+        read(path)
+    documents, source = read(path, skip_bad=True)
+    assert [d.text for d in documents] == ["fine", "fine too"] and source.counts == {"bad lines": 1}
+
+
+def test_python_functions_are_labelled_by_module():
+    found = list(itertools.islice(iclm_sort.python_functions(), 400))
+    assert all(d.id.startswith(d.label + ".") and "def " in d.text and len(d.text) >= 100 for d in found)
+    assert len({d.label for d in found}) > 5
+
+
+# ----- The model and the experiment -----------------------------------------------------------------------------------
+
+
+def test_documents_are_apart_with_starts():
+    config = Config(d_model=16, n_layer=2, n_head=2)
+    torch.manual_seed(1)
+    model = iclm_sort.CausalLM(config, 30).double()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    first, second = torch.randint(30, (2, 5)), torch.randint(30, (2, 6))
+    both, starts = torch.cat([first, second], 1), torch.zeros(2, 11, dtype=torch.bool)
+    starts[:, [0, 5]] = True
+    apart = model(both, starts)
+    torch.testing.assert_close(apart[:, :5], model(first))
+    torch.testing.assert_close(apart[:, 5:], model(second))  # rotary positions are relative
+    assert not torch.allclose(model(both)[:, 5:], model(second))
+    changed = both.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 30
+    torch.testing.assert_close(model(changed)[:, :8], model(both)[:, :8])
+    losses = model.losses(both)
+    truth = -(model(both[:, :-1]) @ model.embedding.weight.T).log_softmax(-1).gather(-1, both[:, 1:, None])[..., 0]
+    torch.testing.assert_close(losses, truth)
+    torch.testing.assert_close(model.losses(both, 3), truth[:, -3:])
+
+
+def test_a_model_learns_and_its_start_is_the_seeds():
+    contexts = np.tile(np.arange(17, dtype=np.uint16), (8, 1))
+    config = Config(d_model=16, n_layer=1, n_head=2, steps=150, batch=4, lr=1e-2)
+    models = [iclm_sort.train_arm("a", contexts, None, config, 30) for _ in range(2)]
+    assert models[0].losses(torch.from_numpy(contexts.astype(np.int64))).mean() < 0.1 < math.log(30)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(FloatingPointError, match=r"diverged at step .* lower --lr"):
+        iclm_sort.train_arm("a", contexts, None, Config(d_model=16, n_layer=1, n_head=2, steps=60, lr=1e30), 30)
+
+
+# ----- As a user runs it ----------------------------------------------------------------------------------------------
+
+
+def run(*words, script="iclm_sort.py", launcher=()):
+    """In a process of its own."""
+    command = [sys.executable, *launcher, ROOT / script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def here(capsys):
+    """The command line in this process: what it prints, after checking the status."""
+
+    def run_here(*words, status=0):
+        found = iclm_sort.main([*map(str, words)])
+        printed = capsys.readouterr()
+        assert found == status, printed
+        return printed.err if status else printed.out
+
+    return run_here
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch, request):
+    """Drawing takes longer than all else; one test draws."""
+    if "sorted_tokens" not in request.node.name:
+        monkeypatch.setattr(iclm_sort, "picture", lambda *_: None)
+
+
+SORT = ("--context-length", "64", "--k", "5", "--tokenizer", "bpe:300", "--dim", "64")
+
+
+def test_sorted_tokens_are_read_by_mamba(tmp_path, here):
+    out = tmp_path / "out"
+    here("sort", "--input", corpus(tmp_path, 200), "--out", out, *SORT)
+    about, order = json.loads((out / "train.json").read_text()), np.load(out / "order.npy")
+    tokens = np.fromfile(out / "train.bin", "<u2")
+    report = json.loads((out / "report.json").read_text())
+    assert report["orders"]["paper"]["each_once"] and len(order) == 200 - round(200 * report["duplicates"])
+    assert (out / "order.png").stat().st_size > 10_000
+    given = mamba.load_corpus(str(out / "train.bin"), "byte")
+    assert given.separator == about["document_separator"] == 299 and given.vocab_size == 300
+    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    expected = [x for i in order for x in (*given.tokenizer.encode(texts[i]).tolist(), 299)]
+    contexts = {tuple(c) for c in itertools.zip_longest(*[iter(expected)] * 64, fillvalue=299)}
+    assert {tuple(c) for c in tokens.reshape(-1, 64).tolist()} == contexts  # the same ids and cuts, in another order
+    ours = run("--data", out / "train.bin", "--smoke", "--out", tmp_path / "mamba", script="mamba.py")
+    assert "bits a byte" in ours and (tmp_path / "mamba" / "result.json").is_file()
+
+
+def test_stages_are_kept_where_nothing_changed(tmp_path, here):
+    first, out = (corpus(tmp_path), tmp_path / "out")
+    here("sort", "--input", first, "--out", out, *SORT)
+    before = {name: (out / name).read_bytes() for name in ("train.bin", "order.npy")}
+    words = here("sort", "--input", first, "--out", out, *SORT, "--resume")
+    assert all(f"{stage}: kept" in words for stage in iclm_sort.NEEDS)
+    assert before == {name: (out / name).read_bytes() for name in before}
+    words = here("sort", "--input", first, "--out", out, *SORT, "--resume", "--order", "edge")
+    assert "graph: kept" in words and "order: kept" not in words
+    assert before["order.npy"] != (out / "order.npy").read_bytes()
+    words = here("sort", "--input", first, "--out", out, *SORT, "--resume", "--k", "4")
+    assert "embed: kept" in words and "neighbours: kept" not in words
+    os.utime(first, (1, 1))
+    assert "kept from" not in here("sort", "--input", first, "--out", out, *SORT, "--resume")
+    (out / "stages" / "graph" / "key").unlink()  # as if stopped while writing it
+    words = here("sort", "--input", first, "--out", out, *SORT, "--resume")
+    assert "neighbours: kept" in words and "graph: kept" not in words
+
+
+def test_two_processes_find_the_same(tmp_path):
+    first, launcher = (
+        corpus(tmp_path, 1500),
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"),
+    )
+    run("sort", "--input", first, "--out", tmp_path / "one", *SORT)
+    run("sort", "--input", first, "--out", tmp_path / "two", *SORT, launcher=launcher)
+    for name in ("order.npy", "train.bin", "stages/neighbours/similarity.npy", "stages/neighbours/index.npy"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_embeddings_of_ones_own(tmp_path, here):
+    first = corpus(tmp_path)
+    x = unit(60, 16, 1, 6) * np.linspace(1, 9, 60, dtype=np.float32)[:, None]
+    np.save(tmp_path / "x.npy", x)
+    here("sort", "--input", first, "--out", tmp_path / "out", *SORT, "--embeddings", tmp_path / "x.npy")
+    ours = np.load(tmp_path / "out" / "stages" / "embed" / "x.npy")
+    np.testing.assert_allclose(ours, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-6)
+
+
+def bad_embeddings(tmp_path, name):
+    x = unit(60, 4)
+    x = {
+        "count": x[:50],
+        "NaN": np.where(np.arange(60)[:, None] == 9, np.nan, x),
+        "zero": x * (np.arange(60) != 4)[:, None],
+    }.get(name, x[0])
+    np.save(tmp_path / "x.npy", x)
+    return ("--embeddings", tmp_path / "x.npy")
+
+
+BAD_INPUT = {
+    "count": "50 rows, must be one for each of the 60 documents",
+    "NaN": "row 9 is not finite",
+    "zero": "row 4 is zero",
+    "shape": r"shape \(4,\) must be \(documents, dimensions\)",
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_embeddings(tmp_path, name, here):
+    flags = ("sort", "--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT)
+    assert re.search(BAD_INPUT[name], here(*flags, *bad_embeddings(tmp_path, name), status=2))
+    assert "read: kept" in here(*flags, "--resume")  # nothing that was done is lost
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--input", "nowhere"), "--input nowhere: no such file or folder"),
+        (("--k", "60"), "--k 60: must be below the 60 documents"),
+        (("--order", "tsp"), "--order tsp: must be one of paper, edge"),
+        (("--encoder", "nowhere"), "--encoder nowhere: holds no config.json"),
+        (("--context-length", "0"), "--context-length 0: must be at least 1"),
+        (("--encoder", "a", "--embeddings", "b"), "--encoder and --embeddings"),
+        (("--text-field", "body"), "has text, id, label"),
+        (("--recall", "1.5"), "--recall 1.5: must be above 0 and at most 1"),
+    ],
+)
+def test_bad_flags(tmp_path, here, flags, message):
+    words = ("sort", "--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, *flags)
+    error = here(*words, status=2)
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_empty_folder(tmp_path, here):
+    (tmp_path / "in").mkdir()
+    assert "holds no documents" in here("sort", "--input", tmp_path / "in", "--out", tmp_path / "out", status=2)
+
+
+def test_a_document_longer_than_many_contexts(tmp_path, here):
+    rows = [{"text": f"short words number {i}"} for i in range(20)] + [{"text": "long words " * 2000}]
+    first = write_lines(tmp_path / "long.jsonl", rows)
+    here("sort", "--input", first, "--out", tmp_path / "out", *SORT[:-4], "--tokenizer", "byte")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["documents_longer_than_a_context"] == 1
+    assert (np.fromfile(tmp_path / "out" / "train.bin", "<u2") == 256).sum() >= 20
