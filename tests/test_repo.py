@@ -36,7 +36,6 @@ MAY_DIFFER = {  # functions and classes with one name and another text in each s
     "make_model",  # sizes that the flags say
     "Run",  # only a state can be carried, and is saved
     "load_checkpoint",  # the model's class
-    "build_parser",  # which jobs there are
     "main",  # the same
 }
 RULE, SHARED = "# -----", "# ----- Shared block"
