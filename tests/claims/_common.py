@@ -1,0 +1,146 @@
+"""What the programs on the Mamba paper's claims share: flags, training on sequences made on the spot, result files."""
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))  # for `import mamba`: the scripts are run, not installed
+
+import mamba  # noqa: E402
+
+# (inputs (B, L), targets (B, M)) of a generator: the model answers at the last M positions.
+Batch = tuple[Tensor, Tensor]
+
+
+def parse(doc: str, kind: type, paper: dict, smoke: dict, argv: list[str] | None) -> tuple[object, argparse.Namespace]:
+    """The settings of a program, of the dataclass `kind`, and seeds, results, paper and smoke, from its command line.
+
+    --paper and --smoke change the defaults to those given, and a flag that is written out comes before them. A run with
+    --smoke writes to out/claims, one with --paper to a result file of its own.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    mamba.add_flags(parser, kind)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run each (default: 1 2 3)")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for result and picture")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--paper", action="store_true", help="the paper's settings: for a large machine")
+    either.add_argument("--smoke", action="store_true", help="tiny, in seconds: does it run? Writes to out/claims")
+    asked = parser.parse_args(argv)
+    if asked.smoke:
+        parser.set_defaults(**smoke, seeds=[1, 2], results=Path("out/claims"))
+    if asked.paper:
+        parser.set_defaults(**paper)
+    asked = parser.parse_args(argv)
+    asked.argv = sys.argv[1:] if argv is None else argv
+    return kind(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(kind)}), asked
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A random state of its own for these numbers (seed, purpose, ...)."""
+    return torch.Generator().manual_seed(hash(numbers) % 2**63)  # the hash of integers is the same in every process
+
+
+def new_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """make() with the initialisation of that seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def train(
+    model: nn.Module, draw: Callable[[], Batch], steps: int, lr: float, every: int, check: Callable[[], object]
+) -> list[tuple[int, object]]:
+    """Adam without decay at a constant rate, warmed up over the first 100 steps, with the gradient's norm clipped at 1.
+
+    draw() gives a batch; the loss is taken where there are targets. Returns (step, check()) for each `every` steps.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    seen = []
+    for step in range(1, steps + 1):
+        inputs, targets = (x.to(device) for x in draw())
+        loss = F.cross_entropy(model(inputs)[:, -targets.shape[1] :].flatten(0, 1), targets.flatten())
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"training diverged at step {step}: loss {loss.item()}; lower --lr")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        warm.step()
+        if step % every == 0 or step == steps:
+            seen.append((step, check()))
+    return seen
+
+
+def mean_sd(values: list[float]) -> dict:
+    """Mean, sample standard deviation (0 for one value) and the values."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "sd": sd, "each": list(values)}
+
+
+def markdown(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table in Markdown; all columns but the first `left` are numbers, and stand to the right."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def device() -> torch.device:
+    """Where a program computes: on CUDA if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def finish(name: str, asked: argparse.Namespace, settings: object, began: float, content: dict, draw: Callable) -> Path:
+    """Write NAME.json, and with matplotlib NAME.png by draw(figure-making module, path); return the result's path."""
+    base = mamba.result_record(mamba.Config(), device())
+    command = shlex.join(["python", f"tests/claims/{name}.py", *asked.argv])
+    result = {"command": command, "seeds": asked.seeds, "settings": dataclasses.asdict(settings), **content}
+    result |= {"wall_seconds": round(time.perf_counter() - began, 1)}
+    result |= {key: base[key] for key in ("versions", "device", "script_sha256")}
+    asked.results.mkdir(parents=True, exist_ok=True)
+    path = asked.results / f"{name}{'_paper' if asked.paper else ''}.json"
+    path.write_text(compact(result) + "\n", "utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed; pip install matplotlib")
+        return path
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    draw(pyplot, path.with_suffix(".png"))
+    return path
+
+
+def compact(value: object, depth: int = 0) -> str:
+    """JSON, indented, with lists of numbers, and of lists of numbers, on one line and floats of six digits."""
+
+    def is_flat(x: object) -> bool:
+        return not isinstance(x, dict) and (not isinstance(x, list | tuple) or all(map(is_flat, x)))
+
+    def short(x: object) -> object:
+        if isinstance(x, list | tuple):
+            return [short(y) for y in x]
+        return float(f"{x:.6g}") if isinstance(x, float) else x
+
+    pad = "\n" + " " * (depth + 1)
+    if is_flat(value):
+        return json.dumps(short(value), ensure_ascii=False)
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(str(key), ensure_ascii=False)}: {compact(x, depth + 1)}" for key, x in value.items()]
+        return "{" + ",".join(pad + part for part in parts) + pad[:-1] + "}"
+    return "[" + ",".join(pad + compact(x, depth + 1) for x in value) + pad[:-1] + "]"

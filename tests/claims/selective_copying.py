@@ -1,0 +1,132 @@
+"""Selective copying: `python tests/claims/selective_copying.py`.
+
+The claim (section 4.1.1, table 1 of arXiv 2312.00752): to copy tokens that stand at random places in noise a model has
+to choose, by content, what enters its state. Selective models do so (Mamba 99.8 % of the tokens), time-invariant ones
+cannot (S4 18.3 %, Hyena in H3's block 30.1 %). Here every arm is one and the same Mamba block, in which delta, B and C
+depend on the input or do not; the last two arms copy tokens from fixed places, which needs no choice.
+
+The sequence: noise with data tokens at random places, then as many markers as there are data tokens; at the markers the
+model must give the data tokens in their order. Symbol 0 is noise, the last one is the marker, the rest are data.
+
+Scaled down, beside the paper: see `Settings`; `--paper` has the paper's settings. A learning rate was chosen on seed 0,
+which is not reported; guessing gives 1 in (vocab - 2).
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from _common import device, finish, generator, mamba, markdown, mean_sd, new_model, parse, train
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the task, the model and the run."""
+
+    length: int = mamba.flag(64, "positions that hold the noise and the data tokens; paper: 4,096")
+    tokens: int = mamba.flag(8, "data tokens to copy; paper: 16")
+    vocab: int = mamba.flag(16, "symbols, with noise and marker; paper: 16")
+    d_model: int = mamba.flag(64, "width; paper: 64")
+    n_layer: int = mamba.flag(2, "layers; paper: 2")
+    steps: int = mamba.flag(1000, "steps; paper: 400,000")
+    batch: int = mamba.flag(32, "sequences a step; paper: 64")
+    lr: float = mamba.flag(2e-3, "constant learning rate; paper: 1e-4")
+    every: int = mamba.flag(100, "steps between evaluations")
+    sequences: int = mamba.flag(256, "sequences of an evaluation")
+
+
+PAPER = {"length": 4096, "tokens": 16, "steps": 400_000, "batch": 64, "lr": 1e-4, "every": 10_000}
+SMOKE = {"length": 12, "tokens": 3, "d_model": 16, "steps": 4, "batch": 4, "every": 2, "sequences": 8}
+
+ARMS = {  # name: what is selective, whether the data tokens stand at random places, the paper's nearest figure
+    "delta, B and C selective (Mamba)": ("delta,B,C", True, "99.8"),
+    "delta selective": ("delta", True, ""),
+    "B and C selective": ("B,C", True, ""),
+    "time-invariant": ("", True, "18.3 (S4), 30.1 (Hyena)"),
+    "copying from fixed places: Mamba": ("delta,B,C", False, ""),
+    "copying from fixed places: time-invariant": ("", False, ""),
+}
+
+
+def copying(
+    batch: int, length: int, tokens: int, vocab: int, scattered: bool, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Inputs (B, length + tokens) and targets (B, tokens): the targets stand in noise, at random places if `scattered`.
+
+    Else they stand at the start. The places of a sequence differ, and every set of them is equally likely.
+    """
+    targets = torch.randint(1, vocab - 1, (batch, tokens), generator=random)
+    places = torch.rand(batch, length, generator=random).argsort(1)[:, :tokens].sort(1).values
+    if not scattered:
+        places = torch.arange(tokens).expand(batch, tokens)
+    inputs = torch.zeros(batch, length, dtype=torch.long).scatter(1, places, targets)
+    return torch.cat([inputs, torch.full((batch, tokens), vocab - 1)], dim=1), targets
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """Per cent of the targets that the model gives, 32 sequences at a time."""
+    found = [
+        model(x.to(device()))[:, -targets.shape[1] :].argmax(-1).cpu() == y
+        for x, y in zip(inputs.split(32), targets.split(32), strict=True)
+    ]
+    return 100 * torch.cat(found).double().mean().item()
+
+
+def run(s: Settings, selective: str, scattered: bool, seed: int) -> list[tuple[int, float]]:
+    """One training run: (step, per cent of tokens right) on sequences that are made for this alone."""
+
+    def draw(batch: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        return copying(batch, s.length, s.tokens, s.vocab, scattered, random)
+
+    parts = tuple(filter(None, selective.split(",")))
+    model = new_model(
+        lambda: mamba.Mamba(mamba.MambaConfig(s.d_model, s.n_layer, s.vocab, selective=parts)).to(device()), seed
+    )
+    held_out, random = draw(s.sequences, generator(seed, 1)), generator(seed, 0)
+    return train(model, lambda: draw(s.batch, random), s.steps, s.lr, s.every, lambda: accuracy(model, *held_out))
+
+
+def table(arms: list[dict]) -> str:
+    """The README's table."""
+    rows = [
+        [arm["arm"], f"{arm['final']['mean']:.1f} ± {arm['final']['sd']:.1f}", arm["paper"] or "–"] for arm in arms
+    ]
+    return markdown(["what depends on the input", "tokens right, %", "paper, %"], rows)
+
+
+def draw_curves(arms: list[dict], chance: float, plt, path) -> None:
+    """Accuracy by step: mean and range over the seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for arm in arms:
+        steps = [step for step, _ in arm["curves"][0]]
+        values = [[curve[i][1] for curve in arm["curves"]] for i in range(len(steps))]
+        fixed = "fixed" in arm["arm"]
+        line = axes.plot(steps, [sum(v) / len(v) for v in values], ls="--" if fixed else "-", label=arm["arm"])[0]
+        axes.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
+    axes.axhline(chance, color="grey", lw=1, ls=":", label="guessing")
+    axes.set(xlabel="step", ylabel="tokens right, %", ylim=(0, 102))
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every arm, write the result file and the picture, print the table."""
+    s, asked = parse(__doc__, Settings, PAPER, SMOKE, argv)
+    began, arms = time.perf_counter(), []
+    mamba.keep_memory()
+    for name, (selective, scattered, paper) in ARMS.items():
+        curves = [run(s, selective, scattered, seed) for seed in asked.seeds]
+        final = mean_sd([curve[-1][1] for curve in curves])
+        arms.append({"arm": name, "selective": selective, "paper": paper, "final": final, "curves": curves})
+        print(f"{time.perf_counter() - began:5.0f} s  {name}: {final['mean']:.1f} ± {final['sd']:.1f} %", flush=True)
+    chance = 100 / (s.vocab - 2)
+    content = {"unit": "per cent of the tokens right", "guessing": chance, "arms": arms}
+    finish("selective_copying", asked, s, began, content, lambda plt, path: draw_curves(arms, chance, plt, path))
+    print(table(arms))
+
+
+if __name__ == "__main__":
+    main()
