@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from _common import device, finish, generator, mamba, markdown, mean_sd, new_model, parse, train
+from _common import device, finish, generator, mamba, markdown, mean_sd, new_model, parse, plus_minus, train
 from torch import Tensor, nn
 
 import transformer
@@ -28,6 +28,7 @@ class Settings:
     """Sizes of the task, the models and the run."""
 
     length: int = mamba.flag(256, "length trained at; paper: 256")
+    first_length: int = mamba.flag(16, "but at first at this one, then at doubles of it, for equal steps; paper: 256")
     shortest: int = mamba.flag(64, "evaluated at this length, and at each doubled; paper: 64")
     longest: int = mamba.flag(2**20, "and up to this one; paper: 1,048,576")
     attention_longest: int = mamba.flag(2**13, "and the Transformer up to this one; paper: 16,384")
@@ -40,13 +41,29 @@ class Settings:
     n_layer: int = mamba.flag(2, "layers; paper: 2")
     n_head: int = mamba.flag(4, "heads of the Transformer; its SwiGLU is transformer.py's for the width")
     steps: int = mamba.flag(2000, "steps; paper: 25 x 8,192")
-    batch: int = mamba.flag(8, "sequences a step; paper: 8")
+    batch: int = mamba.flag(8, "sequences a step, more while they are shorter, at equal symbols; paper: 8")
     lr: float = mamba.flag(1e-3, "constant learning rate of Adam without decay; paper: 1e-3")
     every: int = mamba.flag(200, "steps between evaluations at the length trained at")
 
 
-PAPER = {"steps": 25 * 8192, "every": 8192, "sequences": 512, "budget": 2**24, "few": 64, "attention_longest": 2**14}
-SMOKE = {"length": 16, "shortest": 8, "longest": 64, "attention_longest": 32, "chunk": 24, "sequences": 8}
+PAPER = {
+    "first_length": 256,
+    "steps": 25 * 8192,
+    "every": 8192,
+    "sequences": 512,
+    "budget": 2**24,
+    "few": 64,
+    "attention_longest": 2**14,
+}
+SMOKE = {
+    "length": 16,
+    "first_length": 8,
+    "shortest": 8,
+    "longest": 64,
+    "attention_longest": 32,
+    "chunk": 24,
+    "sequences": 8,
+}
 SMOKE |= {"budget": 128, "few": 2, "d_model": 16, "steps": 4, "every": 2, "batch": 4}
 
 MODELS = ("Mamba", "Transformer++")
@@ -62,6 +79,14 @@ def induction(batch: int, length: int, vocab: int, random: torch.Generator) -> t
     place = torch.randint(length - 2, (batch, 1), generator=random)
     inputs.scatter_(1, place, vocab - 1)[:, -1] = vocab - 1
     return inputs, inputs.gather(1, place + 1)
+
+
+def lengths_of_steps(s: Settings) -> list[int]:
+    """The length that each step trains at: short ones first, doubled until the last stage; stages of equal steps."""
+    stages = [s.length]
+    while stages[0] // 2 >= s.first_length:
+        stages.insert(0, stages[0] // 2)
+    return [stages[step * len(stages) // s.steps] for step in range(s.steps)]
 
 
 def make(kind: str, s: Settings) -> nn.Module:
@@ -94,24 +119,29 @@ def accuracy(model: nn.Module, s: Settings, length: int, count: int, random: tor
 
 def run(kind: str, s: Settings, seed: int) -> dict:
     """One model: its accuracy at the trained length by step, and after training at every length."""
-    model, random = new_model(lambda: make(kind, s), seed), generator(seed, 0)
+    model, random, lengths = new_model(lambda: make(kind, s), seed), generator(seed, 0), lengths_of_steps(s)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        length = lengths[step - 1]
+        return induction(s.batch * s.length // length, length, s.vocab, random)
+
     curve = train(
         model,
-        lambda: induction(s.batch, s.length, s.vocab, random),
+        batch,
         s.steps,
         s.lr,
         s.every,
         lambda: accuracy(model, s, s.length, s.sequences, generator(seed, 1)),
     )
-    lengths, seconds = {}, {}
+    scores, seconds = {}, {}
     length = s.shortest
     while length <= (s.longest if kind == "Mamba" else s.attention_longest):
         began = time.perf_counter()
-        lengths[length] = accuracy(model, s, length, count_at(length, s), generator(seed, 2, length))
+        scores[length] = accuracy(model, s, length, count_at(length, s), generator(seed, 2, length))
         seconds[length] = time.perf_counter() - began
         length *= 2
     parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": parameters, "curve": curve, "accuracy": lengths, "seconds": seconds}
+    return {"parameters": parameters, "curve": curve, "accuracy": scores, "seconds": seconds}
 
 
 def count_at(length: int, s: Settings) -> int:
@@ -119,39 +149,43 @@ def count_at(length: int, s: Settings) -> int:
     return max(s.few, min(s.sequences, s.budget // length))
 
 
-def table(models: dict[str, dict], s: Settings, seeds: int) -> str:
+def table(result: dict) -> str:
     """The README's table."""
-    head, rows = ["length", "sequences"], []
-    for kind in models:
+    head, rows, s = ["length", "sequences"], [], Settings(**result["settings"])
+    for kind in result["models"]:
         head += [f"{kind}, %", "paper, %"]
-    for length in models["Mamba"]["accuracy"]:
-        row = [f"{length:,}", str(seeds * count_at(length, s))]
-        for kind, model in models.items():
-            score = model["accuracy"].get(length)
-            row.append(f"{score['mean']:.1f} ± {score['sd']:.1f}" if score else "–")
-            row.append(PAPER_FIGURES[kind].get(length, "–"))
+    for length in map(int, result["models"]["Mamba"]["accuracy"]):
+        row = [f"{length:,}", str(len(result["seeds"]) * count_at(length, s))]
+        for kind, model in result["models"].items():
+            score = model["accuracy"].get(str(length))
+            row += [plus_minus(score, 1) if score else "–", PAPER_FIGURES[kind].get(length, "–")]
         rows.append(row)
     return markdown(head, rows, left=0)
 
 
-def draw(models: dict[str, dict], s: Settings, plt, path) -> None:
+def draw(result: dict, plt, path) -> None:
     """Accuracy by step of training, and by length: mean and range over the seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    for kind, model in models.items():
+    for kind, model in result["models"].items():
         curves = [
             (left, [step for step, _ in model["curves"][0]], [[v for _, v in c] for c in model["curves"]]),
-            (right, [*model["accuracy"]], list(zip(*(v["each"] for v in model["accuracy"].values()), strict=True))),
+            (
+                right,
+                [*map(int, model["accuracy"])],
+                list(zip(*(v["each"] for v in model["accuracy"].values()), strict=True)),
+            ),
         ]
         for axes, x, each in curves:
             at = list(zip(*each, strict=True))  # the seeds' values at each x
             axes.plot(x, [sum(v) / len(v) for v in at], "o-", ms=3, label=kind)
             axes.fill_between(x, [*map(min, at)], [*map(max, at)], alpha=0.2)
-    left.set(xlabel=f"step of training at length {s.length}", ylabel="right answers, %", ylim=(0, 103))
-    right.set(xlabel="length", xscale="log")
+    length = result["settings"]["length"]
+    left.set(xlabel=f"step (accuracy at length {length})", ylabel="right answers, %", ylim=(0, 103))
+    right.set(xlabel="length")
     right.set_xscale("log", base=2)
-    right.axvline(s.length, color="grey", lw=1, ls="--", label="trained at")
+    right.axvline(length, color="grey", lw=1, ls="--", label="trained at")
     for axes in left, right:
-        axes.axhline(100 / (s.vocab - 1), color="grey", lw=1, ls=":", label="guessing")
+        axes.axhline(result["guessing"], color="grey", lw=1, ls=":", label="guessing")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -174,8 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = [r["seconds"] for r in runs]
         models[kind] = {"parameters": runs[0]["parameters"], "accuracy": scores, "curves": curves, "seconds": seconds}
     content = {"unit": "per cent of right answers", "guessing": 100 / (s.vocab - 1), "models": models}
-    finish("induction_heads", asked, s, began, content, lambda plt, path: draw(models, s, plt, path))
-    print(table(models, s, len(asked.seeds)))
+    print(table(finish("induction_heads", asked, s, began, content, draw)))
 
 
 if __name__ == "__main__":

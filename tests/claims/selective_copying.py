@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from _common import device, finish, generator, mamba, markdown, mean_sd, new_model, parse, train
+from _common import device, faster, finish, generator, mamba, markdown, mean_sd, new_model, parse, plus_minus, train
 from torch import Tensor
 
 
@@ -85,27 +85,26 @@ def run(s: Settings, selective: str, scattered: bool, seed: int) -> list[tuple[i
         lambda: mamba.Mamba(mamba.MambaConfig(s.d_model, s.n_layer, s.vocab, selective=parts)).to(device()), seed
     )
     held_out, random = draw(s.sequences, generator(seed, 1)), generator(seed, 0)
-    return train(model, lambda: draw(s.batch, random), s.steps, s.lr, s.every, lambda: accuracy(model, *held_out))
+    with faster(selective):
+        return train(model, lambda _: draw(s.batch, random), s.steps, s.lr, s.every, lambda: accuracy(model, *held_out))
 
 
-def table(arms: list[dict]) -> str:
+def table(result: dict) -> str:
     """The README's table."""
-    rows = [
-        [arm["arm"], f"{arm['final']['mean']:.1f} ± {arm['final']['sd']:.1f}", arm["paper"] or "–"] for arm in arms
-    ]
+    rows = [[arm["arm"], plus_minus(arm["final"], 1), arm["paper"] or "–"] for arm in result["arms"]]
     return markdown(["what depends on the input", "tokens right, %", "paper, %"], rows)
 
 
-def draw_curves(arms: list[dict], chance: float, plt, path) -> None:
+def draw_curves(result: dict, plt, path) -> None:
     """Accuracy by step: mean and range over the seeds."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for arm in arms:
+    for arm in result["arms"]:
         steps = [step for step, _ in arm["curves"][0]]
         values = [[curve[i][1] for curve in arm["curves"]] for i in range(len(steps))]
         fixed = "fixed" in arm["arm"]
         line = axes.plot(steps, [sum(v) / len(v) for v in values], ls="--" if fixed else "-", label=arm["arm"])[0]
         axes.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.2, color=line.get_color())
-    axes.axhline(chance, color="grey", lw=1, ls=":", label="guessing")
+    axes.axhline(result["guessing"], color="grey", lw=1, ls=":", label="guessing")
     axes.set(xlabel="step", ylabel="tokens right, %", ylim=(0, 102))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -121,11 +120,9 @@ def main(argv: list[str] | None = None) -> None:
         curves = [run(s, selective, scattered, seed) for seed in asked.seeds]
         final = mean_sd([curve[-1][1] for curve in curves])
         arms.append({"arm": name, "selective": selective, "paper": paper, "final": final, "curves": curves})
-        print(f"{time.perf_counter() - began:5.0f} s  {name}: {final['mean']:.1f} ± {final['sd']:.1f} %", flush=True)
-    chance = 100 / (s.vocab - 2)
-    content = {"unit": "per cent of the tokens right", "guessing": chance, "arms": arms}
-    finish("selective_copying", asked, s, began, content, lambda plt, path: draw_curves(arms, chance, plt, path))
-    print(table(arms))
+        print(f"{time.perf_counter() - began:5.0f} s  {name}: {plus_minus(final, 1)} %", flush=True)
+    content = {"unit": "per cent of the tokens right", "guessing": 100 / (s.vocab - 2), "arms": arms}
+    print(table(finish("selective_copying", asked, s, began, content, draw_curves)))
 
 
 if __name__ == "__main__":
