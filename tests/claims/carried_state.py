@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _common import device, finish, mamba, markdown, mean_sd, parse, plus_minus
+from _claims import device, finish, mamba, markdown, mean_sd, parse, plus_minus
 
 
 @dataclass(frozen=True)

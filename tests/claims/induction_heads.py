@@ -17,7 +17,19 @@ import time
 from dataclasses import dataclass
 
 import torch
-from _common import device, finish, generator, mamba, markdown, mean_sd, new_model, parse, plus_minus, train
+from _claims import (
+    device,
+    finish,
+    generator,
+    growing_lengths,
+    mamba,
+    markdown,
+    mean_sd,
+    new_model,
+    parse,
+    plus_minus,
+    train,
+)
 from torch import Tensor, nn
 
 import transformer
@@ -81,14 +93,6 @@ def induction(batch: int, length: int, vocab: int, random: torch.Generator) -> t
     return inputs, inputs.gather(1, place + 1)
 
 
-def lengths_of_steps(s: Settings) -> list[int]:
-    """The length that each step trains at: short ones first, doubled until the last stage; stages of equal steps."""
-    stages = [s.length]
-    while stages[0] // 2 >= s.first_length:
-        stages.insert(0, stages[0] // 2)
-    return [stages[step * len(stages) // s.steps] for step in range(s.steps)]
-
-
 def make(kind: str, s: Settings) -> nn.Module:
     """A new model of that kind."""
     if kind == "Mamba":
@@ -119,7 +123,8 @@ def accuracy(model: nn.Module, s: Settings, length: int, count: int, random: tor
 
 def run(kind: str, s: Settings, seed: int) -> dict:
     """One model: its accuracy at the trained length by step, and after training at every length."""
-    model, random, lengths = new_model(lambda: make(kind, s), seed), generator(seed, 0), lengths_of_steps(s)
+    model, random = new_model(lambda: make(kind, s), seed), generator(seed, 0)
+    lengths = growing_lengths(s.first_length, s.length, s.steps)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         length = lengths[step - 1]

@@ -15,7 +15,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from _common import device, faster, finish, mamba, markdown, mean_sd, parse, plus_minus
+from _claims import device, faster, finish, mamba, markdown, mean_sd, parse, plus_minus
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,20 @@ import time
 from dataclasses import dataclass
 
 import torch
-from _common import device, faster, finish, generator, mamba, markdown, mean_sd, new_model, parse, plus_minus, train
+from _claims import (
+    device,
+    faster,
+    finish,
+    generator,
+    growing_lengths,
+    mamba,
+    markdown,
+    mean_sd,
+    new_model,
+    parse,
+    plus_minus,
+    train,
+)
 from torch import Tensor
 
 
@@ -25,19 +38,23 @@ class Settings:
     """Sizes of the task, the model and the run."""
 
     length: int = mamba.flag(64, "positions that hold the noise and the data tokens; paper: 4,096")
+    first_length: int = mamba.flag(16, "but at first these, then twice as many, for equal steps; paper: 4,096")
     tokens: int = mamba.flag(8, "data tokens to copy; paper: 16")
     vocab: int = mamba.flag(16, "symbols, with noise and marker; paper: 16")
     d_model: int = mamba.flag(64, "width; paper: 64")
     n_layer: int = mamba.flag(2, "layers; paper: 2")
+    d_state: int = mamba.flag(8, "states a channel; the paper does not say")
     steps: int = mamba.flag(1000, "steps; paper: 400,000")
-    batch: int = mamba.flag(32, "sequences a step; paper: 64")
+    batch: int = mamba.flag(32, "sequences a step, more while they are shorter, at equal symbols; paper: 64")
     lr: float = mamba.flag(2e-3, "constant learning rate; paper: 1e-4")
     every: int = mamba.flag(100, "steps between evaluations")
     sequences: int = mamba.flag(256, "sequences of an evaluation")
 
 
-PAPER = {"length": 4096, "tokens": 16, "steps": 400_000, "batch": 64, "lr": 1e-4, "every": 10_000}
-SMOKE = {"length": 12, "tokens": 3, "d_model": 16, "steps": 4, "batch": 4, "every": 2, "sequences": 8}
+PAPER = {"length": 4096, "first_length": 4096, "d_state": 16, "tokens": 16, "steps": 400_000, "batch": 64}
+PAPER |= {"lr": 1e-4, "every": 10_000}
+SMOKE = {"length": 12, "first_length": 6, "tokens": 3, "d_model": 16, "steps": 4, "batch": 4, "every": 2}
+SMOKE |= {"sequences": 8}
 
 ARMS = {  # name: what is selective, whether the data tokens stand at random places, the paper's nearest figure
     "delta, B and C selective (Mamba)": ("delta,B,C", True, "99.8"),
@@ -77,16 +94,19 @@ def accuracy(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> float:
 def run(s: Settings, selective: str, scattered: bool, seed: int) -> list[tuple[int, float]]:
     """One training run: (step, per cent of tokens right) on sequences that are made for this alone."""
 
-    def draw(batch: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        return copying(batch, s.length, s.tokens, s.vocab, scattered, random)
+    lengths, random = growing_lengths(s.first_length, s.length, s.steps), generator(seed, 0)
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        length = lengths[step - 1]
+        batch = s.batch * (s.length + s.tokens) // (length + s.tokens)
+        return copying(batch, length, s.tokens, s.vocab, scattered, random)
 
     parts = tuple(filter(None, selective.split(",")))
-    model = new_model(
-        lambda: mamba.Mamba(mamba.MambaConfig(s.d_model, s.n_layer, s.vocab, selective=parts)).to(device()), seed
-    )
-    held_out, random = draw(s.sequences, generator(seed, 1)), generator(seed, 0)
+    config = mamba.MambaConfig(s.d_model, s.n_layer, s.vocab, s.d_state, selective=parts)
+    model = new_model(lambda: mamba.Mamba(config).to(device()), seed)
+    held_out = copying(s.sequences, s.length, s.tokens, s.vocab, scattered, generator(seed, 1))
     with faster(selective):
-        return train(model, lambda _: draw(s.batch, random), s.steps, s.lr, s.every, lambda: accuracy(model, *held_out))
+        return train(model, draw, s.steps, s.lr, s.every, lambda: accuracy(model, *held_out))
 
 
 def table(result: dict) -> str:

@@ -66,6 +66,17 @@ def new_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
+def growing_lengths(first: int, last: int, steps: int) -> list[int]:
+    """The length that each step trains at: at least `first`, doubled until it is `last`, in stages of equal steps.
+
+    Long sequences with few answers teach slowly at first. All of it at `last`, as in the paper: first = last.
+    """
+    stages = [last]
+    while stages[0] // 2 >= first:
+        stages.insert(0, stages[0] // 2)
+    return [stages[step * len(stages) // steps] for step in range(steps)]
+
+
 def train(
     model: nn.Module, draw: Callable[[int], Batch], steps: int, lr: float, every: int, check: Callable[[], object]
 ) -> list[tuple[int, object]]:
