@@ -6,8 +6,8 @@ for decades; the paper starts every sequence from nothing and has no figure. Her
 either way (mamba.py's --carry-state or not), at equal tokens, and each is then evaluated in either way, on the same
 windows: what is gained, and where in the window?
 
-One recipe for both, chosen on seed 0, which is not reported. Windows are kept short, since what is not known at the
-start of a window is the smaller a part of it the longer it is.
+The recipe is mamba.py's, and nothing was tuned. Windows are short, since what is not known at the start of a window
+is the smaller a part of it the longer it is.
 """
 
 import itertools
