@@ -35,13 +35,10 @@ def small(vocab: int = 20, **sizes) -> mamba.Mamba:
 # ----- The tasks
 
 
-@pytest.mark.parametrize("scattered", [True, False])
-def test_copying_by_reading_it_out(scattered: bool) -> None:
+def test_copying_by_reading_it_out() -> None:
     """A reader that skips the noise and stops at the first marker finds the targets, and they are all that there is."""
     length, tokens, vocab = 9, 3, 7
-    inputs, targets = program("selective_copying").copying(
-        500, length, tokens, vocab, scattered, torch.Generator().manual_seed(1)
-    )
+    inputs, targets = program("selective_copying").copying(500, length, tokens, vocab, torch.Generator().manual_seed(1))
     places, symbols = Counter(), Counter()
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
         assert len(row) == length + tokens and row[length:] == [vocab - 1] * tokens
@@ -50,10 +47,8 @@ def test_copying_by_reading_it_out(scattered: bool) -> None:
         places.update(place for place, _ in read)
         symbols.update(target)
     assert set(symbols) == set(range(1, vocab - 1))
-    if scattered:  # each place holds a data token in a third of the sequences, within 5 standard deviations
-        assert all(abs(places[place] - 500 / 3) < 5 * math.sqrt(500 * 2 / 9) for place in range(length))
-    else:
-        assert places == dict.fromkeys(range(tokens), 500)
+    # Each place holds a data token in a third of the sequences, within 5 standard deviations.
+    assert all(abs(places[place] - 500 / 3) < 5 * math.sqrt(500 * 2 / 9) for place in range(length))
 
 
 def test_induction_by_looking_it_up() -> None:
