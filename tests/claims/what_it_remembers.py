@@ -143,15 +143,15 @@ def lines_of(pieces: list[str], width: int) -> list[list[tuple[int, int, str]]]:
 
 
 def draw(result: dict, plt, path, width: int = 92) -> None:
-    """The text in lines, and under each line a strip a layer: delta over the layer's geometric mean, dark is large."""
+    """The text in lines, and under each line a strip a layer: delta over the layer's geometric mean, red is large."""
     pieces, deltas = result["drawn"]["tokens"], result["drawn"]["delta"]
     lines, layers = lines_of(pieces, width), len(deltas)
     centre = [sum(map(math.log, d)) / len(d) for d in deltas]
     letter, row, strip = 0.602 * 9 / 72, 0.24, 0.1  # inches: a monospaced letter of 9 points, a line, a strip
     block = row + layers * strip + 0.1
-    size = (width * letter + 1.0, len(lines) * block + 0.75)
+    size = (width * letter + 1.0, len(lines) * block + 0.9)
     figure, axes = plt.subplots(figsize=size)
-    axes.set_position([0.7 / size[0], 0.6 / size[1], width * letter / size[0], 1 - 0.7 / size[1]])
+    axes.set_position([0.7 / size[0], 0.75 / size[1], width * letter / size[0], 1 - 0.85 / size[1]])
     axes.set(xlim=(0, width), ylim=(len(lines) * block, 0))
     axes.axis("off")
     norm, colours = plt.Normalize(-math.log(4), math.log(4)), plt.get_cmap("RdBu_r")
@@ -172,7 +172,8 @@ def draw(result: dict, plt, path, width: int = 92) -> None:
     bar = figure.add_axes([0.3, 0.3 / size[1], 0.4, 0.09 / size[1]])
     scale = plt.cm.ScalarMappable(norm, colours)
     bar = figure.colorbar(scale, cax=bar, orientation="horizontal", ticks=[math.log(r) for r in (0.25, 0.5, 1, 2, 4)])
-    bar.ax.set_xticklabels(["¼", "½", "delta = the layer's mean", "2 ×", "4 ×"], fontsize=7)
+    bar.ax.set_xticklabels(["¼", "½", "1", "2", "4"], fontsize=7)
+    bar.ax.set_title("delta over the layer's geometric mean", fontsize=7, pad=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
