@@ -27,7 +27,7 @@ class Settings:
     d_model: int = mamba.flag(64, "width; paper: 1,024")
     n_layer: int = mamba.flag(2, "layers; paper: 48")
     largest_state: int = mamba.flag(16, "d_state of the first table, and the largest of the second; paper: 16")
-    steps: int = mamba.flag(200, "steps; paper: 13,500")
+    steps: int = mamba.flag(150, "steps; paper: 13,500")
     batch: int = mamba.flag(4, "sequences a step; paper: 256, half a million tokens")
     length: int = mamba.flag(256, "tokens a sequence; paper: 2,048")
     lr: float = mamba.flag(4e-3, "peak learning rate; paper: 1.5e-3, five times GPT-3's 3e-4")
