@@ -4,7 +4,8 @@ A recurrent model need not start every window of a text from nothing: the state 
 next one starts, its gradient cut, so that a text is read on and on at no cost. Users of recurrent models have done so
 for decades; the paper starts every sequence from nothing and has no figure. Here a Mamba is trained on short windows in
 either way (mamba.py's --carry-state or not), at equal tokens, and each is then evaluated in either way, on the same
-windows: what is gained, and where in the window?
+windows: what is gained, and where in the window? To carry the state a batch's rows must read the text in its order, so
+that its windows cannot be shuffled; a third model, in that order and yet from nothing, tells one from the other.
 
 The recipe is mamba.py's, and nothing was tuned. Windows are short, since what is not known at the start of a window
 is the smaller a part of it the longer it is.
@@ -35,7 +36,12 @@ class Settings:
 
 
 SMOKE = {"tokenizer": "byte", "d_model": 16, "steps": 4, "batch": 4, "length": 16, "eval_tokens": 300}
-WAYS = {"from nothing": False, "carried": True}
+WAYS = {"from nothing": False, "carried": True}  # of evaluating: is the state carried?
+TRAINED = {  # how a model is trained: are its windows in the text's order, and is the state carried?
+    "from nothing, shuffled": (False, False),
+    "from nothing, in order": (True, False),
+    "carried, in order": (True, True),
+}
 
 
 @torch.no_grad()
@@ -54,10 +60,12 @@ def loss_by_position(model: mamba.Mamba, corpus: mamba.Corpus, config: mamba.Con
     return (total / (batches.windows * config.batch)).tolist()
 
 
-def run(s: Settings, corpus: mamba.Corpus, trained: bool, seed: int) -> dict[str, list[float]]:
-    """One model, trained with the state carried or not: its loss by position, evaluated in each way."""
+def run(s: Settings, corpus: mamba.Corpus, in_order: bool, carried: bool, seed: int) -> dict[str, list[float]]:
+    """One model, trained with windows in order or not and the state carried or not: its loss, evaluated in each way."""
     sizes = {"d_model": s.d_model, "n_layer": s.n_layer, "steps": s.steps, "batch": s.batch, "length": s.length}
-    one = mamba.Run(mamba.Config(**sizes, lr=s.lr, carry_state=trained, seed=seed), corpus, device())
+    one = mamba.Run(mamba.Config(**sizes, lr=s.lr, carry_state=in_order, seed=seed), corpus, device())
+    if not carried:
+        one.batches.fresh = lambda step: True
     for _ in range(s.steps):
         one.train_step()
     return {way: loss_by_position(one.model, corpus, one.config, carry) for way, carry in WAYS.items()}
@@ -113,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     mamba.keep_memory()
     corpus = mamba.load_corpus(s.data, s.tokenizer)
     corpus.valid = corpus.valid[: s.eval_tokens or None]
-    for trained, carry in WAYS.items():
-        arms[trained] = summarise(s, [run(s, corpus, carry, seed) for seed in asked.seeds])
+    for trained, (in_order, carried) in TRAINED.items():
+        arms[trained] = summarise(s, [run(s, corpus, in_order, carried, seed) for seed in asked.seeds])
         shown = " · ".join(f"evaluated {way} {arms[trained][way]['loss']['all']['mean']:.3f}" for way in WAYS)
         print(f"{time.perf_counter() - began:5.0f} s  trained {trained}: {shown} nats a token", flush=True)
     content = {"unit": "nats a token", "tokens_seen": s.steps * s.batch * s.length, "trained": arms}
