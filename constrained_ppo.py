@@ -1264,7 +1264,7 @@ def story(config: Config, say: Callable = print) -> dict:
         runs.append(Run(task, name, method, updates, thresholds).go(say))
     metrics = "".join(json.dumps(row) + "\n" for run in runs for row in run.rows)
     write_atomically(out / "metrics.jsonl", lambda name: Path(name).write_text(metrics, "utf-8"))
-    say("\n".join(["", *table(runs, config), ""]))
+    say("\n".join(["", *final_table(runs, config), ""]))
     texts = {"reference": [row.response for row in task.valid], "pi_0": task.evaluate(task.policy)[1]}
     texts |= {run.name: run.texts for run in runs}
     samples = [{"prompt": row.prompt} | {k: v[i] for k, v in texts.items()} for i, row in enumerate(task.valid[:4])]
@@ -1285,7 +1285,7 @@ def best(run: Run) -> float:
     return max(row["evaluation"] for row in run.rows)
 
 
-def table(runs: list[Run], config: Config) -> list[str]:
+def final_table(runs: list[Run], config: Config) -> list[str]:
     """Lines of the final table: a run's best and last evaluation, and its last rewards, KL and variety."""
     columns = ("evaluation", *config.names, "kl", "distinct")
     lines = [" " * 14 + "".join(f"{name:>12}" for name in ("best", *columns))]
