@@ -5,6 +5,7 @@ the exit status is 1 where the README says otherwise than the result files.
 """
 
 import argparse
+import importlib
 import json
 import re
 import statistics
@@ -134,6 +135,16 @@ def transformer_plus_plus() -> str:
     rows = [[*row, f"{arm['mean'] - arms[0]['mean']:+.3f}"] for row, arm in zip(rows, arms, strict=True)]
     head = ["model", "parameters", "peak rate", "validation bits a byte", "against the vanilla one"]
     return table(head, rows, [LEFT] + [RIGHT] * 4)
+
+
+def of_program(name: str) -> str:
+    """The table that a program in this folder prints."""
+    sys.path.insert(0, str(CLAIMS.parent))
+    return importlib.import_module(name).table(read(CLAIMS / f"{name}.json"))
+
+
+def selective_copying() -> str:
+    return of_program("selective_copying")
 
 
 def renew(text: str) -> str:
