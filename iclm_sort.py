@@ -506,33 +506,22 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        shards = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else [name]
-        if not index.is_file() and not (folder / name).is_file():
-            continue
-        tensors = {}
-        for shard in sorted(set(shards)):
-            require(
-                (folder / shard).is_file(), f"{folder / shard}: named in {index.name}, but not there; copy it there"
-            )
-            tensors |= load_torch(folder / shard)
-        return {k: v.float() for k, v in tensors.items()}
-    raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
-
-
-def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
-    """The contents of a .safetensors file, by the safetensors package, or of a torch.save; data only, never code."""
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors in float32 of model.safetensors, by the safetensors package, or of pytorch_model.bin."""
+    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
+    require(path is not None, f"{folder}: has neither model.safetensors nor pytorch_model.bin; add one")
     try:
-        if path.suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        whole = path.suffix == ".safetensors"
+        tensors = (
+            importlib.import_module("safetensors.torch").load_file(path)
+            if whole
+            else torch.load(path, "cpu", weights_only=True)
+        )
     except ImportError:
         raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
     except Exception as error:  # each format has its own kinds
-        raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
+        raise UserError(f"{path}: not a file of tensors ({str(error)[:80]}); give another") from None
+    return {name.removeprefix("bert."): tensor.float() for name, tensor in tensors.items()}
 
 
 class WordPiece:
@@ -600,7 +589,7 @@ class Encoder:
         fits = (self.config.get("model_type"), self.config.get("hidden_act")) == ("bert", "gelu")
         require(fits, f"--encoder {folder}: must be model_type bert with hidden_act gelu; give a BERT-family encoder")
         self.tokenizer, self.dim = WordPiece(path), self.config["hidden_size"]
-        self.weights = {k.removeprefix("bert."): v.to(device) for k, v in read_tensors(path).items()}
+        self.weights = {name: tensor.to(device) for name, tensor in read_weights(path).items()}
         settings, length = path / "sentence_bert_config.json", self.config["max_position_embeddings"]
         own = json.loads(settings.read_text("utf-8"))["max_seq_length"] if settings.is_file() else length
         self.length = min(own or length, length)

@@ -271,6 +271,14 @@ def test_each_kept_document_once_and_the_same_again(order, degree, n):
         assert path.tolist() != traverse(graph, order, degree, 2, x).tolist()
 
 
+def test_a_graph_of_ones_own():
+    """Three arrays are enough: all documents are kept."""
+    indptr, neighbours = np.array([0, 1, 3, 4, 4]), np.array([1, 2, 0, 1], np.int32)
+    graph = iclm_sort.Graph(indptr, neighbours, np.array([0.5, 0.9, 0.5, 0.9], np.float32))
+    paths = {tuple(traverse(graph, seed=seed).tolist()) for seed in range(20)}
+    assert paths == {(3, 0, 1, 2), (3, 2, 1, 0)}  # the one without an edge, then an end of the chain
+
+
 def test_nothing_kept():
     graph = build_graph(*lists(9, 3), np.zeros(9, bool))
     assert [len(traverse(graph, order, embeddings=unit(9, 8))) for order in iclm_sort.ORDERS] == [0] * 6

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import iclm_sort
+import mamba
 
 faiss = pytest.importorskip("faiss")
 transformers = pytest.importorskip("transformers")
@@ -97,8 +98,26 @@ def test_a_long_text_is_the_mean_of_its_chunks(ours):
     assert both[0] @ ours.embed(["short"])[0] > 0.99999
 
 
+def test_a_pytorch_file_is_the_same_encoder(folder, ours, tmp_path):
+    """Contriever's folder has one, with its names under `bert.` in other models."""
+    for name in ("config.json", "vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    torch.save(
+        {f"bert.{name}": tensor.clone() for name, tensor in ours.weights.items()}, tmp_path / "pytorch_model.bin"
+    )
+    encoder = iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
+    np.testing.assert_array_equal(encoder.embed(TEXTS[1:3]), ours.embed(TEXTS[1:3]))
+
+
 def test_other_models_are_refused(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor pytorch_model.bin"):
+        iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"not a file of tensors"):
+        iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="must be model_type bert"):
         iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
@@ -142,3 +161,21 @@ def test_the_method_faiss_finds_what_ours_finds(n):
     theirs, numbers = iclm_sort.nearest_neighbours(x, 8, "faiss", recall=0.95)
     assert (numbers != np.arange(n)[:, None]).all() and numbers.dtype == np.int64
     assert (index[:, :, None] == numbers[:, None, :]).any(2).mean() > (0.999 if n <= 20_000 else 0.9)
+
+
+def test_a_tokenizer_json_gives_the_ids_that_mamba_gives(tmp_path):
+    """Sorted with such a file, text is read back by mamba.py with its own reader of the same file."""
+    from tokenizers import AddedToken, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS, iclm_sort.__doc__], trainer)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = iclm_sort.open_vocabulary(str(tmp_path / "tokenizer.json"), [])
+    theirs = mamba.load_tokenizer(str(tmp_path / "tokenizer.json"), [])
+    texts = [*TEXTS, "before<|endoftext|>after"]
+    assert ours.encode(texts) == [theirs.encode(text).tolist() for text in texts]
+    assert (ours.size, ours.separator) == (theirs.vocab_size, theirs.separator)
