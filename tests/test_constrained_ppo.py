@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -630,7 +631,8 @@ def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path):
 
     def command(out, *more):
         words = [sys.executable, str(SCRIPT), "--smoke", "--method", "ppo", "--out", str(tmp_path / out), *more]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as in this process: sums depend on it
+        return subprocess.run(words, env=threads, capture_output=True, text=True, timeout=120)
 
     assert command("whole").returncode == 0
     task = c.prepare(
