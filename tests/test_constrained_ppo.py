@@ -631,7 +631,7 @@ def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path):
 
     def command(out, *more):
         words = [sys.executable, str(SCRIPT), "--smoke", "--method", "ppo", "--out", str(tmp_path / out), *more]
-        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as in this process: sums depend on it
+        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
         return subprocess.run(words, env=threads, capture_output=True, text=True, timeout=120)
 
     assert command("whole").returncode == 0
