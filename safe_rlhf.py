@@ -109,8 +109,8 @@ class Config:
         600, "supervised steps of 64 demonstrations that make the first policy; 0: take --policy as it is"
     )
     sft_lr: float = flag(4e-3, "their peak learning rate; paper: 2e-5")
-    pairs: int = flag(5000, "preferences drawn in a round, a tenth held out")
-    score_steps: int = flag(400, "steps of each score model, 64 pairs each; paper: 2 epochs")
+    pairs: int = flag(8000, "preferences drawn in a round, a tenth held out")
+    score_steps: int = flag(800, "steps of each score model, 64 pairs each; paper: 2 epochs")
     score_lr: float = flag(3e-3, "their peak learning rate; paper: 2e-5")
     regularisation: float = flag(0.001, "of the scores' squares")
     sign_terms: bool = flag(True, "the cost loss has its sign terms, which give the cost its zero")
