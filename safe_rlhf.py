@@ -163,6 +163,7 @@ class Config:
         )
         fits = len(self.thresholds) == len(names) and all(map(math.isfinite, self.thresholds))
         require(fits, f"--threshold {self.threshold!r}: must be a number a cost of {names}, with commas; correct it")
+        LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum, window=self.window)
         count = len(parts(self.cost_model))
         require(count in (0, len(names)), f"--cost-model: {count} folders, must be one a cost of {names}; correct it")
 
@@ -358,18 +359,19 @@ def preference_rows(prompts: list[Prompt], answers: list[tuple[str, str]], cost:
     Better and safer are drawn from Bradley and Terry's model of the true scores, an answer's flag as safer or not than
     the virtual answer of cost 0. Of two flags that differ the safe one's answer is the safer.
     """
-
-    def beats(difference: float) -> bool:
-        return r.random() < 1 / (1 + math.exp(-difference))
-
     rows = []
     for prompt, pair in zip(prompts, answers, strict=True):
         if pair[0] == pair[1]:
             continue
         first, second = (true_scores(prompt, answer) for answer in pair)
-        safe = [beats(-scores[cost]) for scores in (first, second)]
-        better = int(beats(2 * (second["helpfulness"] - first["helpfulness"])))
-        safer = int(beats(first[cost] - second[cost])) if safe[0] == safe[1] else int(safe[1])
+        odds = (
+            -first[cost],
+            -second[cost],
+            first[cost] - second[cost],
+            2 * (second["helpfulness"] - first["helpfulness"]),
+        )
+        *safe, safer, better = (r.random() < 1 / (1 + math.exp(-x)) for x in odds)  # as many draws for any cost
+        safer, better = int(safer if safe[0] == safe[1] else safe[1]), int(better)
         rows.append({
             "prompt": prompt.text, "response_0": pair[0], "response_1": pair[1], "is_response_0_safe": safe[0],
             "is_response_1_safe": safe[1], "better_response_id": better, "safer_response_id": safer,
@@ -607,13 +609,13 @@ def quadrants(rewards: np.ndarray, baseline: np.ndarray, costs: np.ndarray) -> d
     return {name: int(where.sum()) for name, where in names.items()}
 
 
-def win_rates(rewards, baseline_rewards, costs, baseline_costs) -> dict[str, tuple[int, float]]:
+def win_rates(rewards, baseline_rewards, costs, baseline_costs) -> dict[str, tuple[int, float | None]]:
     """By transition from the baseline's safety to the answer's: number, share with a higher reward, ties half."""
     wins = (np.sign(np.asarray(rewards) - np.asarray(baseline_rewards)) + 1) / 2
     safe = {True: "safe", False: "unsafe"}
     then, now = np.asarray(baseline_costs) <= 0, np.asarray(costs) <= 0
     where = {f"{safe[a]} -> {safe[b]}": (then == a) & (now == b) for a in (True, False) for b in (True, False)}
-    return {name: (int(at.sum()), float(wins[at].mean()) if at.any() else math.nan) for name, at in where.items()}
+    return {name: (int(at.sum()), float(wins[at].mean()) if at.any() else None) for name, at in where.items()}
 
 
 def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0) -> tuple[np.ndarray, ...]:
@@ -623,10 +625,8 @@ def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0)
     wins finite. Maximised by Zermelo's iteration, all resamples at once.
     """
     i, j, score = (np.array(column) for column in zip(*games, strict=True))
-    require(
-        ((score >= 0) & (score <= 1) & (i != j)).all(),
-        "games: must be (i, j, score from 0 to 1), i not j; correct them",
-    )
+    fits = ((score >= 0) & (score <= 1) & (i != j)).all()
+    require(fits, "games: must be (i, j, score from 0 to 1), i not j; correct them")
     N, r = int(max(i.max(), j.max())) + 1, np.random.default_rng(seed)
     weights = np.concatenate([np.ones((1, len(i))), r.multinomial(len(i), [1 / len(i)] * len(i), samples)])
     wins = np.zeros((samples + 1, N, N)) + draws / 2 * (1 - np.eye(N))
@@ -934,6 +934,9 @@ class Experiment:
             prompts, self.disguised = [Prompt(text) for text in texts], []
             self.train, self.held = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
             held = {prompt.text for prompt in self.held}
+            require(
+                self.train != [], "--preferences: holds one prompt, must hold two, of which one is held out; add some"
+            )
             rows = [pair for pair in self.pairs[0] if pair.prompt not in held]
             shown = [(pair.prompt, pair.answers[pair.better], pair.safe[pair.better]) for pair in rows]
             texts = [*texts, *(answer for pairs in self.pairs for pair in pairs for answer in pair.answers)]
@@ -1099,17 +1102,15 @@ class Experiment:
         """Held-out accuracies: of the reward model on pairs, of each cost model on pairs and on signs."""
         found = {}
         for i, model in enumerate([self.reward, *self.costs]):
-            pairs = self.split(max(0, i - 1), held=True)
-            chunks = range(0, len(pairs), 256)
-            scores = torch.cat([self.scored(model, pairs[j : j + 256]) for j in chunks], 1).cpu() if pairs else None
-            name = f"cost_{self.names[i - 1]}" if i else "reward"
+            pairs, name = self.split(max(0, i - 1), held=True), f"cost_{self.names[i - 1]}" if i else "reward"
+            if not pairs:
+                continue
+            scores = torch.cat([self.scored(model, pairs[j : j + 256]) for j in range(0, len(pairs), 256)], 1).cpu()
             upper = torch.tensor([1 - pair.safer if i else pair.better for pair in pairs])
-            found[f"{name}_pairs"] = (
-                ((scores[1] > scores[0]) == (upper == 1)).float().mean().item() if pairs else math.nan
-            )
+            found[f"{name}_pairs"] = ((scores[1] > scores[0]) == (upper == 1)).float().mean().item()
             if i:
                 safe = torch.tensor([[pair.safe[k] for pair in pairs] for k in range(2)])
-                found[f"{name}_signs"] = ((scores <= 0) == safe).float().mean().item() if pairs else math.nan
+                found[f"{name}_signs"] = ((scores <= 0) == safe).float().mean().item()
         return found
 
     @torch.no_grad()
@@ -1141,10 +1142,10 @@ class Experiment:
     def red_team(self, policy: Llama, avoid: Iterable[Prompt], seed: int) -> tuple[list[Prompt], float]:
         """Disguised prompts that the policy answers harmfully, of a third drawn from the others; their share."""
         candidates = [prompt for prompt in self.disguised if prompt not in {*avoid}]
-        candidates = random.Random(seed).sample(candidates, len(self.disguised) // 3)
+        candidates = random.Random(seed).sample(candidates, min(len(candidates), len(self.disguised) // 3))
         answers = self.answers(policy, candidates, seed)
         harmful = [true_scores(prompt, answer)["harm"] > 0 for prompt, answer in zip(candidates, answers, strict=True)]
-        return [p for p, bad in zip(candidates, harmful, strict=True) if bad], sum(harmful) / len(harmful)
+        return [p for p, bad in zip(candidates, harmful, strict=True) if bad], sum(harmful) / max(1, len(harmful))
 
 
 def means(found: dict[str, np.ndarray], at: np.ndarray | slice = slice(None)) -> dict[str, float]:

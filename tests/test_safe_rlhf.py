@@ -230,7 +230,7 @@ def test_quadrants_and_win_rates_by_counting():
         ]
         word = {True: "safe", False: "unsafe"}
         assert rates[f"{word[then]} -> {word[now]}"] == (len(rows), pytest.approx(sum(rows) / len(rows)))
-    assert math.isnan(s.win_rates([1], [0], [-1], [-1])["unsafe -> safe"][1])
+    assert s.win_rates([1], [0], [-1], [-1])["unsafe -> safe"] == (0, None)
 
 
 def test_elo_of_two_is_the_log_odds():
@@ -504,8 +504,21 @@ def test_two_costs_by_the_same_code(tmp_path):
     assert {"lambda_harm", "lambda_length", "cost_length", "true_length", "unsafe_length"} <= row.keys()
     assert {"cost_length_pairs", "cost_length_signs"} <= result["accuracy"].keys()
     pairs = [s.read_pairs(str(tmp_path / f"preferences_{name}_1.jsonl")) for name in ("harm", "length")]
-    assert [p.answers for p in pairs[0]] == [p.answers for p in pairs[1]]
+    for key in ("answers", "better"):
+        assert [getattr(p, key) for p in pairs[0]] == [getattr(p, key) for p in pairs[1]]
     assert [p.safe for p in pairs[0]] != [p.safe for p in pairs[1]]
+
+
+def test_red_teaming_keeps_what_the_truth_calls_harmful_and_never_runs_out(tmp_path, saved, monkeypatch):
+    lab = new_lab(tmp_path, saved)
+    monkeypatch.setattr(
+        lab, "answers", lambda policy, prompts, seed: [f"{p.thing}-1!" if "rules" in p.text else "" for p in prompts]
+    )
+    found, share = lab.red_team(lab.policy, [], 0)
+    assert found and all("rules" in p.text for p in found) and share == len(found) / (len(lab.disguised) // 3)
+    assert not {*found} & {*lab.red_team(lab.policy, found, 0)[0]}
+    assert lab.red_team(lab.policy, lab.disguised, 0) == ([], 0.0)
+    assert len(lab.red_team(lab.policy, lab.disguised[5:], 0)[0]) <= 5
 
 
 def test_rounds_find_prompts_and_measure_on_them(tmp_path):
@@ -564,7 +577,6 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
     ],
 )
 def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, words):
-    flags = flags if "--smoke" in flags or flags[0] != "--lagrange-initial" else ["--smoke", *flags]
     assert s.main([*flags, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and len(error.splitlines()) == 1, error
@@ -624,6 +636,13 @@ def test_labels_of_one_kind_alone_are_named(tmp_path, capsys, flag, words):
     code = s.main(["--smoke", "--preferences", write_rows(tmp_path / "r.jsonl", rows), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert code == 2 and (words in error or "no better answer is labelled safe" in error), error
+
+
+def test_a_file_of_one_prompt_is_refused(tmp_path, capsys):
+    rows = [row | {"prompt": "what ?"} for row in rows_of()]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    assert s.main(["--smoke", "--preferences", path, "--out", str(tmp_path / "out")]) == 2
+    assert "holds one prompt, must hold two" in capsys.readouterr().err
 
 
 def test_own_preferences_and_two_files_of_them(tmp_path, capsys):
