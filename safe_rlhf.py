@@ -50,7 +50,7 @@ Differences from the paper
    of people. A further round starts from the last one's policy, which is its reference, with all preferences so far.
 4. `gate` is Llama 2's rule (arXiv 2307.09288, section 3.2.3) with the cost model in the place of its safety model.
 
-Not included: more than one device, reward normalisers, dropping rows that are too long, annotators.
+Not included: more than one device, gradient accumulation, reward normalisers, cutting long rows, annotators.
 """
 
 from __future__ import annotations
@@ -105,16 +105,14 @@ class Config:
     n_layer: int = flag(2, "its blocks; paper: 32")
     n_head: int = flag(4, "its heads; paper: 32")
     answer: int = flag(8, "most tokens of an answer, its end included; paper: 512")
-    sft_steps: int = flag(
-        600, "supervised steps of 64 demonstrations that make the first policy; 0: take --policy as it is"
-    )
+    sft_steps: int = flag(600, "supervised steps that make the first policy; 0: take --policy as it is")
     sft_lr: float = flag(4e-3, "their peak learning rate; paper: 2e-5")
     pairs: int = flag(8000, "preferences drawn in a round, a tenth held out")
-    score_steps: int = flag(800, "steps of each score model, 64 pairs each; paper: 2 epochs")
+    score_steps: int = flag(800, "steps of each score model; paper: 2 epochs")
     score_lr: float = flag(3e-3, "their peak learning rate; paper: 2e-5")
     regularisation: float = flag(0.001, "of the scores' squares")
     sign_terms: bool = flag(True, "the cost loss has its sign terms, which give the cost its zero")
-    batch: int = flag(128, "answers an update")
+    batch: int = flag(128, "answers an update; a supervised step has half as many rows, or pairs")
     updates: int = flag(80, "PPO updates of a method in a round")
     epochs: int = flag(2, "passes over an update's answers, a step each; paper: 1")
     lr: float = flag(1e-3, "of the policy, cosine; paper: 1e-5")
@@ -140,9 +138,6 @@ class Config:
     smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
 
     def __post_init__(self):
-        require(
-            self.method in ("", *METHODS), f"--method {self.method!r}: must be one of {', '.join(METHODS)}; correct it"
-        )
         zero = ("seed", "sft_steps", "lr", "critic_lr", "lam", "beta", "ptx", "lagrange_lr", "nu", "regularisation")
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in (*zero, "safe_demonstrations") else 1
@@ -151,21 +146,34 @@ class Config:
                 rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
                 name = f"--{field.name.replace('_', '-')} {value}"
                 require(fits and math.isfinite(value), f"{name}: {rule} and finite; correct it")
-        share, names = self.safe_demonstrations, self.cost_names
-        require(share <= 1, f"--safe-demonstrations {share}: must be at most 1; lower it")
-        fits = self.preferences or all(name in COSTS for name in names)
-        require(
-            fits and len({*names}) == len(names), f"--costs {self.costs}: must be of {COSTS}, each once; correct it"
-        )
-        fits = not self.preferences or self.rounds == 1
-        require(
-            fits, f"--rounds {self.rounds}: must be 1 with --preferences, for nobody labels new answers; drop either"
-        )
-        fits = len(self.thresholds) == len(names) and all(map(math.isfinite, self.thresholds))
-        require(fits, f"--threshold {self.threshold!r}: must be a number a cost of {names}, with commas; correct it")
-        LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum, window=self.window)
+        names, more, own = self.cost_names, self.rounds > 1, bool(self.preferences)
         count = len(parts(self.cost_model))
-        require(count in (0, len(names)), f"--cost-model: {count} folders, must be one a cost of {names}; correct it")
+        several = f"--rounds {self.rounds}: must be 1"
+        for fits, message in (
+            (
+                self.method in ("", *METHODS),
+                f"--method {self.method!r}: must be one of {', '.join(METHODS)}; correct it",
+            ),
+            (
+                self.safe_demonstrations <= 1,
+                f"--safe-demonstrations {self.safe_demonstrations}: must be at most 1; lower it",
+            ),
+            (own or {*names} <= {*COSTS}, f"--costs {self.costs}: must be of {', '.join(COSTS)}; correct it"),
+            (
+                names and len({*names}) == len(names),
+                f"costs {names}: must be one or more, each once; rename or correct one",
+            ),
+            (not (more and own), f"{several} with --preferences, for nobody labels new answers; drop either"),
+            (not more or self.method in ("", "ppo_lag"), f"{several} with --method {self.method}; drop either"),
+            (not more or "harm" in names, f"{several} without a cost of harm to search for; drop either"),
+            (
+                len(self.thresholds) == len(names) and all(map(math.isfinite, self.thresholds)),
+                f"--threshold {self.threshold!r}: must be a number a cost of {names}, with commas; correct it",
+            ),
+            (count in (0, len(names)), f"--cost-model: {count} folders, must be one a cost of {names}; correct it"),
+        ):
+            require(fits, message)
+        LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum, window=self.window)
 
     @property
     def cost_names(self) -> list[str]:
@@ -196,7 +204,7 @@ OF_SCORES = (
     "sign_terms",
 )  # fmt: skip
 OF_METHODS = (  # what pi_0 and the score models of the first round do not depend on
-    "method", "rounds", "threshold", "batch", "updates", "epochs", "lr", "critic_lr", "gamma", "lam", "clip",
+    "method", "rounds", "threshold", "updates", "epochs", "lr", "critic_lr", "gamma", "lam", "clip",
     "critic_clip", "beta", "ptx", "lagrange_initial", "lagrange_lr", "lagrange_maximum", "window", "nu",
     "normalise_shaping", "eval_every", "eval_rows",
 )  # fmt: skip
@@ -988,6 +996,10 @@ class Experiment:
         ids = [self.encode(prompt.text, "")[0] for prompt in prompts]
         return write_answers(policy, ids, self.tokenizer.end, self.config.answer, generator)
 
+    def chunks(self, rows: list) -> list[list]:
+        """The rows, as many at a time as an update's answers."""
+        return [rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch)]
+
     def texts(self, rollout: Rollout) -> list[str]:
         """The answers as texts, up to the end."""
         rows = zip(rollout.tokens.tolist(), rollout.mask.sum(1).int().tolist(), strict=True)
@@ -995,8 +1007,8 @@ class Experiment:
 
     def answers(self, policy: Llama, prompts: list[Prompt], seed: int) -> list[str]:
         """Texts of an answer to each prompt, by draws of that seed."""
-        generator, chunks = torch.Generator(self.device).manual_seed(seed), range(0, len(prompts), 256)
-        return [text for i in chunks for text in self.texts(self.write(policy, prompts[i : i + 256], generator))]
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return [text for chunk in self.chunks(prompts) for text in self.texts(self.write(policy, chunk, generator))]
 
     def learn_demonstrations(self) -> None:
         """The first policy, by supervised steps on the answers' tokens, saved to OUT/sft.pt or loaded from it."""
@@ -1005,7 +1017,7 @@ class Experiment:
         if content is None:
 
             def loss() -> Tensor:
-                rollout = self.rollout(order.choices(self.demonstrations, k=64))
+                rollout = self.rollout(order.choices(self.demonstrations, k=-(-self.config.batch // 2)))
                 return -masked_mean(self.policy.token_logp(rollout), rollout.mask)
 
             train_model(self.policy, self.config.sft_steps, self.config.sft_lr, "policy (--sft-lr)", loss)
@@ -1084,8 +1096,8 @@ class Experiment:
         order = random.Random(config.seed)
 
         def loss() -> Tensor:
-            batch = order.choices(pairs, k=64)
-            scores, rows = self.scored(model, batch), torch.arange(64, device=self.device)
+            batch = order.choices(pairs, k=-(-config.batch // 2))
+            scores, rows = self.scored(model, batch), torch.arange(len(batch), device=self.device)
             if not number:
                 better = torch.tensor([pair.better for pair in batch], device=self.device)
                 return reward_loss(scores[better, rows], scores[1 - better, rows], config.regularisation)
@@ -1105,7 +1117,7 @@ class Experiment:
             pairs, name = self.split(max(0, i - 1), held=True), f"cost_{self.names[i - 1]}" if i else "reward"
             if not pairs:
                 continue
-            scores = torch.cat([self.scored(model, pairs[j : j + 256]) for j in range(0, len(pairs), 256)], 1).cpu()
+            scores = torch.cat([self.scored(model, chunk) for chunk in self.chunks(pairs)], 1).cpu()
             upper = torch.tensor([1 - pair.safer if i else pair.better for pair in pairs])
             found[f"{name}_pairs"] = ((scores[1] > scores[0]) == (upper == 1)).float().mean().item()
             if i:
@@ -1117,8 +1129,8 @@ class Experiment:
     def evaluate(self, policy: Llama, prompts: list[Prompt]) -> dict[str, np.ndarray]:
         """Answers to the prompts, always by the same draws, and learned and true scores of each; arrays (n,)."""
         generator, found = torch.Generator(self.device).manual_seed(17), collections.defaultdict(list)
-        for i in range(0, len(prompts), 256):
-            rollout = self.write(policy, prompts[i : i + 256], generator)
+        for chunk in self.chunks(prompts):
+            rollout = self.write(policy, chunk, generator)
             answers = self.texts(rollout)
             found["answer"] += answers
             found["reward"] += self.reward.score_of(rollout).tolist()
@@ -1126,7 +1138,7 @@ class Experiment:
             for name, model in zip(self.names, self.costs, strict=True):
                 found[f"cost_{name}"] += model.score_of(rollout).tolist()
             if self.disguised:
-                for prompt, answer in zip(prompts[i : i + 256], answers, strict=True):
+                for prompt, answer in zip(chunk, answers, strict=True):
                     truth = true_scores(prompt, answer)
                     found["helpfulness"].append(truth["helpfulness"])
                     found["refused"].append(float(answer == REFUSAL))
@@ -1213,10 +1225,9 @@ class Run:
         (loss / (2 if config.ptx else 1)).backward()
         total = loss.item()
         if config.ptx:
-            rows = torch.randint(
-                len(self.lab.harmless), (config.batch,), generator=self.generator, device=self.lab.device
-            )
-            shown = self.lab.rollout([self.lab.harmless[i] for i in rows.tolist()])
+            options = {"generator": self.generator, "device": self.lab.device}
+            rows = torch.randint(len(self.lab.harmless), (config.batch,), **options).tolist()
+            shown = self.lab.rollout([self.lab.harmless[i] for i in rows])
             loss = -masked_mean(self.policy.token_logp(shown), shown.mask)
             (config.ptx * loss / 2).backward()
         for critic, before, target in zip(self.critics, old, returns, strict=True):
@@ -1294,10 +1305,8 @@ def pipeline(config: Config, say: Callable = print) -> dict:
     lab, runs, facts, found = Experiment(config, device), {}, [], []
     lab.learn_demonstrations()
     parameters, policies = sum(p.numel() for p in lab.policy.parameters()), {"sft": lab.policy}
-    say(
-        f"sft: {parameters:,} parameters on {device} · {len(lab.train):,} prompts, {len(lab.held):,} held out",
-        flush=True,
-    )
+    prompts = f"{len(lab.train):,} prompts, {len(lab.held):,} held out"
+    say(f"sft: {parameters:,} parameters on {device} · {prompts}", flush=True)
     for number in range(1, config.rounds + 1):
         if number > 1:
             seed = 7 * config.seed + number
@@ -1311,7 +1320,7 @@ def pipeline(config: Config, say: Callable = print) -> dict:
         for method in methods if number == 1 else ["ppo_lag"]:
             if method != "sft":
                 name = method + f"-{config.nu:g}" * (method == "shaping") + f"-round{number}" * (number > 1)
-                runs[name] = Run(lab, dataclasses.replace(config, method=method), name).go(say)
+                runs[name] = Run(lab, dataclasses.replace(config, method=method, rounds=1), name).go(say)
                 policies[name] = runs[name].policy
         if config.rounds > 1:
             lab.policy = copy.deepcopy(runs[name].policy).requires_grad_(False)
@@ -1398,9 +1407,8 @@ def plot_runs(lab: Experiment, evaluations: dict[str, dict], runs: dict[str, Run
         axis.sharex(axes[0])
         axis.sharey(axes[0])
     for i, run in enumerate(runs.values()):
-        for key, style in (
-            (k, s) for n in lab.names for k, s in ((f"cost_{n}", "-"), (f"true_{n}", ":"), (f"lambda_{n}", "-"))
-        ):
+        for kind, name in itertools.product(("cost", "true", "lambda"), lab.names):
+            key, style = f"{kind}_{name}", ":" if kind == "true" else "-"
             if rows := [row for row in run.rows if key in row]:
                 axis = axes[-1 if "lambda" in key else -2]
                 line = ([row["update"] for row in rows], [row[key] for row in rows])

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 import json
 import math
 import random
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -474,6 +476,10 @@ def test_advantages_and_returns_are_each_signals_own(tmp_path, saved, monkeypatc
     assert shaped[0][0].mean().item() == pytest.approx(row["batch_reward"])
     assert shaped[1][0].mean().item() == pytest.approx(row["batch_harm"])
     assert not torch.equal(calls[0][1], calls[1][1])
+    run.update()  # the reference is the policy that the run began with: the same at first, then not
+    for at, same in ((0, True), (2, False)):
+        logp, reference = shaped[at][1:3]
+        assert ((logp - reference).abs().max() < 1e-5) == same
 
 
 def stubbed(lab, reward, cost):
@@ -484,8 +490,8 @@ def stubbed(lab, reward, cost):
 
 def test_ppo_learns_a_reward_and_the_lagrangian_holds_a_cost(tmp_path, saved):
     """Reward and cost are the same, the share of words from the front half: the constraint is all that stops it."""
-    lab = new_lab(tmp_path, saved, batch=64, lr=1e-2, critic_lr=3e-3, ptx=0.0, beta=0.0, threshold="0.5")
-    lab.config = dataclasses.replace(lab.config, answer=4)
+    lab = new_lab(tmp_path, saved, lr=1e-2, critic_lr=3e-3, ptx=0.0, beta=0.0, threshold="0.5")
+    lab.config = dataclasses.replace(lab.config, answer=4, batch=64)
     middle = lab.tokenizer.size // 2
     share = lambda tokens, mask: ((tokens < middle) * mask).sum(1) / mask.sum(1)  # noqa: E731
     stubbed(lab, share, share)
@@ -574,6 +580,9 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
         (["--policy", "nowhere"], ["nowhere", "config.json"]),
         (["--smoke", "--reward-model", "nowhere"], ["nowhere", "config.json"]),
         (["--preferences", "a.jsonl", "--rounds", "2"], ["--rounds 2", "must be 1 with --preferences"]),
+        (["--method", "sft", "--rounds", "2"], ["--rounds 2", "must be 1 with --method sft"]),
+        (["--costs", "length", "--rounds", "2"], ["--rounds 2", "must be 1 without a cost of harm"]),
+        (["--costs", "harm,harm"], ["['harm', 'harm']", "each once"]),
     ],
 )
 def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, words):
@@ -704,3 +713,41 @@ def test_a_score_model_that_diverges_says_so():
     model = types.SimpleNamespace(parameters=lambda: [torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(FloatingPointError, match=r"training the thing diverged at step 1, loss nan; lower"):
         s.train_model(model, 3, 1e-3, "thing", lambda: torch.tensor(math.nan))
+
+
+# ----- The program that measures the claims ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """tests/claims/safe_rlhf_claims.py with short lists."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "claims"))
+    module = importlib.import_module("safe_rlhf_claims")
+    monkeypatch.setattr(module, "NUS", (1.0,))
+    monkeypatch.setattr(module, "NORMALISED", (1.0,))
+    monkeypatch.setattr(module, "THRESHOLDS", ("0",))
+    monkeypatch.setattr(module, "SHARES", (1.0,))
+    return module
+
+
+def test_the_claims_program_runs_in_pieces_and_keeps_what_is_done(tmp_path, monkeypatch, capsys, program):
+    monkeypatch.chdir(tmp_path)
+    program.main(["--smoke", "--parts", "models", "frontier"])
+    assert not (tmp_path / "out" / "claims" / "safe_rlhf_claims.json").exists()
+    kept = tmp_path / "out" / "claims" / "smoke" / "safe_rlhf_1" / "ppo_lag.json"
+    stamp = kept.stat().st_mtime_ns
+    capsys.readouterr()
+    program.main(["--smoke"])
+    assert kept.stat().st_mtime_ns == stamp
+    result = json.loads((tmp_path / "out" / "claims" / "safe_rlhf_claims.json").read_text("utf-8"))
+    assert program.table(result) in capsys.readouterr().out
+    assert {"command", "seeds", "claims", "versions", "script_sha256"} <= result.keys() and len(result["runs"]) == 2
+    run = [seed["ppo_lag"]["means"]["helpfulness"] for seed in result["runs"]]
+    shown = result["claims"]["answers"]["ppo_lag"]["helpfulness"]
+    assert shown["mean"] == pytest.approx(sum(run) / 2, rel=1e-4) and shown["each"] == pytest.approx(run, rel=1e-4)
+
+
+def test_intervals_are_students(program):
+    shown = program.over([1.0, 2.0, 4.0])
+    assert shown["mean"] == pytest.approx(7 / 3)
+    assert shown["half"] == pytest.approx(4.303 * np.std([1, 2, 4], ddof=1) / math.sqrt(3))
