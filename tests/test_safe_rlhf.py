@@ -482,6 +482,29 @@ def test_advantages_and_returns_are_each_signals_own(tmp_path, saved, monkeypatc
         assert ((logp - reference).abs().max() < 1e-5) == same
 
 
+@pytest.mark.parametrize("ptx", [0.0, 3.0])
+def test_ppos_gradient_is_averaged_with_that_of_the_demonstrations(tmp_path, saved, monkeypatch, ptx):
+    lab = new_lab(tmp_path, saved, ptx=ptx)
+    run = s.Run(lab, lab.config, "x")
+    monkeypatch.setattr(s.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.zeros(()))
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    rollout = lab.write(run.policy, lab.train[:4], torch.Generator().manual_seed(1))
+    advantage, values = torch.randn(rollout.mask.shape), torch.zeros(rollout.mask.shape)
+    state = run.generator.get_state()
+    run.learn(rollout, advantage, [values] * 2, [values] * 2)
+    ours = [parameter.grad.clone() for parameter in run.policy.parameters()]
+    logp = run.policy.token_logp(rollout)
+    loss = -((logp - logp.detach()).exp() * advantage * s.answer_weights(rollout.mask)).sum() / 4
+    if ptx:
+        run.generator.set_state(state)
+        rows = torch.randint(len(lab.harmless), (lab.config.batch,), generator=run.generator)
+        shown = lab.rollout([lab.harmless[i] for i in rows.tolist()])
+        logits, used = run.policy.over(shown), shown.mask.bool()
+        loss = (loss + ptx * torch.nn.functional.cross_entropy(logits[used], shown.tokens[used])) / 2
+    for mine, truth in zip(ours, torch.autograd.grad(loss, [*run.policy.parameters()]), strict=True):
+        close(mine, truth, 1e-5)
+
+
 def stubbed(lab, reward, cost):
     """Scores by functions of the answers' tokens (B, T) and mask, in place of the models'."""
     lab.reward.score_of = lambda rollout: reward(rollout.tokens, rollout.mask)
