@@ -7,9 +7,9 @@ selective, and next to nothing where they are constant.
 The paper's figures are perplexities of models of about 350M parameters on the Pile. Ours are bits a byte on the
 documentation that ships with Python, of models 2,700 times smaller: not the size of an effect is to be compared, but
 its direction and the order. All arms have mamba.py's recipe, and nothing was tuned; every arm of a seed sees the same
-data in the same order. After 150 steps, seeds 1 to 3, no arm differed from another beyond the seeds; so 400 steps are
-the default, and fresh seeds are reported. `--paper` has the recipe of the paper's 350M models, for your own --data: that the ablation's
-models have just these sizes, and the paper's figures below, were not checked against its text.
+data in the same order. After 150 steps, with seeds 1 to 3, no arm differed from another beyond the seeds; so 400 steps
+are the default, and fresh seeds are reported. `--paper` has the recipe of the paper's 350M models, for your own --data:
+that the ablation's models have just these sizes, and the paper's figures below, were not checked against its text.
 """
 
 import math
