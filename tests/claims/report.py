@@ -147,6 +147,22 @@ def selective_copying() -> str:
     return of_program("selective_copying")
 
 
+def induction_heads() -> str:
+    return of_program("induction_heads")
+
+
+def selection_ablation() -> str:
+    return of_program("selection_ablation")
+
+
+def carried_state() -> str:
+    return of_program("carried_state")
+
+
+def what_it_remembers() -> str:
+    return of_program("what_it_remembers")
+
+
 def renew(text: str) -> str:
     """The README with every table made anew. Raises KeyError for a name that no function has."""
 
