@@ -220,8 +220,7 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's, of a full disk
-        problem = str(error).splitlines()[0][:80]
-        raise OSError(f"{path}: not written ({problem}); is the disk full? Make room") from error
+        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

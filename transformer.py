@@ -237,8 +237,7 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's, of a full disk
-        problem = str(error).splitlines()[0][:80]
-        raise OSError(f"{path}: not written ({problem}); is the disk full? Make room") from error
+        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -746,8 +745,7 @@ class Cache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, L, d) after the `length` positions there are; returns all, (B, G, length + L, d)."""
         end, (keys, values) = self.length + k.shape[2], self.layers[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
 
