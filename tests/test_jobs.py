@@ -348,7 +348,7 @@ def test_a_full_disk_is_an_oserror_and_keeps_the_old_file(script, tmp_path):
 
     path = tmp_path / "kept.pt"
     path.write_text("old")
-    with pytest.raises(OSError, match="kept.pt: not written, 'unexpected pos 64 vs 0.*; is the disk full"):
+    with pytest.raises(OSError, match=r"kept.pt: not written, 'unexpected pos 64 vs 0.*; is the disk full"):
         script.write_atomically(path, fail)
     assert path.read_text() == "old" and len([*tmp_path.iterdir()]) == 1
 
