@@ -169,7 +169,7 @@ def renew(text: str) -> str:
     def fill(found: re.Match) -> str:
         return f"<!-- {found[1]} -->\n{globals()[found[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+) -->\n(?:(?!<!-- ).*\n)*<!-- end -->", fill, text)
 
 
 def main(argv: list[str] | None = None) -> int:
