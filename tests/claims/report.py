@@ -1,7 +1,7 @@
 """The README's tables, made from the result files: `python tests/claims/report.py` writes them into README.md.
 
-Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below. With `--check` nothing is written, and
-the exit status is 1 where the README says otherwise than the result files.
+Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below, or `NAME:PART` with its argument. With
+`--check` nothing is written, and the exit status is 1 where the README says otherwise than the result files.
 """
 
 import argparse
@@ -147,6 +147,11 @@ def selective_copying() -> str:
     return of_program("selective_copying")
 
 
+def constrained_rlhf(part: str) -> str:
+    sys.path.insert(0, str(CLAIMS.parent))
+    return importlib.import_module("constrained_rlhf").tables(read(CLAIMS / "constrained_rlhf.json")["claims"])[part]
+
+
 def induction_heads() -> str:
     return of_program("induction_heads")
 
@@ -167,9 +172,10 @@ def renew(text: str) -> str:
     """The README with every table made anew. Raises KeyError for a name that no function has."""
 
     def fill(found: re.Match) -> str:
-        return f"<!-- {found[1]} -->\n{globals()[found[1]]()}\n<!-- end -->"
+        name, *parts = found[1].split(":")
+        return f"<!-- {found[1]} -->\n{globals()[name](*parts)}\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n(?:(?!<!-- ).*\n)*<!-- end -->", fill, text)
+    return re.sub(r"<!-- ([\w:]+) -->\n(?:(?!<!-- ).*\n)*<!-- end -->", fill, text)
 
 
 def main(argv: list[str] | None = None) -> int:
