@@ -231,6 +231,8 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, of a full disk
+        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

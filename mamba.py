@@ -123,6 +123,12 @@ def flag(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+COUNTS, RATES = ("steps", "batch", "accumulate", "length", "eval_every"), ("lr", "min_lr", "weight_decay", "clip")
+BOUNDS = dict.fromkeys(COUNTS, (1, 1e12)) | dict.fromkeys(("eval_tokens", "tokens", "top_k"), (0, 1e12))
+BOUNDS |= dict.fromkeys(RATES, (0.0, math.inf))
+BOUNDS |= {"seed": (0, 2**62), "warmup": (0.0, 1.0), "beta2": (0.0, 0.99999)}
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run; each field is a flag."""
@@ -161,16 +167,10 @@ class Config:
     smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "length", "eval_every"):
-            require(
-                getattr(self, name) > 0,
-                f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1; raise it",
-            )
-        for name in ("seed", "eval_tokens", "tokens", "top_k"):
-            require(
-                getattr(self, name) >= 0,
-                f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative; raise it",
-            )
+        for name, (low, high) in BOUNDS.items():
+            value, words = getattr(self, name), f"--{name.replace('_', '-')} {getattr(self, name)}"
+            require(not value < low, f"{words}: must be at least {low}; raise it")
+            require(value <= high, f"{words}: must be a number from {low} to {high:g}; lower it")  # NaN is not
 
 
 SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "eval_every": 2, "tokenizer": "byte"}
@@ -219,6 +219,8 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, of a full disk
+        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -191,6 +192,20 @@ def test_by_kind_against_a_loop() -> None:
             everyone = [row[layer] for row in logs]
             expected = math.exp(sum(mine) / len(mine) - sum(everyone) / len(everyone))
             assert ratio == pytest.approx(expected, rel=1e-4)
+
+
+def test_spread_against_a_loop() -> None:
+    """Of logarithms, over all tokens: the spread of the channels' mean, the median of each one's; the widest."""
+    remembers, model = program("what_it_remembers"), small(vocab=30)
+    windows = torch.randint(30, (19, 7), generator=torch.Generator().manual_seed(2))
+    of_mean, of_channel, widest = remembers.spread(model, windows)
+    for layer in range(2):
+        rows = [remembers.channel_steps(model, w[None])[layer, 0].double() for w in windows]
+        deltas = torch.cat(rows)  # (tokens, channels)
+        each = [statistics.pstdev(deltas[:, e].log().tolist()) for e in range(deltas.shape[1])]
+        assert of_channel[layer] == pytest.approx(statistics.median(each), rel=1e-3)
+        assert widest[layer] == each.index(max(each))
+        assert of_mean[layer] == pytest.approx(statistics.pstdev(deltas.mean(1).log().tolist()), rel=1e-3)
 
 
 def test_lines_hold_every_token_once_within_the_width() -> None:

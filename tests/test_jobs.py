@@ -339,6 +339,20 @@ def test_divergence_keeps_the_last_good_checkpoint(script, run, tmp_path, monkey
     assert run("late", "--resume") == 0 and run("late", job="sample") == 0
 
 
+def test_a_full_disk_is_an_oserror_and_keeps_the_old_file(script, tmp_path):
+    """torch.save says it as a RuntimeError about positions."""
+
+    def fail(name: str) -> None:
+        Path(name).write_text("half")
+        raise RuntimeError("unexpected pos 64 vs 0\nand a stack")
+
+    path = tmp_path / "kept.pt"
+    path.write_text("old")
+    with pytest.raises(OSError, match=r"kept.pt: not written, 'unexpected pos 64 vs 0.*; is the disk full"):
+        script.write_atomically(path, fail)
+    assert path.read_text() == "old" and len([*tmp_path.iterdir()]) == 1
+
+
 @each("rate", [math.inf], mamba=[1e30])  # after 1e30, attention's last norm still makes a finite loss: that of all 0
 def test_a_model_that_scores_nan_is_not_saved(script, run, tmp_path, monkeypatch, rate):
     usual = script.learning_rate
@@ -512,7 +526,10 @@ BAD = {  # flags after the usual ones; what the line must say: the value, the ru
     "--accumulate 0": "--accumulate 0: must be at least 1; raise",
     "--eval-every 0": "--eval-every 0: must be at least 1; raise",
     "--steps 0": "--steps 0: must be at least 1; raise",
-    "--seed -1": "--seed -1: must not be negative; raise",
+    "--seed -1": "--seed -1: must be at least 0; raise",
+    "--lr nan": "--lr nan: must be a number from 0.0 to inf; lower",
+    "--warmup 1.5": "--warmup 1.5: must be a number from 0.0 to 1; lower",
+    "--beta2 1": "--beta2 1.0: must be a number from 0.0 to 0.99999; lower",
     "--out text.txt": "text.txt: must be a folder.*; give",
     "--out other --resume": "checkpoint.pt: is no checkpoint of this script; give",
     "--out empty --resume": "empty holds no checkpoint.pt, must be.*correct",
@@ -523,7 +540,7 @@ BAD = {  # flags after the usual ones; what the line must say: the value, the ru
     "sample --checkpoint junk": "junk: holds no config.json.*correct",
     "sample --checkpoint good.pt --prompt ''": "must be.*L >= 1; give",
     "sample --checkpoint good.pt --temperature -1": "temperature=-1.0.*must be >= 0.*correct",
-    "sample --checkpoint good.pt --top-k -3": "--top-k -3: must not be negative; raise",
+    "sample --checkpoint good.pt --top-k -3": "--top-k -3: must be at least 0; raise",
     "sample --checkpoint good.pt --top-p 0": "top_p=0.0.*must be.*correct",
     "eval --checkpoint small.pt": "has 257 tokens, the model's vocabulary 29; give",
 }

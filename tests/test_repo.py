@@ -400,3 +400,5 @@ def test_the_readmes_tables_are_the_result_files() -> None:
     assert readme.count("<!-- end -->") >= 10 and report.renew(readme) == readme
     first = readme.index("| byte trigram |")
     assert report.renew(readme[:first] + readme[first:].replace("2.977", "2.978", 1)) == readme
+    empty = "<!-- mamba_sample -->\n<!-- end -->\n\nkept\n\n"  # a new table's place takes nothing that follows
+    assert report.renew(empty + readme).endswith("\n\nkept\n\n" + readme)

@@ -199,37 +199,54 @@ def show(value, digits: int = 3, sign: str = "") -> str:
     return f"{value['mean']:{sign}.{digits}f} ± {value['half']:.{digits}f}"
 
 
-def tables(found: dict) -> str:
-    """The README's tables."""
-    lines = ["| only | metric of pi_0 | best | at the end | reward, at the best | at the end | KL, best | at the end |"]
-    lines.append("| --- " * 8 + "|")
-    for name, row in found["overoptimisation"].items():
-        lines.append(f"| {name.removeprefix('only_')} | " + " | ".join(show(v) for v in row.values()) + " |")
-    lines += ["", "| reward | joint proxy point | its own | difference |", "| --- " * 4 + "|"]
-    for name, row in found["proxy points"].items():
-        cells = (show(row["joint"]), show(row["separate"]), show(row["difference"], sign="+"))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| method | metric at the end | METEOR from its threshold | intent from its threshold | KL a token |"]
-    lines.append("| --- " * 5 + "|")
-    for name, row in found["methods"].items():
-        off = [f"{100 * v['mean']:+.0f} ± {100 * v['half']:.0f} %" for k, v in row.items() if "threshold" in k]
-        lines.append(f"| {name} | {show(row['evaluation'])} | " + " | ".join(off) + f" | {show(row['KL'])} |")
-    for title, part in (("trained longer", "longer"), ("thresholds", "thresholds")):
-        lines += ["", f"| {title} | metric at the end |", "| --- | --- |"]
-        lines += [f"| {k} | {show(v, sign='+' if 'change' in k else '')} |" for k, v in found[part].items()]
-    part = found["nelder_mead"]
-    lines += ["", "| thresholds found by | metric at the end | tokens |", "| --- | --- | --- |"]
-    lines.append(f"| nelder_mead, one run | {show(part['evaluation'])} | {part['tokens']['mean']:,.0f} |")
-    lines.append(f"| two steps | {show(part['of two steps'])} | {part['tokens of two steps']['mean']:,.0f} |")
-    lines += [
-        "",
-        "| run | diversity | METEOR from its threshold | intent from its threshold | metric |",
-        "| --- " * 5 + "|",
+def tables(found: dict) -> dict[str, str]:
+    """The README's tables, by claim."""
+
+    def from_thresholds(row: dict) -> list[str]:
+        return [f"{100 * v['mean']:+.0f} ± {100 * v['half']:.0f} %" for k, v in row.items() if "threshold" in k]
+
+    def table(head: str, rows: list[list[str]]) -> str:
+        lines = [head.split(" | "), ["---"] + ["---:"] * head.count(" | "), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    parts = {}
+    head = "only | metric of pi_0 | best | at the end | reward, at the best | at the end | KL, best | at the end"
+    rows = [[k.removeprefix("only_"), *map(show, row.values())] for k, row in found["overoptimisation"].items()]
+    parts["overoptimisation"] = table(head, rows)
+    rows = [
+        [name, show(row["joint"]), show(row["separate"]), show(row["difference"], sign="+")]
+        for name, row in found["proxy points"].items()
     ]
-    for name, row in found["diversity"].items():
-        off = [f"{100 * v['mean']:+.0f} ± {100 * v['half']:.0f} %" for k, v in row.items() if "threshold" in k]
-        lines.append(f"| {name} | {show(row['diversity'])} | " + " | ".join(off) + f" | {show(row['evaluation'])} |")
-    return "\n".join(lines)
+    parts["proxy_points"] = table("reward | joint proxy point | its own | difference", rows)
+    off = "METEOR from its threshold | intent from its threshold"
+    rows = [
+        [name, show(row["evaluation"]), *from_thresholds(row), show(row["KL"])]
+        for name, row in found["methods"].items()
+    ]
+    parts["methods"] = table(f"method | metric at the end | {off} | KL a token", rows)
+    rows = [[k, show(v, sign="+" if "change" in k else "")] for k, v in found["longer"].items()]
+    parts["longer"] = table("trained longer | metric at the end", rows)
+    rows = [[k, show(v)] for k, v in found["thresholds"].items()]
+    parts["thresholds"] = table("thresholds | metric at the end", rows)
+    row = found["nelder_mead"]
+    rows = [["nelder_mead, one run", show(row["evaluation"]), f"{row['tokens']['mean']:,.0f}"]]
+    rows.append(["two steps", show(row["of two steps"]), f"{row['tokens of two steps']['mean']:,.0f}"])
+    parts["nelder_mead"] = table("thresholds found by | metric at the end | tokens", rows)
+    rows = [
+        [name, show(row["diversity"]), *from_thresholds(row), show(row["evaluation"])]
+        for name, row in found["diversity"].items()
+    ]
+    parts["diversity"] = table(f"run | diversity | {off} | metric", rows)
+    return parts
+
+
+def thin(seed: dict) -> dict:
+    """A seed for the result file: of each run's rows what is drawn, as columns."""
+    runs = {}
+    for name, run in seed["runs"].items():
+        columns = {key: [row[key] for row in run["rows"]] for key in ("update", "evaluation", "kl", "meteor", "intent")}
+        runs[name] = run | {"rows": columns}
+    return seed | {"runs": runs}
 
 
 def draw(seeds: list[dict], path: Path) -> None:
@@ -287,12 +304,12 @@ def main() -> None:
     seeds = [json.loads(paths[seed].read_text("utf-8")) for seed in arguments.seeds]
     config = c.Config(eval_every=arguments.eval_every, updates=arguments.updates, single_updates=arguments.updates)
     result = {"command": "python tests/claims/constrained_rlhf.py", "seeds": arguments.seeds, "kl_targets": targets}
-    result |= {"claims": claims(seeds, config.batch), "runs": seeds}
+    result |= {"claims": claims(seeds, config.batch), "runs": [*map(thin, seeds)]}
     result |= c.result_record(config, torch.device("cpu"), wall_seconds=sum(seed["wall_seconds"] for seed in seeds))
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / "constrained_rlhf.json").write_text(json.dumps(result) + "\n", "utf-8")
     draw(seeds, arguments.results / "constrained_rlhf.png")
-    print(tables(result["claims"]))
+    print("\n\n".join(tables(result["claims"]).values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The README's tables, made from the result files: `python tests/claims/report.py` writes them into README.md.
 
-Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below. With `--check` nothing is written, and
-the exit status is 1 where the README says otherwise than the result files.
+Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below, or `NAME:PART` with its argument. With
+`--check` nothing is written, and the exit status is 1 where the README says otherwise than the result files.
 """
 
 import argparse
@@ -147,13 +147,73 @@ def selective_copying() -> str:
     return of_program("selective_copying")
 
 
+def constrained_rlhf(part: str) -> str:
+    sys.path.insert(0, str(CLAIMS.parent))
+    return importlib.import_module("constrained_rlhf").tables(read(CLAIMS / "constrained_rlhf.json")["claims"])[part]
+
+
+def induction_heads() -> str:
+    return of_program("induction_heads")
+
+
+def selection_ablation() -> str:
+    return of_program("selection_ablation")
+
+
+def carried_state() -> str:
+    return of_program("carried_state")
+
+
+def what_it_remembers() -> str:
+    return of_program("what_it_remembers")
+
+
+def iclm_orders() -> str:
+    orders, rows = read(BENCH / "iclm.json")["orders"]["orders"], []
+    for name, row in sorted(orders.items(), key=lambda item: item[1]["share_of_bound"]):
+        rows.append([name, f"{row['adjacent_cosine']:.3f}", f"{row['share_of_bound']:.1%}", number(row["segments"])])
+    head = ["order", "cosine of adjacent documents", "of the upper bound", "segments"]
+    return table(head, rows, [LEFT] + [RIGHT] * 3)
+
+
+def iclm_neighbours() -> str:
+    rows = []
+    for row in read(BENCH / "iclm.json")["neighbours"]:
+        ours, theirs = row["ours"], row["faiss"]
+        cells = [ours["seconds"], theirs["seconds"], row["faster_than_faiss_by"], row["than_its_search_alone"]]
+        recalls = [f"{ours['recall']:.3f}", f"{theirs['recall']:.3f}"]
+        rows.append([f"{row['n']:,} x {row['d']}", *map(number, cells), *recalls])
+    head = ["vectors", "ours, s", "faiss IVFFlat, s", "faster by", "than its search alone", "our recall@10", "faiss'"]
+    return table(head, rows, [LEFT] + [RIGHT] * 6)
+
+
+def iclm_graph() -> str:
+    rows = []
+    for row in read(BENCH / "iclm.json")["graph"]:
+        cells = [row["graph_seconds"], row["walk_seconds"], 1e6 * row["seconds"] / row["n"], row["peak_gb"]]
+        rows.append([f"{row['n']:,}", f"{row['arcs']:,}", *map(number, cells)])
+    head = ["documents", "arcs", "graph, s", "walk, s", "microseconds a document", "peak GB"]
+    return table(head, rows, [RIGHT] * 6)
+
+
+def iclm_goals() -> str:
+    return "\n".join(f"- {goal}" for goal in read(BENCH / "iclm.json")["goals"])
+
+
+def in_context_pretraining() -> str:
+    sys.path.insert(0, str(CLAIMS.parent))
+    program = importlib.import_module("in_context_pretraining")
+    return program.table(read(CLAIMS / "in_context_pretraining.json")["summary"])
+
+
 def renew(text: str) -> str:
     """The README with every table made anew. Raises KeyError for a name that no function has."""
 
     def fill(found: re.Match) -> str:
-        return f"<!-- {found[1]} -->\n{globals()[found[1]]()}\n<!-- end -->"
+        name, *parts = found[1].split(":")
+        return f"<!-- {found[1]} -->\n{globals()[name](*parts)}\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([\w:]+) -->\n(?:(?!<!-- ).*\n)*<!-- end -->", fill, text)
 
 
 def main(argv: list[str] | None = None) -> int:
