@@ -146,8 +146,7 @@ class Config:
                 rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
                 name = f"--{field.name.replace('_', '-')} {value}"
                 require(fits and math.isfinite(value), f"{name}: {rule} and finite; correct it")
-        names, more, own = self.cost_names, self.rounds > 1, bool(self.preferences)
-        count = len(parts(self.cost_model))
+        names, more, own, count = self.cost_names, self.rounds > 1, bool(self.preferences), len(parts(self.cost_model))
         several = f"--rounds {self.rounds}: must be 1"
         for fits, message in (
             (
@@ -252,6 +251,8 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, of a full disk
+        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1188,7 +1189,7 @@ class Run:
         groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
-        limits = config.thresholds if config.method == "ppo_lag" else []
+        limits = config.thresholds * (config.method == "ppo_lag")
         self.multipliers = [LagrangeMultiplier(*options, threshold, config.window) for threshold in limits]
         self.generator = torch.Generator(device).manual_seed(config.seed)
 
