@@ -97,7 +97,7 @@ class Config:
     captioner_steps: int = flag(900, "steps of the base captioner")
     tune_steps: int = flag(200, "steps of each of its two fine-tunes")
     batch: int = flag(64, "rows of a step, of every model")
-    lr: float = flag(1e-3, "peak learning rate of every model; a fine-tune's is half of it")
+    lr: float = flag(4e-4, "peak learning rate of captioner, scoring CLIP and upsampler; a fine-tune's is half of it")
     caption_weight: float = flag(2.0, "of the language-model loss, as in CoCa")
     contrastive_weight: float = flag(1.0, "of the CLIP loss, as in CoCa")
     temperature: float = flag(0.0, "of the captions' draws; 0: the likeliest token each time")
@@ -106,6 +106,7 @@ class Config:
     encoder_steps: int = flag(800, "steps of the autoencoder")
     paint_width: int = flag(160, "of the text-to-image models")
     paint_layers: int = flag(6, "of the text-to-image models")
+    paint_lr: float = flag(1e-3, "peak learning rate of text-to-image models, autoencoder and attribute reader")
     paint_steps: int = flag(2000, "their steps; report: 500,000 of 2,048 images")
     arms: str = flag("ground_truth,descriptive:95", "models, by commas: ground_truth, short:%%, descriptive:%%")
     drop: float = flag(0.1, "share of training captions left empty, for guidance")
@@ -123,7 +124,17 @@ class Config:
     smoke: bool = flag(False, "tiny models for a few steps, whatever the other flags: does it run?")
 
     def __post_init__(self):
-        zero = ("temperature", "caption_weight", "contrastive_weight", "drop", "ema", "seed", "lr", "guidance")
+        zero = (
+            "temperature",
+            "caption_weight",
+            "contrastive_weight",
+            "drop",
+            "ema",
+            "seed",
+            "lr",
+            "paint_lr",
+            "guidance",
+        )
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -166,7 +177,7 @@ OF_CAPTIONER = (
     *OF_DATA, "width", "layers", "heads", "queries", "batch", "lr", "captioner_steps", "tune_steps", "caption_weight",
     "contrastive_weight",
 )  # fmt: skip
-OF_LATENTS = (*OF_DATA, "channels", "encoder_steps", "batch", "lr")
+OF_LATENTS = (*OF_DATA, "channels", "encoder_steps", "batch", "paint_lr")
 OF_PAINTER = ("paint_width", "paint_layers", "paint_steps", "drop", "ema", "temperature", "top_p")
 NEEDS = {  # the fields that a saved stage depends on; the others may differ
     "data": OF_DATA,
@@ -174,7 +185,7 @@ NEEDS = {  # the fields that a saved stage depends on; the others may differ
     "captions": (*OF_CAPTIONER, "temperature", "top_p"),
     "autoencoder": OF_LATENTS,
     "painter": (*OF_CAPTIONER, *OF_LATENTS, *OF_PAINTER),
-    "judge": (*OF_DATA, "width", "layers", "heads", "batch", "lr", "judge_steps"),
+    "judge": (*OF_DATA, "width", "layers", "heads", "batch", "lr", "paint_lr", "judge_steps"),
 }
 
 
@@ -508,8 +519,12 @@ def draw_pictures(count: int, clean: int, size: int, generator: torch.Generator)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
 
+class BadImage(UserError):
+    """A file that is no image; without Pillow, none is known to be bad."""
+
+
 def read_image(path: Path, size: int) -> np.ndarray:
-    """The file's middle square as (size, size, 3) uint8, by Pillow; UserError where it is no image."""
+    """The file's middle square as (size, size, 3) uint8, by Pillow; BadImage where it is no image."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -520,7 +535,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
         flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
         return np.array(ImageOps.fit(flat, (size, size), Image.Resampling.LANCZOS))
     except Exception as error:  # each format has its own kinds
-        raise UserError(f"{path}: is no image that Pillow reads ({str(error)[:80]}); correct or remove it") from None
+        raise BadImage(f"{path}: is no image that Pillow reads ({str(error)[:80]}); correct or remove it") from None
 
 
 def read_pictures(folder: Path, size: int) -> Pictures:
@@ -1162,7 +1177,9 @@ class Pipeline:
             rows = torch.randint(len(p.images), (c.batch,), generator=generator)
             return model.loss(p.images[rows].to(self.device), generator)
 
-        module = self.train(name, name, self.new(name, lambda: Autoencoder(c.channels)), c.encoder_steps, loss_of)
+        module = self.train(
+            name, name, self.new(name, lambda: Autoencoder(c.channels)), c.encoder_steps, loss_of, c.paint_lr
+        )
         with torch.no_grad():
             latents = module.encode(p.images[:1024].to(self.device))
             module.mean += latents.mean((0, 2, 3)).view_as(module.mean)
@@ -1194,7 +1211,7 @@ class Pipeline:
 
         name = "painter_" + arm.replace(":", "_")
         new = self.new("painter", make)
-        return self.train(name, "painter", new, c.paint_steps, loss_of, ema=c.ema, same="painter")
+        return self.train(name, "painter", new, c.paint_steps, loss_of, c.paint_lr, c.ema, same="painter")
 
     def draw(self, painter: Painter, prompts: Sequence[str]) -> Tensor:
         """Images (B, H, W, 3) uint8 for prompts, from the same noise each time."""
@@ -1235,7 +1252,8 @@ class Pipeline:
             rows = torch.randint(len(drawn.scenes), (self.config.batch,), generator=generator).tolist()
             return model.loss(drawn.images[rows].to(self.device), [drawn.scenes[i] for i in rows], generator)
 
-        return self.train("reader", "judge", self.new("reader", Reader), self.config.judge_steps, loss_of)
+        c = self.config
+        return self.train("reader", "judge", self.new("reader", Reader), c.judge_steps, loss_of, c.paint_lr)
 
     @functools.cached_property
     def upsampler(self) -> Upsampler:
@@ -1508,13 +1526,14 @@ def caption_folder(config: Config) -> int:
     """Caption every image of a folder and those within it: a row a file, written batch by batch. Returns the rows."""
     folder, out, device = Path(config.images), Path(config.out), pick_device(config.device)
     require(folder.is_dir(), f"--images {folder}: must be a folder; give another")
+    path = Path(config.checkpoint or Path(Config.out if out.suffix == ".jsonl" else out) / "captioner.pt")
     out = out if out.suffix == ".jsonl" else out / "captions.jsonl"
-    path = Path(config.checkpoint) if config.checkpoint else Path(Config.out) / "captioner.pt"
     models, pieces, size = load_captioner(path, device)
     models = {style: model for style, model in models.items() if style != "base"} or {"caption": models["base"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["file"] for row in kept_rows(out, config.resume)}
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p.relative_to(folder).as_posix() for p in found)
     require(bool(files), f"--images {folder}: has no images ({' '.join(sorted(SUFFIXES))}); give another")
     todo, bad, written, began = [file for file in files if file not in done], [], 0, time.perf_counter()
     for names in batches(todo, config.batch):
@@ -1523,12 +1542,12 @@ def caption_folder(config: Config) -> int:
             try:
                 images.append(read_image(folder / name, size))
                 good.append(name)
-            except UserError as error:
+            except BadImage as error:
                 bad.append(name)
-                print(error, file=sys.stderr)
-                failed = error
                 if not config.skip_bad:
+                    failed = error
                     break
+                print(error, file=sys.stderr)
         if images:
             generator = torch.Generator().manual_seed(config.seed + len(done) + written)
             stack = torch.from_numpy(np.stack(images))
@@ -1537,11 +1556,9 @@ def caption_folder(config: Config) -> int:
             with open(out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         written += len(images)
-        require(
-            not failed or config.skip_bad, f"{failed}; or go on with --skip-bad --resume: {written} rows are written"
-        )
-        pace = (time.perf_counter() - began) / max(1, written)
-        print(progress_line(written, len(todo), {"rate": f"{1 / pace:.0f} images/s"}, pace), flush=True)
+        require(failed is None, f"{failed}; or go on with --skip-bad --resume: {written} rows are written")
+        pace = (time.perf_counter() - began) / (written + len(bad))
+        print(progress_line(written + len(bad), len(todo), {"rate": f"{1 / pace:.0f} images/s"}, pace), flush=True)
     print(f"{out}: {written} rows written, {len(done)} there before, {len(bad)} files skipped")
     return written
 

@@ -578,6 +578,12 @@ def test_without_pillow_one_line_says_what_to_install(folder, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert r.main(["captioner", "--data", str(folder), "--smoke", "--out", str(tmp_path / "own")]) == 2
     assert "pip install pillow" in capsys.readouterr().err
+    torch.save(
+        {"sizes": (m := small_coca()).sizes, "pieces": [], "states": {"base": m.state_dict()}}, tmp_path / "c.pt"
+    )
+    command = ["caption", "--images", str(folder), "--checkpoint", str(tmp_path / "c.pt"), "--skip-bad"]
+    assert r.main([*command, "--out", str(tmp_path / "o.jsonl")]) == 2, "no file is skipped for it"
+    assert "pip install pillow" in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
 
 
 def test_a_checkpoint_of_something_else_is_refused(folder, tmp_path, capsys):

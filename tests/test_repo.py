@@ -28,7 +28,7 @@ LINE_LIMIT = {
     "transformer.py": 1600,
     "constrained_ppo.py": 1346,
     "iclm_sort.py": 1743,
-    "recaption.py": 1638,
+    "recaption.py": 1655,
 }
 MAY_DIFFER = {  # functions and classes with one name and another text in each script, and why
     "Config",  # flags of the script
