@@ -150,8 +150,8 @@ def draw(found: dict, path: Path) -> None:
         ax.set_yticks(np.arange(len(names)) + 0.19, names)
         ax.axvline(0, color="0.4", lw=0.8)
         ax.legend(fontsize=8)
-    axes[0].set(xlabel="loss minus standard's, nats a token (left is better)")
-    axes[1].set(xlabel="gain minus standard's, nats a token (right is better)")
+    axes[0].set(xlabel="loss minus standard's, nats (left is better)")
+    axes[1].set(xlabel="gain minus standard's, nats (right is better)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
