@@ -470,6 +470,11 @@ def test_report_by_loops():
     assert not ordering_report(x, np.append(order[:-1], order[0]), graph)["each_once"]
 
 
+def test_a_document_that_ends_with_its_context_is_whole():
+    report = ordering_report(unit(4, 3), np.arange(4), lengths=[4, 4, 3, 5], context_length=4)
+    assert (report["contexts"], report["truncation_rate"]) == (4, 0.25)
+
+
 def test_report_over_many_blocks():
     """The mean over 10,000 documents is that over all steps, those between two blocks too."""
     x = unit(10_000, 2)
@@ -538,10 +543,11 @@ BAD_LINES = {
     '{"body": "x", "url": "y"}': "has body, url",
     '{"text": 3}': "string",
     "[1, 2]": "object",
+    "[" * 100_000: "object",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:20])
 def test_a_broken_line_is_named_or_counted(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line + '\n{"text": "fine too"}\n')
@@ -785,6 +791,8 @@ def test_bad_embeddings(tmp_path, name, here):
         (("--context-length", "0"), "--context-length 0: must be at least 1"),
         (("--encoder", "a", "--embeddings", "b"), "--encoder and --embeddings"),
         (("--text-field", "body"), "has text, id, label"),
+        (("--lr", "nan"), "--lr nan: must be a number above 0"),
+        (("--lr", "-1"), "--lr -1.0: must be a number above 0"),
         (("--recall", "1.5"), "--recall 1.5: must be above 0 and at most 1"),
     ],
 )
@@ -792,6 +800,26 @@ def test_bad_flags(tmp_path, here, flags, message):
     words = ("sort", "--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, *flags)
     error = here(*words, status=2)
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["words", "complex", "empty", "archive", "pickled"])
+def test_a_file_that_holds_no_embeddings(tmp_path, kind):
+    path, x = tmp_path / "x.npy", unit(60, 4)
+    with open(path, "wb") as file:
+        if kind == "archive":
+            np.savez(file, x=x)
+        elif kind != "empty":
+            np.save(file, {"words": x.astype(str), "complex": x * 1j, "pickled": np.array([x, None], object)}[kind])
+    config = Config(embeddings=str(path), out=str(tmp_path))
+    with pytest.raises(iclm_sort.UserError, match=r"x.npy: must be (a|one) .npy array.*; give another"):
+        iclm_sort.embed_stage(None, config, 60, torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_encoder_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(iclm_sort.UserError, match=r"config.json: must (be JSON|hold a JSON object)"):
+        iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
 
 
 def test_an_empty_folder(tmp_path, here):
