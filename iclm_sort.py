@@ -125,8 +125,7 @@ class Config:
         require(not both, "--encoder and --embeddings: one of them must do; leave one out")
 
 
-SMOKE = {"steps": 3, "batch": 2, "d_model": 16, "n_layer": 2, "n_head": 2, "context_length": 64}
-SMOKE |= {"tokenizer": "byte", "k": 5}
+SMOKE = dict(steps=3, batch=2, d_model=16, n_layer=2, n_head=2, context_length=64, tokenizer="byte", k=5)
 
 
 # ----- Shared block: the same text in every script --------------------------------------------------------------------
