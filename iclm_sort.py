@@ -81,9 +81,7 @@ def flag(default, text: str):
 class Config:
     """Everything that decides a run; each field is a flag."""
 
-    input: str = flag(
-        "", ".jsonl file, text file or folder of these; empty: the functions of Python's standard library"
-    )
+    input: str = flag("", ".jsonl file, text file or folder of these; empty: the functions of Python's own modules")
     text_field: str = flag("text", "field of a .jsonl line that holds the document")
     label_field: str = flag("label", "field with its label, if it has one: only the report uses labels")
     skip_bad: bool = flag(False, "count bad lines and go on, rather than stop at the first one")
@@ -96,9 +94,7 @@ class Config:
     method: str = flag("auto", "exact, ivf or faiss; auto: exact up to --exact-limit documents, then ivf")
     exact_limit: int = flag(50_000, "documents up to which auto compares all pairs")
     recall: float = flag(0.95, "ivf, faiss: share of the true neighbours to find")
-    threshold: float = flag(
-        0.95, "cosine from which the later of two documents is dropped; over 1: none; paper: not said"
-    )
+    threshold: float = flag(0.95, "cosine from which the later of two documents is dropped; over 1: none are")
     order: str = flag("paper", "paper, edge, random, file, knn (with repeats) or cluster")
     degree: str = flag("static", "paper: degree in the whole graph (static), or in what is left of it (remaining)")
     steps: int = flag(1200, "experiment: optimiser steps of each arm")
@@ -117,6 +113,7 @@ class Config:
         for name in ("context_length", "dim", "k", "steps", "batch", "d_model", "n_layer", "n_head"):
             value, words = getattr(self, name), name.replace("_", "-")
             require(value > 0, f"--{words} {value}: must be at least 1; raise it")
+        require(0 < self.lr < math.inf, f"--lr {self.lr}: must be a number above 0; correct it")
         require(self.seed >= 0, f"--seed {self.seed}: must not be negative; raise it")
         for name, choices in (("order", ORDERS), ("degree", DEGREES), ("method", ("auto", *METHODS))):
             value = getattr(self, name)
@@ -124,21 +121,11 @@ class Config:
         require(0 < self.recall <= 1, f"--recall {self.recall}: must be above 0 and at most 1; correct it")
         fits = self.d_model % (2 * self.n_head) == 0
         require(fits, f"--n-head {self.n_head}: must cut --d-model {self.d_model} into even widths; change either")
-        require(
-            not (self.encoder and self.embeddings), "--encoder and --embeddings: one of them must do; leave one out"
-        )
+        both = self.encoder and self.embeddings
+        require(not both, "--encoder and --embeddings: one of them must do; leave one out")
 
 
-SMOKE = {
-    "steps": 3,
-    "batch": 2,
-    "d_model": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "context_length": 64,
-    "tokenizer": "byte",
-    "k": 5,
-}
+SMOKE = dict(steps=3, batch=2, d_model=16, n_layer=2, n_head=2, context_length=64, tokenizer="byte", k=5)
 
 
 # ----- Shared block: the same text in every script --------------------------------------------------------------------
@@ -314,7 +301,7 @@ class Source:
                     fields = json.loads(line)
                     text, name = "".join([fields[text_field]]), fields.get("id", f"{file.name}:{number}")
                     document = Document(text, str(name), str(fields.get(label_field, "")))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     has = f", has {', '.join(fields)}" if isinstance(fields, dict) else ""
                     rule = f"must be a JSON object with a string {text_field!r}{has}"
                     fix = "correct it, name the field by --text-field, or give --skip-bad"
@@ -508,17 +495,25 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
+def load_json(path: Path) -> dict:
+    """The JSON object in a file of a model's folder."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: must be JSON ({error}); give the model's own file") from None
+    require(isinstance(found, dict), f"{path}: must hold a JSON object; give the model's own file")
+    return found
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors in float32 of model.safetensors, by the safetensors package, or of pytorch_model.bin."""
     path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
     require(path is not None, f"{folder}: has neither model.safetensors nor pytorch_model.bin; add one")
     try:
-        whole = path.suffix == ".safetensors"
-        tensors = (
-            importlib.import_module("safetensors.torch").load_file(path)
-            if whole
-            else torch.load(path, "cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            tensors = importlib.import_module("safetensors.torch").load_file(path)
+        else:
+            tensors = torch.load(path, "cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
     except Exception as error:  # each format has its own kinds
@@ -535,9 +530,9 @@ class WordPiece:
         if vocab.is_file():
             self.ids = {word: i for i, word in enumerate(vocab.read_text("utf-8").splitlines())}
         else:
-            self.ids = json.loads(whole.read_text("utf-8"))["model"]["vocab"]
+            self.ids = load_json(whole).get("model", {}).get("vocab", {})
         settings = folder / "tokenizer_config.json"
-        self.lower = not settings.is_file() or json.loads(settings.read_text("utf-8")).get("do_lower_case", True)
+        self.lower = not settings.is_file() or load_json(settings).get("do_lower_case", True)
         missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in self.ids]
         require(not missing, f"{folder}: vocabulary lacks {', '.join(missing)}; give a BERT-family encoder")
         self.cache: dict[str, list[int]] = {}
@@ -587,23 +582,21 @@ class Encoder:
     def __init__(self, folder: str, device: torch.device):
         path = Path(folder)
         require((path / "config.json").is_file(), f"--encoder {folder}: holds no config.json; give a model's folder")
-        self.config, self.device = json.loads((path / "config.json").read_text("utf-8")), device
+        self.config, self.device = load_json(path / "config.json"), device
         fits = (self.config.get("model_type"), self.config.get("hidden_act")) == ("bert", "gelu")
         require(fits, f"--encoder {folder}: must be model_type bert with hidden_act gelu; give a BERT-family encoder")
         self.tokenizer, self.dim = WordPiece(path), self.config["hidden_size"]
         self.weights = {name: tensor.to(device) for name, tensor in read_weights(path).items()}
         settings, length = path / "sentence_bert_config.json", self.config["max_position_embeddings"]
-        own = json.loads(settings.read_text("utf-8"))["max_seq_length"] if settings.is_file() else length
+        own = load_json(settings).get("max_seq_length") if settings.is_file() else length
         self.length = min(own or length, length)
 
     def layer(self, x: Tensor, name: str, norm: bool = False) -> Tensor:
         """A linear layer, or a LayerNorm, of that name."""
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        return (
-            F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_eps"])
-            if norm
-            else F.linear(x, weight, bias)
-        )
+        if norm:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_eps"])
+        return F.linear(x, weight, bias)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -625,11 +618,8 @@ class Encoder:
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit rows (n, d) float32; a text longer than the encoder's window is cut, and its chunks are averaged."""
         ids, room = self.tokenizer.ids, self.length - 2
-        chunks = [
-            (i, t[j : j + room])
-            for i, t in enumerate(map(self.tokenizer.encode, texts))
-            for j in range(0, max(len(t), 1), room)
-        ]
+        whole = enumerate(map(self.tokenizer.encode, texts))
+        chunks = [(i, t[j : j + room]) for i, t in whole for j in range(0, max(len(t), 1), room)]
         chunks.sort(key=lambda chunk: len(chunk[1]))  # like lengths go together: less padding
         total = torch.zeros(len(texts), self.dim)
         for batch in batches(chunks, 64):
@@ -1285,8 +1275,10 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
         require(Path(config.embeddings).is_file(), f"--embeddings {config.embeddings}: no such file; correct the path")
         try:
             given = np.load(config.embeddings, mmap_mode="r")
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise UserError(f"--embeddings {config.embeddings}: must be a .npy array ({error}); give another") from None
+        fits = isinstance(given, np.ndarray) and given.dtype.kind in "fiu"
+        require(fits, f"--embeddings {config.embeddings}: must be one .npy array of real numbers; give another")
         check_embeddings(given, count, f"--embeddings {config.embeddings}")
         rows = (np.asarray(given[i : i + 4096], np.float32) for i in range(0, count, 4096))
         blocks, dim = (block / np.linalg.norm(block, axis=1, keepdims=True) for block in rows), given.shape[1]
@@ -1317,9 +1309,8 @@ def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder
     rows = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
     tick = Progress(f"neighbours ({method})", len(rows)) if rank == 0 else None
     similarity, index = np.zeros((count, config.k), np.float32), np.zeros((count, config.k), np.int64)
-    similarity[rows], index[rows] = nearest_neighbours(
-        x, config.k, method, config.recall, config.seed, device, rows, tick
-    )
+    found = nearest_neighbours(x, config.k, method, config.recall, config.seed, device, rows, tick)
+    similarity[rows], index[rows] = found
     for part in (similarity, index) if world > 1 else ():
         dist.all_reduce(torch.from_numpy(part))  # the other rows are 0
     if folder is None:
@@ -1448,11 +1439,8 @@ def table(columns: dict[str, dict]) -> str:
     for name in rows:
         cells = [values.get(name, "-") for values in columns.values()]
         if isinstance(cells[0], dict):
-            inner = {
-                column: {f"  {name} {k}": v for k, v in cell.items()}
-                for column, cell in zip(columns, cells, strict=True)
-            }
-            lines += table(inner).splitlines()[1:]
+            inner = [{f"  {name} {at}": value for at, value in cell.items()} for cell in cells]
+            lines += table(dict(zip(columns, inner, strict=True))).splitlines()[1:]
         else:
             lines.append(f"{name:26}" + "".join(f"{f'{c:.4f}' if isinstance(c, float) else str(c):>12}" for c in cells))
     return "\n".join(lines)

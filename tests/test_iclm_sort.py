@@ -219,6 +219,10 @@ def test_dropped_documents_by_loops(threshold):
     ]
 
 
+def test_a_cosine_at_the_threshold_drops():
+    assert drop_duplicates(np.array([[0.5], [0.5]], np.float32), np.array([[1], [0]]), 0.5).tolist() == [True, False]
+
+
 def slow_graph(similarity, index, keep):
     """Rows of (neighbour, weight) by sets and dictionaries."""
     edges = {}
@@ -406,6 +410,12 @@ def test_pack_by_loops(separator, length):
     assert contexts.ravel().tolist() == flat and starts.ravel().tolist() == begins
 
 
+def test_a_document_without_tokens_has_no_start():
+    tokens = [np.array(ids, np.uint16) for ids in ([1, 2], [], [3])]
+    contexts, starts = pack(tokens, np.arange(3), 6, 9)
+    assert contexts.tolist() == [[1, 2, 9, 9, 3, 9]] and np.flatnonzero(starts).tolist() == [0, 4]
+
+
 def test_pack_refuses():
     tokens = [np.arange(5, dtype=np.uint16)]
     with pytest.raises(ValueError, match="context_length 0: must be at least 1"):
@@ -458,6 +468,19 @@ def test_report_by_loops():
     assert report == pytest.approx(expected, abs=1e-6)
     assert not ordering_report(x, order[:-1], graph)["each_once"]
     assert not ordering_report(x, np.append(order[:-1], order[0]), graph)["each_once"]
+
+
+def test_a_document_that_ends_with_its_context_is_whole():
+    report = ordering_report(unit(4, 3), np.arange(4), lengths=[4, 4, 3, 5], context_length=4)
+    assert (report["contexts"], report["truncation_rate"]) == (4, 0.25)
+
+
+def test_report_over_many_blocks():
+    """The mean over 10,000 documents is that over all steps, those between two blocks too."""
+    x = unit(10_000, 2)
+    x[[4095, 4096, 4097, 8191, 8192, 8193]] *= 1000  # a step that is left out, or counted twice, shows
+    cosine = (x[1:].astype(np.float64) * x[:-1]).sum(1).mean()
+    assert ordering_report(x, np.arange(10_000))["adjacent_cosine"] == pytest.approx(cosine, rel=1e-4)
 
 
 # ----- Tokenizers and input -------------------------------------------------------------------------------------------
@@ -520,10 +543,11 @@ BAD_LINES = {
     '{"body": "x", "url": "y"}': "has body, url",
     '{"text": 3}': "string",
     "[1, 2]": "object",
+    "[" * 100_000: "object",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:20])
 def test_a_broken_line_is_named_or_counted(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line + '\n{"text": "fine too"}\n')
@@ -562,6 +586,71 @@ def test_documents_are_apart_with_starts():
     truth = -(model(both[:, :-1]) @ model.embedding.weight.T).log_softmax(-1).gather(-1, both[:, 1:, None])[..., 0]
     torch.testing.assert_close(losses, truth)
     torch.testing.assert_close(model.losses(both, 3), truth[:, -3:])
+
+
+def test_losses_are_those_of_training():
+    model = iclm_sort.CausalLM(Config(d_model=16, n_layer=1, n_head=2), 30)
+    tokens = torch.randint(0, 30, (11, 9), generator=torch.Generator().manual_seed(0))
+    losses = model.losses(tokens)
+    whole = iclm_sort.head_loss(model(tokens[:, :-1]), model.embedding.weight, tokens[:, 1:])
+    assert losses.shape == (11, 8) and losses.mean().item() == pytest.approx(whole.item(), rel=1e-5)
+    torch.testing.assert_close(model.losses(tokens, 3), losses[:, -3:])
+
+
+@pytest.fixture
+def sorted_documents():
+    """240 documents of forty labels; every token of document i is i, the separator is 255."""
+    sizes = np.random.default_rng(0).integers(9, 30, 240)
+    tokens = iclm_sort.Ragged(np.repeat(np.arange(240), sizes).astype(np.uint16), np.append(0, sizes.cumsum()))
+    x = unit(240, 8, 3, 12)
+    found = nearest_neighbours(x, 5)
+    graph = build_graph(*found, np.arange(240) % 11 != 5)
+    labels = [f"label {i % 40}" for i in range(240)]
+    return iclm_sort.Sorted(tokens, {"document_separator": 255}, labels, x, *found, graph, graph.nodes())
+
+
+def test_held_out_documents_are_not_trained_on(sorted_documents):
+    done = sorted_documents
+    train, held = iclm_sort.split(done)
+    assert not (train.keep & held.keep).any() and ((train.keep | held.keep) == done.graph.keep).all()
+    names = [{done.labels[i] for i in graph.nodes()} for graph in (train, held)]
+    assert not names[0] & names[1] and [len(part) for part in names] == [36, 4]
+    for graph in (train, held):
+        assert graph.keep[graph.neighbours].all()
+    done.labels = [""] * 240
+    assert 20 <= iclm_sort.split(done)[1].keep.sum() <= 24  # every tenth document
+
+
+def test_what_stands_before_the_targets(sorted_documents):
+    graph = sorted_documents.graph
+    held = iclm_sort.hold_out(sorted_documents, Config(context_length=64, device="cpu"), graph, target=8, most=30)
+    assert held.alone.shape == (30, 9) and held.random.shape[1] == held.related.shape[1] == 64
+    for t, (separator, i, *rest) in enumerate(held.alone.tolist()):
+        assert separator == 255 and rest == [i] * 7
+        best = graph.neighbours[graph.indptr[i] : graph.indptr[i + 1]].tolist()
+        for name, rows in held.after.items():
+            past, wanted = rows[t].tolist()[:55], rows[t].tolist()[55:]
+            nearest_first = [j for j in dict.fromkeys(reversed(past)) if j != 255]
+            assert wanted == held.alone[t].tolist() and i not in past and past[-1] == nearest_first[0]
+            if name == "related":
+                assert nearest_first[: len(best)] == best[: len(nearest_first)]
+            else:
+                assert not set(best) & set(past)
+    assert set(held.random.unique().tolist()) <= {255, *graph.nodes().tolist()}
+
+
+def test_a_gain_is_what_the_past_takes_off_the_loss():
+    held = iclm_sort.HeldOut(*(torch.zeros(2, 9) for _ in range(3)), {n: torch.zeros(2, 9) for n in ("near", "far")})
+    values = {id(held.random): 5.0, id(held.related): 4.0, id(held.after["near"]): 1.0, id(held.after["far"]): 3.0}
+
+    class Model:
+        def losses(self, tokens, last=0):
+            return torch.full((2, last or 8), values[id(tokens)]) if id(tokens) in values else torch.arange(8.0)[None]
+
+    scores = iclm_sort.judge(Model(), held)
+    assert (scores["random_order_loss"], scores["related_order_loss"], scores["no_context_loss"]) == (5, 4, 3.5)
+    assert (scores["near_context_gain"], scores["far_context_gain"]) == (2.5, 0.5)
+    assert scores["near_context_loss"] == 1 and scores["no_context_loss_at"] == {"0-3": 1.5, "4-7": 5.5}
 
 
 def test_a_model_learns_and_its_start_is_the_seeds():
@@ -702,6 +791,8 @@ def test_bad_embeddings(tmp_path, name, here):
         (("--context-length", "0"), "--context-length 0: must be at least 1"),
         (("--encoder", "a", "--embeddings", "b"), "--encoder and --embeddings"),
         (("--text-field", "body"), "has text, id, label"),
+        (("--lr", "nan"), "--lr nan: must be a number above 0"),
+        (("--lr", "-1"), "--lr -1.0: must be a number above 0"),
         (("--recall", "1.5"), "--recall 1.5: must be above 0 and at most 1"),
     ],
 )
@@ -709,6 +800,26 @@ def test_bad_flags(tmp_path, here, flags, message):
     words = ("sort", "--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, *flags)
     error = here(*words, status=2)
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["words", "complex", "empty", "archive", "pickled"])
+def test_a_file_that_holds_no_embeddings(tmp_path, kind):
+    path, x = tmp_path / "x.npy", unit(60, 4)
+    with open(path, "wb") as file:
+        if kind == "archive":
+            np.savez(file, x=x)
+        elif kind != "empty":
+            np.save(file, {"words": x.astype(str), "complex": x * 1j, "pickled": np.array([x, None], object)}[kind])
+    config = Config(embeddings=str(path), out=str(tmp_path))
+    with pytest.raises(iclm_sort.UserError, match=r"x.npy: must be (a|one) .npy array.*; give another"):
+        iclm_sort.embed_stage(None, config, 60, torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_encoder_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(iclm_sort.UserError, match=r"config.json: must (be JSON|hold a JSON object)"):
+        iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
 
 
 def test_an_empty_folder(tmp_path, here):
