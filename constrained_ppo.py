@@ -42,7 +42,8 @@ Differences from the paper
 2. The metric is the geometric mean of lexical match and of n-gram overlap with the references. The paper's mean of two
    parts, scaled over the single-reward runs, needs these runs even for Nelder-Mead, and its second part praises babble.
 3. METEOR matches equal words only; intent's classifier is a bag of words.
-4. Ratios are of the truncated policies that wrote the replies; the critic starts from pi_0, its heads from 0.
+4. Ratios are of the top-k policies that wrote the replies, and the KL is to pi_0 among those same k tokens, since among
+   pi_0's own it may be infinite: which k they are costs nothing. The critic starts from pi_0, its heads from 0.
 5. Algorithm 3 leaves open when thresholds count as reached, here the mean of three updates within --tolerance, and how
    the run ends, here with an eighth of its updates at the best thresholds found.
 
@@ -64,6 +65,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +144,8 @@ class Config:
                 rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
                 flag = f"--{field.name.replace('_', '-')} {value}"
                 require(fits and math.isfinite(value), f"{flag}: {rule} and finite; correct it")
+        fits = max(self.gamma, self.lam) <= 1
+        require(fits, f"--gamma {self.gamma}, --lam {self.lam}: must be at most 1; lower them")
         require(self.minibatches <= self.batch, f"--minibatches {self.minibatches}: must be at most --batch; lower it")
         fits = self.objective == "kl" or (self.objective in self.names and len(self.names) > 1)
         require(fits, f"--objective {self.objective}: must be kl or one of several rewards {self.names}; correct it")
@@ -326,8 +330,11 @@ def small_talk(sizes: tuple[int, ...] = (4000, 2000, 1000)) -> tuple[list[Row], 
 def read_rows(path: str) -> tuple[list[Row], ...]:
     """Rows of a JSON-lines file: the same to pre-train and to train on, every tenth held out."""
     require(Path(path).is_file(), f"--data {path}: no such file; give a JSON-lines file of prompt, response and label")
-    rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+    try:
+        text, rows = Path(path).read_text("utf-8-sig"), []
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: must be UTF-8 text, but {error}; convert it") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -821,7 +828,10 @@ def read_policy(folder: str) -> GPT2:
     path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := Path(folder) / n).is_file()), None)
     fits = path is not None and (Path(folder) / "config.json").is_file()
     require(fits, f"--policy {folder}: must be a folder with config.json and model.safetensors or pytorch_model.bin")
-    fields = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    try:
+        fields = dict(json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--policy {folder}: config.json is no JSON object ({error}); give another") from None
     needed = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None}
     needed |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in needed.items() if fields.get(k, v) != v]
@@ -896,7 +906,7 @@ class Task:
         """Every reward of every reply, (B, all); raises UserError where one is not a finite number a reply."""
         columns = []
         for name, function in self.rewards.items():
-            values = torch.as_tensor(np.asarray(function(*columns_of(rows, texts)), np.float32))
+            values = torch.as_tensor(call(f"--reward {name}", function, rows, texts)).float()
             rule = f"must be ({len(rows)},), a number a reply; correct the function"
             require(values.shape == (len(rows),), f"--reward {name}: gave shape {tuple(values.shape)}, {rule}")
             bad = [(v, text) for v, text in zip(values.tolist(), texts, strict=True) if not math.isfinite(v)]
@@ -912,10 +922,12 @@ class Task:
             replies = write_replies(policy, prompts, self.tokenizer.end, self.config, generator)
             total += torch.stack([self.log_ratio(replies).sum(), replies.mask.sum()]).cpu()
             texts += self.texts(replies)
-        value = float(self.metric(*columns_of(self.valid, texts)))
-        require(math.isfinite(value), f"--evaluation: gave {value}, must be finite; correct the function")
+        value = call("--evaluation", self.metric, self.valid, texts)
+        rule = "must be one finite number; correct the function"
+        require(value.shape == () and np.isfinite(value), f"--evaluation: gave {str(value)[:60]}, {rule}")
         kl, length = (total[0] / total[1]).item(), total[1].item() / len(texts)
-        result = {"evaluation": value, "kl": kl, "tokens_a_reply": length, "distinct": len(set(texts)) / len(texts)}
+        result = {"evaluation": value.item(), "kl": kl, "tokens_a_reply": length}
+        result |= {"distinct": len(set(texts)) / len(texts)}
         return result | dict(zip(self.rewards, self.score(self.valid, texts).mean(0).tolist(), strict=True)), texts
 
     @torch.no_grad()
@@ -929,16 +941,28 @@ def columns_of(rows: list[Row], texts: list[str]) -> tuple[list[str], ...]:
     return [row.prompt for row in rows], texts, [row.response for row in rows], [row.label for row in rows]
 
 
+def call(what: str, function: Callable, rows: list[Row], texts: list[str]) -> np.ndarray:
+    """What a reward or metric gives for replies to rows; raises UserError with the line at which it failed."""
+    try:
+        return np.asarray(function(*columns_of(rows, texts)), float)
+    except Exception as error:  # any, the function may be the user's
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise UserError(f"{what}: failed at {place}: {error!r:.200}; correct the function, then --resume") from error
+
+
 def load_function(what: str, where: str) -> Callable:
     """The function MODULE:FUNCTION, the module looked for in the current folder too."""
     module, _, name = where.partition(":")
     sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{what} {where!r}: must be MODULE:FUNCTION, but {error}; correct it") from None
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module is the user's, and may do anything
+        raise UserError(f"{what} {where!r}: must be MODULE:FUNCTION, but {error!r:.200}; correct it") from None
     finally:
         sys.path.pop()
+    require(callable(function), f"{what} {where!r}: must be a function, is {type(function).__name__}; correct it")
+    return function
 
 
 def fit(module: nn.Module, steps: int, lr: float, loss_of: Callable[[], Tensor]) -> float:
@@ -1038,9 +1062,8 @@ class Run:
             values = self.critic.over(replies)
         scores = rewards[:, self.columns]
         heads = token_rewards(method, scores, *self.task_reward(rewards, kl), replies.mask).unbind(-1)
-        pairs = [
-            gae(r, v, replies.mask, config.gamma, config.lam) for r, v in zip(heads, values.unbind(-1), strict=True)
-        ]
+        each = zip(heads, values.unbind(-1), strict=True)
+        pairs = [gae(reward, value, replies.mask, config.gamma, config.lam) for reward, value in each]
         advantages, returns = (torch.stack(side, -1) for side in zip(*pairs, strict=True))  # (B, T, N + 1)
         losses = [
             self.learn(replies.part(index), advantages[index], returns[index], scores[index].mean(0))
@@ -1051,12 +1074,12 @@ class Run:
         mean_kl = masked_mean(kl, replies.mask).item()
         if method in ("ppo", "ppo_sat", "all_ppo"):
             self.kl_coefficient = adaptive_kl(self.kl_coefficient, mean_kl, config.kl_target)
-        row = {"update": self.step, "loss": sum(losses) / len(losses), "batch_kl": mean_kl}
-        row |= {"kl_coefficient": self.kl_coefficient}
+        row = {"update": self.step, "loss": sum(losses) / len(losses)}
+        row |= {"batch_kl": mean_kl, "kl_coefficient": self.kl_coefficient}
         row |= {f"batch_{name}": value for name, value in zip(config.names, rewards.mean(0).tolist(), strict=True)}
         if method in CONSTRAINED:
-            pairs = zip(multipliers(method, self.raw.detach()).tolist(), self.thresholds.tolist(), strict=True)
-            for name, (m, theta) in zip(config.constrained, pairs, strict=True):
+            both = multipliers(method, self.raw.detach()).tolist(), self.thresholds.tolist()
+            for name, m, theta in zip(config.constrained, *both, strict=True):
                 row |= {f"m_{name}": m, f"theta_{name}": theta}
         return row
 
@@ -1118,6 +1141,8 @@ class Run:
         content = load_stage(self.path, self.config, skipped, self.task.device)
         if content and (content["done"] or self.config.resume):
             self.load(content)
+        elif content:
+            say(f"{self.path}: begun again, its {content['step']} updates dropped; --resume would go on from there")
         if not self.rows:
             row = self.log({"update": 0})
             if self.search:
@@ -1170,8 +1195,8 @@ class ThresholdSearch:
 
     def after(self, means: list[float], evaluate: Callable[[], float]) -> None:
         """Note an update's mean scores; once thresholds are reached or out of time, evaluate, ask for others."""
-        self.step, self.used, self.recent = self.step + 1, self.used + 1, [*self.recent[-2:], means]
         theta, eighth = np.array(self.thresholds()), max(1, self.updates // 8)
+        self.step, self.used, self.recent = self.step + 1, self.used + 1, [*self.recent[-2:], means]
         near = np.abs(np.mean(self.recent, 0) - theta) <= self.tolerance * theta
         if self.step > self.updates - eighth or not (self.used >= eighth or (len(self.recent) == 3 and near.all())):
             return
@@ -1217,12 +1242,14 @@ def prepare(config: Config, device: torch.device, say: Callable = print) -> Task
     """Data, pi_0 and the act classifier: made and saved to OUT/start.pt, or loaded from it."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
     task, path = Task(config, device), Path(config.out) / "start.pt"
-    content = load_stage(path, config, FREE + OF_METHODS, device)
+    content, rows = load_stage(path, config, FREE + OF_METHODS, device), hashlib.sha256(repr([*task.ids]).encode())
     if content is None:
-        content = {"config": dataclasses.asdict(config), "loss": pretrain(task)}
+        content = {"config": dataclasses.asdict(config), "rows": rows.hexdigest(), "loss": pretrain(task)}
         content["accuracy"] = train_classifier(task) if "intent" in task.rewards else None
         content |= {"policy": task.policy.state_dict(), "classifier": task.classifier.state_dict()}
         write_atomically(path, lambda name: torch.save(content, name))
+    fits = content.get("rows") == rows.hexdigest()
+    require(fits, f"{path}: made from other rows than --data {config.data} holds now; undo that, or change --out")
     task.policy.load_state_dict(content["policy"])
     task.classifier.load_state_dict(content["classifier"])
     task.policy.requires_grad_(False)
@@ -1274,7 +1301,8 @@ def story(config: Config, say: Callable = print) -> dict:
         say("\n".join(f"{k:>12}  {v}" for k, v in sample.items()) + "\n")
     draw(runs, points, config, out / "runs.png")
     result = task.facts | {"thresholds": thresholds, "proxy_points": points, "samples": samples}
-    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": best(run)} for run in runs}
+    tops = {run.name: max(row["evaluation"] for row in run.rows) for run in runs}
+    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": tops[run.name]} for run in runs}
     result["searched"] = runs[-1].search and runs[-1].search.found
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
     write_json(out / "result.json", result)
@@ -1282,18 +1310,13 @@ def story(config: Config, say: Callable = print) -> dict:
     return result
 
 
-def best(run: Run) -> float:
-    """The best evaluation of a run."""
-    return max(row["evaluation"] for row in run.rows)
-
-
 def final_table(runs: list[Run], config: Config) -> list[str]:
     """Lines of the final table: a run's best and last evaluation, and its last rewards, KL and variety."""
     columns = ("evaluation", *config.names, "kl", "distinct")
     lines = [" " * 14 + "".join(f"{name:>12}" for name in ("best", *columns))]
-    rows = [("pi_0", runs[0].rows[0]["evaluation"], runs[0].rows[0])]
-    for name, value, row in [*rows, *((run.name, best(run), run.rows[-1]) for run in runs)]:
-        lines.append(f"{name:14}" + "".join(f"{v:12.3f}" for v in (value, *(row[c] for c in columns))))
+    for name, rows in [("pi_0", runs[0].rows[:1]), *((run.name, run.rows) for run in runs)]:
+        values = max(row["evaluation"] for row in rows), *(rows[-1][column] for column in columns)
+        lines.append(f"{name:14}" + "".join(f"{value:12.3f}" for value in values))
     return lines
 
 
@@ -1305,22 +1328,20 @@ def draw(runs: list[Run], points: dict, config: Config, path: Path) -> None:
         print("no picture: matplotlib is not installed; pip install matplotlib")
         return
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    pair, styles = (config.names * 2)[:2], itertools.cycle(("-", "--", ":", "-."))
+    pair, panels = (config.names * 2)[:2], [["evaluation"], config.names, [f"m_{name}" for name in config.constrained]]
     for i, run in enumerate(runs):
-        keys = [(0, "evaluation"), *((1, name) for name in config.names), *((3, f"m_{n}") for n in config.constrained)]
-        for (place, key), style in zip(keys, ("-", *itertools.islice(styles, len(keys) - 1)), strict=True):
-            if rows := [row for row in run.rows if key in row]:
-                line = ([row["update"] for row in rows], [row[key] for row in rows])
-                axes[place].plot(*line, style, color=f"C{i}", label=f"{run.name}: {key}" if place else run.name)
-        axes[2].plot(*([row[name] for row in run.rows] for name in pair), ".-", lw=0.6, color=f"C{i}", label=run.name)
+        for axis, keys in zip(axes[:3], panels, strict=True):
+            for key, style in zip(keys, itertools.cycle(("-", "--", ":", "-.")), strict=False):
+                if line := [(row["update"], row[key]) for row in run.rows if key in row]:
+                    axis.plot(*zip(*line, strict=True), style, color=f"C{i}", label=f"{run.name}: {key}")
+        axes[3].plot(*([row[name] for row in run.rows] for name in pair), ".-", lw=0.6, color=f"C{i}", label=run.name)
     if len(config.constrained) == 2 and points:
-        axes[2].plot(*points["joint"], "k*", ms=14, label="joint proxy point")
-        axes[2].plot(*points["separate"], "kx", ms=9, label="separate proxy points")
-    axes[2].set(xlabel=pair[0], ylabel=pair[1])
-    for axis, title in zip(axes, ("evaluation", "rewards", "the rewards' plane", "multipliers"), strict=True):
-        axis.set(title=title) if axis is axes[2] else axis.set(title=title, xlabel="update")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+        axes[3].plot(*points["joint"], "k*", ms=14, label="joint proxy point")
+        axes[3].plot(*points["separate"], "kx", ms=9, label="separate proxy points")
+    for axis, title in zip(axes, ("evaluation", "rewards", "multipliers", "the rewards' plane"), strict=True):
+        axis.set(title=title, xlabel="update")
+        axis.legend(fontsize=7) if axis.lines else None
+    axes[3].set(xlabel=pair[0], ylabel=pair[1])
     write_atomically(path, lambda name: figure.savefig(name, dpi=110, format="png"))
     plt.close(figure)
 
