@@ -53,7 +53,6 @@ Not included: more than one device, learned reward models other than intent's, R
 from __future__ import annotations
 
 import argparse
-import collections
 import copy
 import dataclasses
 import hashlib
@@ -66,6 +65,7 @@ import random
 import sys
 import time
 import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,13 +137,11 @@ class Config:
         known = ("", *METHODS, "nelder_mead")
         require(self.method in known, f"--method {self.method!r}: must be one of {', '.join(known[1:])}; correct it")
         zero = ("seed", "top_k", "pretrain_steps", "kl_coefficient", "multiplier_lr", "critic_lr", "lr", "gamma", "lam")
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in zero else 1
+        for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                fits = value >= least if isinstance(value, int) else value > 0 or value == 0 == least
-                rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
-                flag = f"--{field.name.replace('_', '-')} {value}"
-                require(fits and math.isfinite(value), f"{flag}: {rule} and finite; correct it")
+                rule = "at least 0" if name in zero else "at least 1" if isinstance(value, int) else "above 0"
+                fits = math.isfinite(value) and (value > 0 or (value == 0 and name in zero))
+                require(fits, f"--{name.replace('_', '-')} {value}: must be {rule} and finite; correct it")
         fits = max(self.gamma, self.lam) <= 1
         require(fits, f"--gamma {self.gamma}, --lam {self.lam}: must be at most 1; lower them")
         require(self.minibatches <= self.batch, f"--minibatches {self.minibatches}: must be at most --batch; lower it")
@@ -405,7 +403,7 @@ def meteor(reference: Sequence, response: Sequence) -> float:
     The harmonic mean of precision and recall, recall weighted 9 times, less up to half where matches are scattered.
     From the back, a word is matched to the last equal word still free, as in NLTK.
     """
-    places = collections.defaultdict(list)
+    places = defaultdict(list)
     for j, word in enumerate(reference):
         places[word].append(j)
     pairs = [(i, places[word].pop()) for i, word in reversed(list(enumerate(response))) if places.get(word)][::-1]
@@ -427,7 +425,7 @@ def bleu(references: list[list], responses: list[list]) -> float:
     logs = 0.0
     for n in range(1, 5):
         pairs = [(ngrams(a, n), ngrams(b, n)) for a, b in zip(references, responses, strict=True)]
-        hits = sum((collections.Counter(a) & collections.Counter(b)).total() for a, b in pairs)
+        hits = sum((Counter(a) & Counter(b)).total() for a, b in pairs)
         if not hits:
             return 0.0
         logs += math.log(hits / sum(len(b) for _, b in pairs)) / 4
@@ -437,17 +435,14 @@ def bleu(references: list[list], responses: list[list]) -> float:
 def rouge(reference: list, response: list, n: int = 2) -> float:
     """ROUGE-n F1 of a reply, 0 to 1 (Lin 2004)."""
     a, b = ngrams(reference, n), ngrams(response, n)
-    hits = (collections.Counter(a) & collections.Counter(b)).total()
+    hits = (Counter(a) & Counter(b)).total()
     return 2 * hits / (len(a) + len(b)) if hits else 0.0
 
 
 def overlap(references: list[list], responses: list[list], n: int = 3) -> float:
     """Sum over n-grams, ends included, of the smaller of their shares in the two corpora: 1 for the same variety."""
-    edge = [None] * (n - 1)
-    a, b = (
-        collections.Counter(gram for words in side for gram in ngrams([*edge, *words, *edge], n))
-        for side in (references, responses)
-    )
+    edge, sides = [None] * (n - 1), (references, responses)
+    a, b = (Counter(gram for words in side for gram in ngrams([*edge, *words, *edge], n)) for side in sides)
     return sum(min(a[gram] / a.total(), b[gram] / b.total()) for gram in a.keys() & b.keys())
 
 
@@ -470,7 +465,7 @@ def meteor_reward(prompts, responses, references, labels) -> list[float]:
 def diversity_reward(prompts, responses, references, labels) -> list[float]:
     """How rare a reply's bigrams are among the replies drawn with it, 0 to 1: the mean of 1 / occurrences."""
     grams = [ngrams(text.split(), 2) for text in responses]
-    counts = collections.Counter(itertools.chain(*grams))
+    counts = Counter(itertools.chain(*grams))
     return [sum(1 / counts[gram] for gram in own) / max(1, len(own)) for own in grams]
 
 
@@ -860,7 +855,7 @@ class Task:
         self.dirty, self.train, self.valid = read_rows(config.data) if config.data else small_talk()
         self.valid = self.valid[: config.eval_rows]
         every = dict.fromkeys([*self.dirty, *self.train, *self.valid])
-        texts = itertools.chain(*((row.prompt, row.response) for row in every))
+        texts = (f"{row.prompt} {row.response}" for row in every)
         self.tokenizer = BytePairs(config.policy) if config.policy else Words(texts)
         self.labels = sorted({row.label for row in every})
         torch.manual_seed(config.seed)
@@ -936,15 +931,11 @@ class Task:
         return (replies.logp - token_logp(self.policy.over(replies), replies, self.config.temperature)) * replies.mask
 
 
-def columns_of(rows: list[Row], texts: list[str]) -> tuple[list[str], ...]:
-    """The arguments of a reward and of an evaluation metric: prompts, responses, references, labels."""
-    return [row.prompt for row in rows], texts, [row.response for row in rows], [row.label for row in rows]
-
-
 def call(what: str, function: Callable, rows: list[Row], texts: list[str]) -> np.ndarray:
-    """What a reward or metric gives for replies to rows; raises UserError with the line at which it failed."""
+    """function(prompts, responses, references, labels) of replies to rows; raises UserError with the failing line."""
+    prompts, references, labels = ([getattr(row, name) for row in rows] for name in ("prompt", "response", "label"))
     try:
-        return np.asarray(function(*columns_of(rows, texts)), float)
+        return np.asarray(function(prompts, texts, references, labels), float)
     except Exception as error:  # any, the function may be the user's
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}, line {at.lineno}"
@@ -973,9 +964,7 @@ def fit(module: nn.Module, steps: int, lr: float, loss_of: Callable[[], Tensor])
         loss = loss_of()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(
-                f"pre-training diverged at step {step + 1}, loss {losses[-1]}; lower --pretrain-lr"
-            )
+            raise FloatingPointError(f"loss {losses[-1]} at pre-training step {step + 1}; lower --pretrain-lr")
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps + 1), 1 - step / steps + 0.01)
         optimizer.zero_grad()
         loss.backward()
@@ -1008,7 +997,7 @@ def train_classifier(task: Task, steps: int = 300) -> float:
         return F.cross_entropy(task.act_logits([task.ids[row][1][:-1] for row in chosen]), labels)
 
     fit(task.classifier, 2 if task.config.smoke else steps, 0.1, loss)
-    return sum(task.intent_reward(*columns_of(task.valid, [row.response for row in task.valid]))) / len(task.valid)
+    return call("intent", task.intent_reward, task.valid, [row.response for row in task.valid]).mean().item()
 
 
 # ----- PPO ------------------------------------------------------------------------------------------------------------
@@ -1054,6 +1043,8 @@ class Run:
         """Write replies, score them, and take the epochs' steps on them. Returns what to log."""
         config, task, method = self.config, self.task, self.method
         options = {"generator": self.generator, "device": task.device}
+        if self.search:
+            self.thresholds = torch.tensor(self.search.thresholds(), dtype=torch.float32, device=task.device)
         rows = [task.train[i] for i in torch.randint(len(task.train), (config.batch,), **options).tolist()]
         prompts = [task.ids[row][0] for row in rows]
         replies = write_replies(self.policy, prompts, task.tokenizer.end, config, self.generator)
@@ -1074,9 +1065,12 @@ class Run:
         mean_kl = masked_mean(kl, replies.mask).item()
         if method in ("ppo", "ppo_sat", "all_ppo"):
             self.kl_coefficient = adaptive_kl(self.kl_coefficient, mean_kl, config.kl_target)
+        means = rewards.mean(0)
+        if self.search:
+            self.search.after(means[self.columns].tolist(), lambda: task.evaluate(self.policy)[0]["evaluation"])
         row = {"update": self.step, "loss": sum(losses) / len(losses)}
         row |= {"batch_kl": mean_kl, "kl_coefficient": self.kl_coefficient}
-        row |= {f"batch_{name}": value for name, value in zip(config.names, rewards.mean(0).tolist(), strict=True)}
+        row |= {f"batch_{name}": value for name, value in zip(config.names, means.tolist(), strict=True)}
         if method in CONSTRAINED:
             both = multipliers(method, self.raw.detach()).tolist(), self.thresholds.tolist()
             for name, m, theta in zip(config.constrained, *both, strict=True):
@@ -1121,7 +1115,7 @@ class Run:
         content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.updates}
         content |= {name: getattr(self, name).state_dict() for name in STATEFUL} | {"raw": self.raw.detach()}
         content |= {name: getattr(self, name) for name in PLAIN} | {"generator": self.generator.get_state()}
-        content["search"] = self.search and self.search.state()
+        content["search"] = self.search and [self.search.start, self.search.means, self.search.found]
         write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self, content: dict) -> None:
@@ -1132,7 +1126,7 @@ class Run:
         self.raw.data.copy_(content["raw"])
         self.generator.set_state(content["generator"].cpu())
         if self.search:
-            self.search.load(content["search"])
+            self.search.load(*content["search"])
 
     def go(self, say: Callable = print) -> Run:
         """Update to the end, evaluating and saving on the way; a finished run is only loaded."""
@@ -1149,13 +1143,7 @@ class Run:
                 self.search.begin([row[name] for name in self.config.constrained])
         first, began = self.step, time.perf_counter()
         while self.step < self.updates:
-            if self.search:
-                theta = self.search.thresholds()
-                self.thresholds = torch.tensor(theta, dtype=torch.float32, device=self.task.device)
             row = self.update()
-            if self.search:
-                means = [row[f"batch_{name}"] for name in self.config.constrained]
-                self.search.after(means, lambda: self.task.evaluate(self.policy)[0]["evaluation"])
             if self.step % self.config.eval_every == 0 or self.step == self.updates:
                 row = self.log(row)
                 self.save()
@@ -1181,7 +1169,7 @@ class ThresholdSearch:
 
     def __init__(self, config: Config, updates: int):
         self.updates, self.tolerance = updates, config.tolerance
-        self.start, self.found, self.recent, self.used, self.step = [], [], [], 0, 0
+        self.start, self.means, self.found, self.since = [], [], [], 0
 
     def begin(self, scores: list[float]) -> None:
         """Start with the initial policy's own scores, and with one of them half as large again."""
@@ -1190,18 +1178,19 @@ class ThresholdSearch:
 
     def thresholds(self) -> list[float]:
         """The thresholds to train for now."""
-        last = self.step >= self.updates - self.updates // 8 and self.found
+        last = len(self.means) >= self.updates - self.updates // 8 and self.found
         return max(self.found, key=lambda pair: pair[1])[0] if last else self.simplex.ask().tolist()
 
     def after(self, means: list[float], evaluate: Callable[[], float]) -> None:
         """Note an update's mean scores; once thresholds are reached or out of time, evaluate, ask for others."""
         theta, eighth = np.array(self.thresholds()), max(1, self.updates // 8)
-        self.step, self.used, self.recent = self.step + 1, self.used + 1, [*self.recent[-2:], means]
-        near = np.abs(np.mean(self.recent, 0) - theta) <= self.tolerance * theta
-        if self.step > self.updates - eighth or not (self.used >= eighth or (len(self.recent) == 3 and near.all())):
+        self.means.append(means)
+        step, recent = len(self.means), self.means[self.since :][-3:]
+        reached = len(recent) == 3 and (np.abs(np.mean(recent, 0) - theta) <= self.tolerance * theta).all()
+        if step > self.updates - eighth or not (reached or step - self.since >= eighth):
             return
         self.found.append((theta.tolist(), evaluate()))
-        self.recent, self.used, value = [], 0, self.found[-1][1]
+        self.since, value = step, self.found[-1][1]
         for _ in range(50):  # a simplex that has shrunk to within 5 % asks only for what is known
             self.simplex.tell(-value)
             point = self.simplex.ask()
@@ -1210,16 +1199,12 @@ class ThresholdSearch:
                 break
             value = known[-1]
 
-    def state(self) -> dict:
-        """All that `load` needs."""
-        return {k: v for k, v in vars(self).items() if k != "simplex"} | {"told": self.simplex.told}
-
-    def load(self, content: dict) -> None:
-        """Go through the same search again."""
-        self.begin(content["start"])
-        for value in content["told"]:
-            self.simplex.tell(value)
-        vars(self).update({k: v for k, v in content.items() if k != "told"})
+    def load(self, start: list[float], means: list[list[float]], found: list[tuple]) -> None:
+        """Go through a search again from its attributes of these names, all that it depends on."""
+        self.begin(start)
+        values = iter(found)
+        for each in means:
+            self.after(each, lambda: next(values)[1])
 
 
 # ----- The whole story ------------------------------------------------------------------------------------------------
@@ -1254,7 +1239,7 @@ def prepare(config: Config, device: torch.device, say: Callable = print) -> Task
     task.classifier.load_state_dict(content["classifier"])
     task.policy.requires_grad_(False)
     task.facts = {"parameters": sum(p.numel() for p in task.policy.parameters()), "pretrain_loss": content["loss"]}
-    task.facts |= {"classifier_accuracy": content["accuracy"]}
+    task.facts["classifier_accuracy"] = content["accuracy"]
     rows = f"{len(task.train):,} prompts to train on, {len(task.valid):,} held out"
     say(f"pi_0: {task.facts['parameters']:,} parameters on {device}, loss {content['loss']:.3f} · {rows}", flush=True)
     return task
@@ -1299,10 +1284,10 @@ def story(config: Config, say: Callable = print) -> dict:
     samples = [{"prompt": row.prompt} | {k: v[i] for k, v in texts.items()} for i, row in enumerate(task.valid[:4])]
     for sample in samples:
         say("\n".join(f"{k:>12}  {v}" for k, v in sample.items()) + "\n")
-    draw(runs, points, config, out / "runs.png")
+    draw(runs, config, out / "runs.png")
     result = task.facts | {"thresholds": thresholds, "proxy_points": points, "samples": samples}
-    tops = {run.name: max(row["evaluation"] for row in run.rows) for run in runs}
-    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": tops[run.name]} for run in runs}
+    best = {run.name: max(row["evaluation"] for row in run.rows) for run in runs}
+    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": best[run.name]} for run in runs}
     result["searched"] = runs[-1].search and runs[-1].search.found
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
     write_json(out / "result.json", result)
@@ -1320,28 +1305,24 @@ def final_table(runs: list[Run], config: Config) -> list[str]:
     return lines
 
 
-def draw(runs: list[Run], points: dict, config: Config, path: Path) -> None:
-    """Evaluation, rewards and multipliers by update, and the rewards' plane with the proxy points, as a PNG."""
+def draw(runs: list[Run], config: Config, path: Path) -> None:
+    """Evaluation, rewards and multipliers by update, as a PNG."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no picture: matplotlib is not installed; pip install matplotlib")
         return
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    pair, panels = (config.names * 2)[:2], [["evaluation"], config.names, [f"m_{name}" for name in config.constrained]]
-    for i, run in enumerate(runs):
-        for axis, keys in zip(axes[:3], panels, strict=True):
-            for key, style in zip(keys, itertools.cycle(("-", "--", ":", "-.")), strict=False):
-                if line := [(row["update"], row[key]) for row in run.rows if key in row]:
-                    axis.plot(*zip(*line, strict=True), style, color=f"C{i}", label=f"{run.name}: {key}")
-        axes[3].plot(*([row[name] for row in run.rows] for name in pair), ".-", lw=0.6, color=f"C{i}", label=run.name)
-    if len(config.constrained) == 2 and points:
-        axes[3].plot(*points["joint"], "k*", ms=14, label="joint proxy point")
-        axes[3].plot(*points["separate"], "kx", ms=9, label="separate proxy points")
-    for axis, title in zip(axes, ("evaluation", "rewards", "multipliers", "the rewards' plane"), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    panels = {"evaluation": ["evaluation"], "rewards": config.names}
+    panels["multipliers"] = [f"m_{name}" for name in config.constrained]
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        for (i, run), (j, key) in itertools.product(enumerate(runs), enumerate(keys)):
+            if line := [(row["update"], row[key]) for row in run.rows if key in row]:
+                style = {"color": f"C{i}", "linestyle": ("-", "--", ":", "-.")[j % 4], "label": f"{run.name}: {key}"}
+                axis.plot(*zip(*line, strict=True), **style)
         axis.set(title=title, xlabel="update")
-        axis.legend(fontsize=7) if axis.lines else None
-    axes[3].set(xlabel=pair[0], ylabel=pair[1])
+        if axis.lines:
+            axis.legend(fontsize=7)
     write_atomically(path, lambda name: figure.savefig(name, dpi=110, format="png"))
     plt.close(figure)
 
