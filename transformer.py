@@ -134,10 +134,11 @@ def flag(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-COUNTS, RATES = ("steps", "batch", "accumulate", "length", "eval_every"), ("lr", "min_lr", "weight_decay", "clip")
-BOUNDS = dict.fromkeys(COUNTS, (1, 1e12)) | dict.fromkeys(("eval_tokens", "tokens", "top_k"), (0, 1e12))
-BOUNDS |= dict.fromkeys(RATES, (0.0, math.inf))
-BOUNDS |= {"seed": (0, 2**62), "warmup": (0.0, 1.0), "beta2": (0.0, 0.99999)}
+LEAST = {
+    "steps": 1, "batch": 1, "accumulate": 1, "length": 1, "eval_every": 1, "lr": 0, "min_lr": 0, "weight_decay": 0,
+    "clip": 0, "warmup": 0, "beta2": 0, "eval_tokens": 0, "tokens": 0, "top_k": 0, "seed": 0,
+}  # fmt: skip
+MOST = {"warmup": 1, "beta2": 0.99999, "seed": 2**62}
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,10 @@ class Config:
     smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
 
     def __post_init__(self):
-        for name, (low, high) in BOUNDS.items():
-            value, words = getattr(self, name), f"--{name.replace('_', '-')} {getattr(self, name)}"
-            require(not value < low, f"{words}: must be at least {low}; raise it")
-            require(value <= high, f"{words}: must be a number from {low} to {high:g}; lower it")  # NaN is not
+        for name, least in LEAST.items():
+            value, most, words = getattr(self, name), MOST.get(name, math.inf), f"--{name.replace('_', '-')}"
+            require(not value < least, f"{words} {value}: must be at least {least}; raise it")
+            require(value <= most, f"{words} {value}: must be a number from {least} to {most}; lower it")  # NaN is not
 
 
 SMOKE = {
@@ -1522,9 +1523,8 @@ def load_checkpoint(config: Config, device: torch.device) -> tuple[Transformer, 
         beside, named = path / "tokenizer.json", config.tokenizer
         if named == Config.tokenizer and beside.is_file():
             named = str(beside)
-        return Transformer.from_pretrained(str(path)).to(device), None if named.startswith("bpe:") else load_tokenizer(
-            named, []
-        )
+        model = Transformer.from_pretrained(str(path)).to(device)
+        return model, None if named.startswith("bpe:") else load_tokenizer(named, [])
     content = load_run(path, device)
     model = Transformer(TransformerConfig(**content["model_config"])).to(device)
     model.load_state_dict(content["model"])
