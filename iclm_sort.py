@@ -783,25 +783,27 @@ def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, 
     """
     table, size = torch.from_numpy(x).to(device), CHUNK["ivf"]
     centres = cluster(table, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
-    most = min(len(centres), 48)
-    lists = torch.cat([(part @ centres.T).topk(most).indices.int() for part in table.split(2048)]).cpu().numpy()
-    own = lists[:, 0]
+    own = torch.cat([(part @ centres.T).argmax(1) for part in table.split(2048)]).cpu().numpy()
     members = np.argsort(own, kind="stable")  # by list, then by number
     begin = np.searchsorted(own[members], np.arange(len(centres) + 1))
     place = np.empty(len(x), np.int64)
     place[members] = np.arange(len(x)) - begin[own[members]]
     sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
     true = exact_neighbours(x, k, sample, recall, seed, device, lambda done: None)[1]
-    rank = own[true][:, :, None] == lists[sample][:, None, :]  # (sample, k, most)
-    share = rank.cumsum(2).mean((0, 1))  # of true neighbours in the first lists
-    probes = 1 + min(int((share < recall).sum()), most - 1)
+    scores = (table[sample] @ centres.T).cpu().numpy()
+    theirs = np.take_along_axis(scores, own[true], 1)[:, :, None]  # of the true neighbours' lists
+    rank = (scores[:, None] >= theirs).sum(2)  # of these lists among all, equals before: (sample, k)
+    probes = int(np.quantile(rank, recall, method="inverted_cdf"))
     table = table[torch.from_numpy(members).to(device)]
     similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         queries, best = torch.from_numpy(x[chunk]).to(device), Best(len(chunk), k)
+        lists = torch.cat([(part @ centres.T).topk(probes).indices for part in queries.split(2048)]).cpu().numpy()
+        lists = np.where(lists == own[chunk, None], lists[:, :1], lists)  # products of other sizes round otherwise:
+        lists[:, 0] = own[chunk]  # the own list stays the first one
         for first, last in ((0, 1), (1, min(4, probes)), (min(4, probes), probes)):
-            visits = lists[chunk, first:last].ravel()
+            visits = lists[:, first:last].ravel()
             order = np.argsort(visits, kind="stable")
             edges = np.searchsorted(visits[order], np.arange(len(centres) + 1))
             for number in np.flatnonzero(np.diff(edges)):

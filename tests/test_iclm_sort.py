@@ -136,6 +136,15 @@ def test_ivf_reaches_the_recall_asked_for():
     assert shares == sorted(shares) and shares[0] < 0.99
 
 
+def test_ivf_looks_into_as_many_lists_as_it_takes():
+    """Without clusters the neighbours lie in lists far apart, and in more of them than a fixed few."""
+    x = np.random.default_rng(3).standard_normal((8000, 24), dtype=np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    rows = np.arange(0, 8000, 40)
+    exact, found = (nearest_neighbours(x, 10, method, 0.95, rows=rows)[1] for method in ("exact", "ivf"))
+    assert (exact[:, :, None] == found[:, None, :]).any(2).mean() > 0.93
+
+
 def test_a_part_of_the_rows_is_the_same_part_of_the_whole(monkeypatch):
     """What processes share out: whole chunks of queries give bit for bit what one process gets."""
     monkeypatch.setattr(iclm_sort, "CHUNK", {"exact": 64, "ivf": 128})

@@ -22,7 +22,14 @@ THIRD_PARTY = {"torch", "numpy", "tiktoken"}  # what a script may import at its 
 # These two share data, recipe and jobs as text, because scripts never import one another: four forms of data, five of
 # tokenizer, three jobs, and then the model, are more than the 900 lines of a script. These may only be lowered.
 # iclm_sort.py holds what the paper's five stages need from text to contexts, a BERT encoder, and the experiment.
-LINE_LIMIT = {"mamba.py": 2650, "transformer.py": 1600, "constrained_ppo.py": 1346, "iclm_sort.py": 1743}
+# safe_rlhf.py holds a Llama with logits and with scores, a judged world, and from it SFT, score models, five methods.
+LINE_LIMIT = {
+    "mamba.py": 2650,
+    "transformer.py": 1600,
+    "constrained_ppo.py": 1346,
+    "iclm_sort.py": 1743,
+    "safe_rlhf.py": 1451,
+}
 MAY_DIFFER = {  # functions and classes with one name and another text in each script, and why
     "Config",  # flags of the script
     "build_parser",  # its jobs

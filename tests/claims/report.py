@@ -168,6 +168,44 @@ def what_it_remembers() -> str:
     return of_program("what_it_remembers")
 
 
+def iclm_orders() -> str:
+    orders, rows = read(BENCH / "iclm.json")["orders"]["orders"], []
+    for name, row in sorted(orders.items(), key=lambda item: item[1]["share_of_bound"]):
+        rows.append([name, f"{row['adjacent_cosine']:.3f}", f"{row['share_of_bound']:.1%}", number(row["segments"])])
+    head = ["order", "cosine of adjacent documents", "of the upper bound", "segments"]
+    return table(head, rows, [LEFT] + [RIGHT] * 3)
+
+
+def iclm_neighbours() -> str:
+    rows = []
+    for row in read(BENCH / "iclm.json")["neighbours"]:
+        ours, theirs = row["ours"], row["faiss"]
+        cells = [ours["seconds"], theirs["seconds"], row["faster_than_faiss_by"], row["than_its_search_alone"]]
+        recalls = [f"{ours['recall']:.3f}", f"{theirs['recall']:.3f}"]
+        rows.append([f"{row['n']:,} x {row['d']}", *map(number, cells), *recalls])
+    head = ["vectors", "ours, s", "faiss IVFFlat, s", "faster by", "than its search alone", "our recall@10", "faiss'"]
+    return table(head, rows, [LEFT] + [RIGHT] * 6)
+
+
+def iclm_graph() -> str:
+    rows = []
+    for row in read(BENCH / "iclm.json")["graph"]:
+        cells = [row["graph_seconds"], row["walk_seconds"], 1e6 * row["seconds"] / row["n"], row["peak_gb"]]
+        rows.append([f"{row['n']:,}", f"{row['arcs']:,}", *map(number, cells)])
+    head = ["documents", "arcs", "graph, s", "walk, s", "microseconds a document", "peak GB"]
+    return table(head, rows, [RIGHT] * 6)
+
+
+def iclm_goals() -> str:
+    return "\n".join(f"- {goal}" for goal in read(BENCH / "iclm.json")["goals"])
+
+
+def in_context_pretraining() -> str:
+    sys.path.insert(0, str(CLAIMS.parent))
+    program = importlib.import_module("in_context_pretraining")
+    return program.table(read(CLAIMS / "in_context_pretraining.json")["summary"])
+
+
 def renew(text: str) -> str:
     """The README with every table made anew. Raises KeyError for a name that no function has."""
 
