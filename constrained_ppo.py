@@ -81,6 +81,7 @@ from torch import Tensor, nn
 METHODS = ("ppo_no_kl", "ppo", "ppo_sat", "all_ppo", "mu_ppo", "xi_ppo")  # Table 1
 CONSTRAINED = ("all_ppo", "mu_ppo", "xi_ppo")  # those with multipliers
 REWARDS = ("meteor", "intent", "diversity")  # the built-in ones
+COLUMNS = ("run", "method", "update", "loss", "kl_coefficient", "evaluation", "kl", "tokens_a_reply", "distinct")
 
 
 def flag(default, text: str):
@@ -97,7 +98,7 @@ class Config:
     data: str = flag("", "JSON-lines file of prompt, response and label; empty: small talk by templates")
     policy: str = flag("", "folder of a GPT-2 in Hugging Face layout to start from; empty: a new small model")
     reward: str = flag("meteor,intent", "by commas: meteor, intent, diversity or NAME=MODULE:FUNCTION")
-    evaluation: str = flag("", "MODULE:FUNCTION, the true metric; empty: lexical match and variety, half each")
+    evaluation: str = flag("", "MODULE:FUNCTION, the true metric; empty: geometric mean of lexical match and variety")
     objective: str = flag("kl", "what mu_ppo and xi_ppo maximise: kl, for -KL as in the paper, or one of the rewards")
     weights: str = flag("", "a_i of each reward for ppo_no_kl, ppo, ppo_sat, by commas; empty: 1; paper: 0.5,1")
     d_model: int = flag(64, "width of a new policy; paper: GPT-2, 768")
@@ -149,6 +150,8 @@ class Config:
         require(fits, f"--objective {self.objective}: must be kl or one of several rewards {self.names}; correct it")
         numbers(self.thresholds, len(self.constrained), "--thresholds")
         numbers(self.weights, len(self.names), "--weights")
+        fits = not (self.thresholds and self.method == "nelder_mead")
+        require(fits, f"--thresholds {self.thresholds}: must be empty, nelder_mead looks for them itself; leave it out")
 
     @property
     def names(self) -> list[str]:
@@ -167,6 +170,8 @@ def reward_specs(text: str) -> list[tuple[str, str]]:
     fits = all(name.isidentifier() and (name in REWARDS or ":" in where) for name, where in specs)
     rule = f"must be {', '.join(REWARDS)} or NAME=MODULE:FUNCTION, each once"
     require(fits and len(dict(specs)) == len(specs), f"--reward {text!r}: {rule}; correct it")
+    taken = [name for name, _ in specs if name in COLUMNS]
+    require(not taken, f"--reward {text!r}: {taken} must be other names than the metrics' columns {COLUMNS}; rename")
     return specs
 
 

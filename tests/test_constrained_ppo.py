@@ -28,6 +28,7 @@ def doubles(*shape):
 
 def ragged_mask(B, T):
     lengths = torch.randint(1, T + 1, (B,))
+    lengths[0] = T  # one without padding
     return (torch.arange(T) < lengths[:, None]).double()
 
 
@@ -619,6 +620,8 @@ def test_xi_holds_a_reward_at_its_threshold(tmp_path, start):
         (["--thresholds", "0.3,nan"], ["--thresholds '0.3,nan'", "must be 2 numbers"]),
         (["--thresholds", "0.3,0.4,0.5"], ["--thresholds '0.3,0.4,0.5'", "must be 2 numbers"]),
         (["--reward", "meteor,meteor"], ["'meteor,meteor'", "each once"]),
+        (["--reward", "kl=math:sqrt"], ["['kl'] must be other names", "rename"]),
+        (["--method", "nelder_mead", "--thresholds", "0.3,0.4"], ["must be empty", "nelder_mead looks for"]),
         (["--reward", "x=math:pi"], ["x 'math:pi'", "must be a function, is float"]),
         (["--reward", "x=math:no_such"], ["x 'math:no_such'", "no_such", "must be MODULE:FUNCTION"]),
         (["--evaluation", "math"], ["--evaluation 'math'", "must be MODULE:FUNCTION"]),
