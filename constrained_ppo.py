@@ -282,22 +282,14 @@ ASKS = (  # two ways to put each kind of opening, and the odds of each act in a 
     ("what should we do with it ?", "we need a plan for it .", (10, 15, 50, 25)),
 )
 REPLIES = {  # four ways to put each act; {quality}, {relative}, {other} and {time} are free, the rest is the prompt's
-    "inform": (
-        "it is a {quality} {object} from the {place} .", "my {relative} had a {adjective} {object} too .",
-        "{person} found the {object} at the {other} .", "that {object} looks {quality} and {adjective} .",
-    ),
-    "question": (
-        "where did {person} get the {object} ?", "is the {adjective} {object} very {quality} ?",
-        "does your {relative} want a {object} ?", "how {quality} is the {place} {time} ?",
-    ),
-    "directive": (
-        "please give the {object} to my {relative} .", "bring the {object} to the {other} {time} .",
-        "ask {person} about the {adjective} {object} .", "do not leave it at the {other} .",
-    ),
-    "commissive": (
-        "i will take the {object} to {person} {time} .", "i can carry the {adjective} {object} {time} .",
-        "we will meet {person} at the {other} .", "let me clean the {object} for you {time} .",
-    ),
+    "inform": ("it is a {quality} {object} from the {place} .", "my {relative} had a {adjective} {object} too .",
+               "{person} found the {object} at the {other} .", "that {object} looks {quality} and {adjective} ."),
+    "question": ("where did {person} get the {object} ?", "is the {adjective} {object} very {quality} ?",
+                 "does your {relative} want a {object} ?", "how {quality} is the {place} {time} ?"),
+    "directive": ("please give the {object} to my {relative} .", "bring the {object} to the {other} {time} .",
+                  "ask {person} about the {adjective} {object} .", "do not leave it at the {other} ."),
+    "commissive": ("i will take the {object} to {person} {time} .", "i can carry the {adjective} {object} {time} .",
+                   "we will meet {person} at the {other} .", "let me clean the {object} for you {time} ."),
 }  # fmt: skip
 DULL = ("i see .", "ok .", "yes .", "i do not know .")
 
@@ -386,13 +378,9 @@ class BytePairs:
             ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}  # ids in order of merging
             pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
             self.encoding = tiktoken.Encoding(folder, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-            self.size = max(self.end, *ranks.values()) + 1
+            self.size, self.encode = max(self.end, *ranks.values()) + 1, self.encoding.encode_ordinary
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{paths[0]}: not a vocabulary of GPT-2's kind ({error!r:.60}); give GPT-2's") from None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without the space in front."""
@@ -925,9 +913,8 @@ class Task:
         value = call("--evaluation", self.metric, self.valid, texts)
         rule = "must be one finite number; correct the function"
         require(value.shape == () and np.isfinite(value), f"--evaluation: gave {str(value)[:60]}, {rule}")
-        kl, length = (total[0] / total[1]).item(), total[1].item() / len(texts)
-        result = {"evaluation": value.item(), "kl": kl, "tokens_a_reply": length}
-        result |= {"distinct": len(set(texts)) / len(texts)}
+        result = {"evaluation": value.item(), "kl": (total[0] / total[1]).item()}
+        result |= {"tokens_a_reply": total[1].item() / len(texts), "distinct": len(set(texts)) / len(texts)}
         return result | dict(zip(self.rewards, self.score(self.valid, texts).mean(0).tolist(), strict=True)), texts
 
     @torch.no_grad()
@@ -1024,8 +1011,8 @@ class Run:
         self.critic.load_state_dict(task.policy.state_dict(), strict=False)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.raw = (0.01 * torch.randn(N, generator=self.generator, device=device)).requires_grad_(True)
-        groups = [(self.policy, config.lr), (self.critic, config.critic_lr)]
-        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in groups]
+        rates = {self.policy: config.lr, self.critic: config.critic_lr}
+        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in rates.items()]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.multiplier_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
         self.kl_coefficient = 0.0 if method == "ppo_no_kl" else config.kl_coefficient
@@ -1152,8 +1139,7 @@ class Run:
             if self.step % self.config.eval_every == 0 or self.step == self.updates:
                 row = self.log(row)
                 self.save()
-                eighths = [step * 8 // self.updates for step in (self.step - self.config.eval_every, self.step)]
-                if eighths[0] < eighths[1] or self.step == self.updates:
+                if 8 * (self.step - self.config.eval_every) // self.updates < 8 * self.step // self.updates:
                     parts = {name: f"{row[name]:.3f}" for name in ("evaluation", *self.config.names, "kl")}
                     pace = (time.perf_counter() - began) / (self.step - first)
                     say(progress_line(self.step, self.updates, {"of": self.name} | parts, pace), flush=True)
