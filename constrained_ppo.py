@@ -150,8 +150,6 @@ class Config:
         require(fits, f"--objective {self.objective}: must be kl or one of several rewards {self.names}; correct it")
         numbers(self.thresholds, len(self.constrained), "--thresholds")
         numbers(self.weights, len(self.names), "--weights")
-        fits = not (self.thresholds and self.method == "nelder_mead")
-        require(fits, f"--thresholds {self.thresholds}: must be empty, nelder_mead looks for them itself; leave it out")
 
     @property
     def names(self) -> list[str]:
@@ -168,10 +166,9 @@ def reward_specs(text: str) -> list[tuple[str, str]]:
     """`meteor,x=module:function` -> [("meteor", ""), ("x", "module:function")]."""
     specs = [(part.partition("=")[0].strip(), part.partition("=")[2].strip()) for part in text.split(",")]
     fits = all(name.isidentifier() and (name in REWARDS or ":" in where) for name, where in specs)
-    rule = f"must be {', '.join(REWARDS)} or NAME=MODULE:FUNCTION, each once"
-    require(fits and len(dict(specs)) == len(specs), f"--reward {text!r}: {rule}; correct it")
-    taken = [name for name, _ in specs if name in COLUMNS]
-    require(not taken, f"--reward {text!r}: {taken} must be other names than the metrics' columns {COLUMNS}; rename")
+    fits = fits and len(dict(specs)) == len(specs) and not dict(specs).keys() & {*COLUMNS}
+    rule = f"must be {', '.join(REWARDS)} or NAME=MODULE:FUNCTION, each once, NAME none of {', '.join(COLUMNS)}"
+    require(fits, f"--reward {text!r}: {rule}; correct it")
     return specs
 
 
@@ -436,7 +433,8 @@ def overlap(references: list[list], responses: list[list], n: int = 3) -> float:
     """Sum over n-grams, ends included, of the smaller of their shares in the two corpora: 1 for the same variety."""
     edge, sides = [None] * (n - 1), (references, responses)
     a, b = (Counter(gram for words in side for gram in ngrams([*edge, *words, *edge], n)) for side in sides)
-    return sum(min(a[gram] / a.total(), b[gram] / b.total()) for gram in a.keys() & b.keys())
+    all_a, all_b = a.total(), b.total()
+    return math.fsum(min(a[gram] / all_a, b[gram] / all_b) for gram in a.keys() & b.keys())  # the same in any order
 
 
 def true_metric(prompts: list[str], responses: list[str], references: list[str], labels: list[str]) -> float:
