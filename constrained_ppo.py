@@ -42,7 +42,8 @@ Differences from the paper
 2. The metric is the geometric mean of lexical match and of n-gram overlap with the references. The paper's mean of two
    parts, scaled over the single-reward runs, needs these runs even for Nelder-Mead, and its second part praises babble.
 3. METEOR matches equal words only; intent's classifier is a bag of words.
-4. Ratios are of the truncated policies that wrote the replies; the critic starts from pi_0, its heads from 0.
+4. Ratios are of the top-k policies that wrote the replies, and the KL is to pi_0 among those same k tokens, since among
+   pi_0's own it may be infinite: which k they are costs nothing. The critic starts from pi_0, its heads from 0.
 5. Algorithm 3 leaves open when thresholds count as reached, here the mean of three updates within --tolerance, and how
    the run ends, here with an eighth of its updates at the best thresholds found.
 
@@ -52,7 +53,6 @@ Not included: more than one device, learned reward models other than intent's, R
 from __future__ import annotations
 
 import argparse
-import collections
 import copy
 import dataclasses
 import hashlib
@@ -64,6 +64,8 @@ import os
 import random
 import sys
 import time
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +81,7 @@ from torch import Tensor, nn
 METHODS = ("ppo_no_kl", "ppo", "ppo_sat", "all_ppo", "mu_ppo", "xi_ppo")  # Table 1
 CONSTRAINED = ("all_ppo", "mu_ppo", "xi_ppo")  # those with multipliers
 REWARDS = ("meteor", "intent", "diversity")  # the built-in ones
+COLUMNS = ("run", "method", "update", "loss", "kl_coefficient", "evaluation", "kl", "tokens_a_reply", "distinct")
 
 
 def flag(default, text: str):
@@ -95,7 +98,7 @@ class Config:
     data: str = flag("", "JSON-lines file of prompt, response and label; empty: small talk by templates")
     policy: str = flag("", "folder of a GPT-2 in Hugging Face layout to start from; empty: a new small model")
     reward: str = flag("meteor,intent", "by commas: meteor, intent, diversity or NAME=MODULE:FUNCTION")
-    evaluation: str = flag("", "MODULE:FUNCTION, the true metric; empty: lexical match and variety, half each")
+    evaluation: str = flag("", "MODULE:FUNCTION, the true metric; empty: geometric mean of lexical match and variety")
     objective: str = flag("kl", "what mu_ppo and xi_ppo maximise: kl, for -KL as in the paper, or one of the rewards")
     weights: str = flag("", "a_i of each reward for ppo_no_kl, ppo, ppo_sat, by commas; empty: 1; paper: 0.5,1")
     d_model: int = flag(64, "width of a new policy; paper: GPT-2, 768")
@@ -135,13 +138,13 @@ class Config:
         known = ("", *METHODS, "nelder_mead")
         require(self.method in known, f"--method {self.method!r}: must be one of {', '.join(known[1:])}; correct it")
         zero = ("seed", "top_k", "pretrain_steps", "kl_coefficient", "multiplier_lr", "critic_lr", "lr", "gamma", "lam")
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in zero else 1
+        for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                fits = value >= least if isinstance(value, int) else value > 0 or value == 0 == least
-                rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
-                flag = f"--{field.name.replace('_', '-')} {value}"
-                require(fits and math.isfinite(value), f"{flag}: {rule} and finite; correct it")
+                rule = "at least 0" if name in zero else "at least 1" if isinstance(value, int) else "above 0"
+                fits = math.isfinite(value) and (value > 0 or (value == 0 and name in zero))
+                require(fits, f"--{name.replace('_', '-')} {value}: must be {rule} and finite; correct it")
+        fits = max(self.gamma, self.lam) <= 1
+        require(fits, f"--gamma {self.gamma}, --lam {self.lam}: must be at most 1; lower them")
         require(self.minibatches <= self.batch, f"--minibatches {self.minibatches}: must be at most --batch; lower it")
         fits = self.objective == "kl" or (self.objective in self.names and len(self.names) > 1)
         require(fits, f"--objective {self.objective}: must be kl or one of several rewards {self.names}; correct it")
@@ -163,8 +166,9 @@ def reward_specs(text: str) -> list[tuple[str, str]]:
     """`meteor,x=module:function` -> [("meteor", ""), ("x", "module:function")]."""
     specs = [(part.partition("=")[0].strip(), part.partition("=")[2].strip()) for part in text.split(",")]
     fits = all(name.isidentifier() and (name in REWARDS or ":" in where) for name, where in specs)
-    rule = f"must be {', '.join(REWARDS)} or NAME=MODULE:FUNCTION, each once"
-    require(fits and len(dict(specs)) == len(specs), f"--reward {text!r}: {rule}; correct it")
+    fits = fits and len(dict(specs)) == len(specs) and not dict(specs).keys() & {*COLUMNS}
+    rule = f"must be {', '.join(REWARDS)} or NAME=MODULE:FUNCTION, each once, NAME none of {', '.join(COLUMNS)}"
+    require(fits, f"--reward {text!r}: {rule}; correct it")
     return specs
 
 
@@ -275,22 +279,14 @@ ASKS = (  # two ways to put each kind of opening, and the odds of each act in a 
     ("what should we do with it ?", "we need a plan for it .", (10, 15, 50, 25)),
 )
 REPLIES = {  # four ways to put each act; {quality}, {relative}, {other} and {time} are free, the rest is the prompt's
-    "inform": (
-        "it is a {quality} {object} from the {place} .", "my {relative} had a {adjective} {object} too .",
-        "{person} found the {object} at the {other} .", "that {object} looks {quality} and {adjective} .",
-    ),
-    "question": (
-        "where did {person} get the {object} ?", "is the {adjective} {object} very {quality} ?",
-        "does your {relative} want a {object} ?", "how {quality} is the {place} {time} ?",
-    ),
-    "directive": (
-        "please give the {object} to my {relative} .", "bring the {object} to the {other} {time} .",
-        "ask {person} about the {adjective} {object} .", "do not leave it at the {other} .",
-    ),
-    "commissive": (
-        "i will take the {object} to {person} {time} .", "i can carry the {adjective} {object} {time} .",
-        "we will meet {person} at the {other} .", "let me clean the {object} for you {time} .",
-    ),
+    "inform": ("it is a {quality} {object} from the {place} .", "my {relative} had a {adjective} {object} too .",
+               "{person} found the {object} at the {other} .", "that {object} looks {quality} and {adjective} ."),
+    "question": ("where did {person} get the {object} ?", "is the {adjective} {object} very {quality} ?",
+                 "does your {relative} want a {object} ?", "how {quality} is the {place} {time} ?"),
+    "directive": ("please give the {object} to my {relative} .", "bring the {object} to the {other} {time} .",
+                  "ask {person} about the {adjective} {object} .", "do not leave it at the {other} ."),
+    "commissive": ("i will take the {object} to {person} {time} .", "i can carry the {adjective} {object} {time} .",
+                   "we will meet {person} at the {other} .", "let me clean the {object} for you {time} ."),
 }  # fmt: skip
 DULL = ("i see .", "ok .", "yes .", "i do not know .")
 
@@ -326,8 +322,11 @@ def small_talk(sizes: tuple[int, ...] = (4000, 2000, 1000)) -> tuple[list[Row], 
 def read_rows(path: str) -> tuple[list[Row], ...]:
     """Rows of a JSON-lines file: the same to pre-train and to train on, every tenth held out."""
     require(Path(path).is_file(), f"--data {path}: no such file; give a JSON-lines file of prompt, response and label")
-    rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+    try:
+        text, rows = Path(path).read_text("utf-8-sig"), []
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: must be UTF-8 text, but {error}; convert it") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -376,13 +375,9 @@ class BytePairs:
             ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}  # ids in order of merging
             pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
             self.encoding = tiktoken.Encoding(folder, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-            self.size = max(self.end, *ranks.values()) + 1
+            self.size, self.encode = max(self.end, *ranks.values()) + 1, self.encoding.encode_ordinary
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{paths[0]}: not a vocabulary of GPT-2's kind ({error!r:.60}); give GPT-2's") from None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without the space in front."""
@@ -398,7 +393,7 @@ def meteor(reference: Sequence, response: Sequence) -> float:
     The harmonic mean of precision and recall, recall weighted 9 times, less up to half where matches are scattered.
     From the back, a word is matched to the last equal word still free, as in NLTK.
     """
-    places = collections.defaultdict(list)
+    places = defaultdict(list)
     for j, word in enumerate(reference):
         places[word].append(j)
     pairs = [(i, places[word].pop()) for i, word in reversed(list(enumerate(response))) if places.get(word)][::-1]
@@ -420,7 +415,7 @@ def bleu(references: list[list], responses: list[list]) -> float:
     logs = 0.0
     for n in range(1, 5):
         pairs = [(ngrams(a, n), ngrams(b, n)) for a, b in zip(references, responses, strict=True)]
-        hits = sum((collections.Counter(a) & collections.Counter(b)).total() for a, b in pairs)
+        hits = sum((Counter(a) & Counter(b)).total() for a, b in pairs)
         if not hits:
             return 0.0
         logs += math.log(hits / sum(len(b) for _, b in pairs)) / 4
@@ -430,18 +425,16 @@ def bleu(references: list[list], responses: list[list]) -> float:
 def rouge(reference: list, response: list, n: int = 2) -> float:
     """ROUGE-n F1 of a reply, 0 to 1 (Lin 2004)."""
     a, b = ngrams(reference, n), ngrams(response, n)
-    hits = (collections.Counter(a) & collections.Counter(b)).total()
+    hits = (Counter(a) & Counter(b)).total()
     return 2 * hits / (len(a) + len(b)) if hits else 0.0
 
 
 def overlap(references: list[list], responses: list[list], n: int = 3) -> float:
     """Sum over n-grams, ends included, of the smaller of their shares in the two corpora: 1 for the same variety."""
-    edge = [None] * (n - 1)
-    a, b = (
-        collections.Counter(gram for words in side for gram in ngrams([*edge, *words, *edge], n))
-        for side in (references, responses)
-    )
-    return sum(min(a[gram] / a.total(), b[gram] / b.total()) for gram in a.keys() & b.keys())
+    edge, sides = [None] * (n - 1), (references, responses)
+    a, b = (Counter(gram for words in side for gram in ngrams([*edge, *words, *edge], n)) for side in sides)
+    all_a, all_b = a.total(), b.total()
+    return math.fsum(min(a[gram] / all_a, b[gram] / all_b) for gram in a.keys() & b.keys())  # the same in any order
 
 
 def true_metric(prompts: list[str], responses: list[str], references: list[str], labels: list[str]) -> float:
@@ -463,7 +456,7 @@ def meteor_reward(prompts, responses, references, labels) -> list[float]:
 def diversity_reward(prompts, responses, references, labels) -> list[float]:
     """How rare a reply's bigrams are among the replies drawn with it, 0 to 1: the mean of 1 / occurrences."""
     grams = [ngrams(text.split(), 2) for text in responses]
-    counts = collections.Counter(itertools.chain(*grams))
+    counts = Counter(itertools.chain(*grams))
     return [sum(1 / counts[gram] for gram in own) / max(1, len(own)) for own in grams]
 
 
@@ -821,7 +814,10 @@ def read_policy(folder: str) -> GPT2:
     path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := Path(folder) / n).is_file()), None)
     fits = path is not None and (Path(folder) / "config.json").is_file()
     require(fits, f"--policy {folder}: must be a folder with config.json and model.safetensors or pytorch_model.bin")
-    fields = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    try:
+        fields = dict(json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--policy {folder}: config.json is no JSON object ({error}); give another") from None
     needed = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None}
     needed |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in needed.items() if fields.get(k, v) != v]
@@ -850,7 +846,7 @@ class Task:
         self.dirty, self.train, self.valid = read_rows(config.data) if config.data else small_talk()
         self.valid = self.valid[: config.eval_rows]
         every = dict.fromkeys([*self.dirty, *self.train, *self.valid])
-        texts = itertools.chain(*((row.prompt, row.response) for row in every))
+        texts = (f"{row.prompt} {row.response}" for row in every)
         self.tokenizer = BytePairs(config.policy) if config.policy else Words(texts)
         self.labels = sorted({row.label for row in every})
         torch.manual_seed(config.seed)
@@ -896,7 +892,7 @@ class Task:
         """Every reward of every reply, (B, all); raises UserError where one is not a finite number a reply."""
         columns = []
         for name, function in self.rewards.items():
-            values = torch.as_tensor(np.asarray(function(*columns_of(rows, texts)), np.float32))
+            values = torch.as_tensor(call(f"--reward {name}", function, rows, texts)).float()
             rule = f"must be ({len(rows)},), a number a reply; correct the function"
             require(values.shape == (len(rows),), f"--reward {name}: gave shape {tuple(values.shape)}, {rule}")
             bad = [(v, text) for v, text in zip(values.tolist(), texts, strict=True) if not math.isfinite(v)]
@@ -912,10 +908,11 @@ class Task:
             replies = write_replies(policy, prompts, self.tokenizer.end, self.config, generator)
             total += torch.stack([self.log_ratio(replies).sum(), replies.mask.sum()]).cpu()
             texts += self.texts(replies)
-        value = float(self.metric(*columns_of(self.valid, texts)))
-        require(math.isfinite(value), f"--evaluation: gave {value}, must be finite; correct the function")
-        kl, length = (total[0] / total[1]).item(), total[1].item() / len(texts)
-        result = {"evaluation": value, "kl": kl, "tokens_a_reply": length, "distinct": len(set(texts)) / len(texts)}
+        value = call("--evaluation", self.metric, self.valid, texts)
+        rule = "must be one finite number; correct the function"
+        require(value.shape == () and np.isfinite(value), f"--evaluation: gave {str(value)[:60]}, {rule}")
+        result = {"evaluation": value.item(), "kl": (total[0] / total[1]).item()}
+        result |= {"tokens_a_reply": total[1].item() / len(texts), "distinct": len(set(texts)) / len(texts)}
         return result | dict(zip(self.rewards, self.score(self.valid, texts).mean(0).tolist(), strict=True)), texts
 
     @torch.no_grad()
@@ -924,9 +921,15 @@ class Task:
         return (replies.logp - token_logp(self.policy.over(replies), replies, self.config.temperature)) * replies.mask
 
 
-def columns_of(rows: list[Row], texts: list[str]) -> tuple[list[str], ...]:
-    """The arguments of a reward and of an evaluation metric: prompts, responses, references, labels."""
-    return [row.prompt for row in rows], texts, [row.response for row in rows], [row.label for row in rows]
+def call(what: str, function: Callable, rows: list[Row], texts: list[str]) -> np.ndarray:
+    """function(prompts, responses, references, labels) of replies to rows; raises UserError with the failing line."""
+    prompts, references, labels = ([getattr(row, name) for row in rows] for name in ("prompt", "response", "label"))
+    try:
+        return np.asarray(function(prompts, texts, references, labels), float)
+    except Exception as error:  # any, the function may be the user's
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise UserError(f"{what}: failed at {place}: {error!r:.200}; correct the function, then --resume") from error
 
 
 def load_function(what: str, where: str) -> Callable:
@@ -934,11 +937,13 @@ def load_function(what: str, where: str) -> Callable:
     module, _, name = where.partition(":")
     sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{what} {where!r}: must be MODULE:FUNCTION, but {error}; correct it") from None
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module is the user's, and may do anything
+        raise UserError(f"{what} {where!r}: must be MODULE:FUNCTION, but {error!r:.200}; correct it") from None
     finally:
         sys.path.pop()
+    require(callable(function), f"{what} {where!r}: must be a function, is {type(function).__name__}; correct it")
+    return function
 
 
 def fit(module: nn.Module, steps: int, lr: float, loss_of: Callable[[], Tensor]) -> float:
@@ -949,9 +954,7 @@ def fit(module: nn.Module, steps: int, lr: float, loss_of: Callable[[], Tensor])
         loss = loss_of()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(
-                f"pre-training diverged at step {step + 1}, loss {losses[-1]}; lower --pretrain-lr"
-            )
+            raise FloatingPointError(f"loss {losses[-1]} at pre-training step {step + 1}; lower --pretrain-lr")
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps + 1), 1 - step / steps + 0.01)
         optimizer.zero_grad()
         loss.backward()
@@ -984,7 +987,7 @@ def train_classifier(task: Task, steps: int = 300) -> float:
         return F.cross_entropy(task.act_logits([task.ids[row][1][:-1] for row in chosen]), labels)
 
     fit(task.classifier, 2 if task.config.smoke else steps, 0.1, loss)
-    return sum(task.intent_reward(*columns_of(task.valid, [row.response for row in task.valid]))) / len(task.valid)
+    return call("intent", task.intent_reward, task.valid, [row.response for row in task.valid]).mean().item()
 
 
 # ----- PPO ------------------------------------------------------------------------------------------------------------
@@ -1006,8 +1009,8 @@ class Run:
         self.critic.load_state_dict(task.policy.state_dict(), strict=False)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.raw = (0.01 * torch.randn(N, generator=self.generator, device=device)).requires_grad_(True)
-        groups = [(self.policy, config.lr), (self.critic, config.critic_lr)]
-        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in groups]
+        rates = {self.policy: config.lr, self.critic: config.critic_lr}
+        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in rates.items()]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.multiplier_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
         self.kl_coefficient = 0.0 if method == "ppo_no_kl" else config.kl_coefficient
@@ -1030,6 +1033,8 @@ class Run:
         """Write replies, score them, and take the epochs' steps on them. Returns what to log."""
         config, task, method = self.config, self.task, self.method
         options = {"generator": self.generator, "device": task.device}
+        if self.search:
+            self.thresholds = torch.tensor(self.search.thresholds(), dtype=torch.float32, device=task.device)
         rows = [task.train[i] for i in torch.randint(len(task.train), (config.batch,), **options).tolist()]
         prompts = [task.ids[row][0] for row in rows]
         replies = write_replies(self.policy, prompts, task.tokenizer.end, config, self.generator)
@@ -1038,9 +1043,8 @@ class Run:
             values = self.critic.over(replies)
         scores = rewards[:, self.columns]
         heads = token_rewards(method, scores, *self.task_reward(rewards, kl), replies.mask).unbind(-1)
-        pairs = [
-            gae(r, v, replies.mask, config.gamma, config.lam) for r, v in zip(heads, values.unbind(-1), strict=True)
-        ]
+        each = zip(heads, values.unbind(-1), strict=True)
+        pairs = [gae(reward, value, replies.mask, config.gamma, config.lam) for reward, value in each]
         advantages, returns = (torch.stack(side, -1) for side in zip(*pairs, strict=True))  # (B, T, N + 1)
         losses = [
             self.learn(replies.part(index), advantages[index], returns[index], scores[index].mean(0))
@@ -1051,12 +1055,15 @@ class Run:
         mean_kl = masked_mean(kl, replies.mask).item()
         if method in ("ppo", "ppo_sat", "all_ppo"):
             self.kl_coefficient = adaptive_kl(self.kl_coefficient, mean_kl, config.kl_target)
-        row = {"update": self.step, "loss": sum(losses) / len(losses), "batch_kl": mean_kl}
-        row |= {"kl_coefficient": self.kl_coefficient}
-        row |= {f"batch_{name}": value for name, value in zip(config.names, rewards.mean(0).tolist(), strict=True)}
+        means = rewards.mean(0)
+        if self.search:
+            self.search.after(means[self.columns].tolist(), lambda: task.evaluate(self.policy)[0]["evaluation"])
+        row = {"update": self.step, "loss": sum(losses) / len(losses)}
+        row |= {"batch_kl": mean_kl, "kl_coefficient": self.kl_coefficient}
+        row |= {f"batch_{name}": value for name, value in zip(config.names, means.tolist(), strict=True)}
         if method in CONSTRAINED:
-            pairs = zip(multipliers(method, self.raw.detach()).tolist(), self.thresholds.tolist(), strict=True)
-            for name, (m, theta) in zip(config.constrained, pairs, strict=True):
+            both = multipliers(method, self.raw.detach()).tolist(), self.thresholds.tolist()
+            for name, m, theta in zip(config.constrained, *both, strict=True):
                 row |= {f"m_{name}": m, f"theta_{name}": theta}
         return row
 
@@ -1098,7 +1105,7 @@ class Run:
         content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.updates}
         content |= {name: getattr(self, name).state_dict() for name in STATEFUL} | {"raw": self.raw.detach()}
         content |= {name: getattr(self, name) for name in PLAIN} | {"generator": self.generator.get_state()}
-        content["search"] = self.search and self.search.state()
+        content["search"] = self.search and [self.search.start, self.search.means, self.search.found]
         write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self, content: dict) -> None:
@@ -1109,7 +1116,7 @@ class Run:
         self.raw.data.copy_(content["raw"])
         self.generator.set_state(content["generator"].cpu())
         if self.search:
-            self.search.load(content["search"])
+            self.search.load(*content["search"])
 
     def go(self, say: Callable = print) -> Run:
         """Update to the end, evaluating and saving on the way; a finished run is only loaded."""
@@ -1118,24 +1125,19 @@ class Run:
         content = load_stage(self.path, self.config, skipped, self.task.device)
         if content and (content["done"] or self.config.resume):
             self.load(content)
+        elif content:
+            say(f"{self.path}: begun again, its {content['step']} updates dropped; --resume would go on from there")
         if not self.rows:
             row = self.log({"update": 0})
             if self.search:
                 self.search.begin([row[name] for name in self.config.constrained])
         first, began = self.step, time.perf_counter()
         while self.step < self.updates:
-            if self.search:
-                theta = self.search.thresholds()
-                self.thresholds = torch.tensor(theta, dtype=torch.float32, device=self.task.device)
             row = self.update()
-            if self.search:
-                means = [row[f"batch_{name}"] for name in self.config.constrained]
-                self.search.after(means, lambda: self.task.evaluate(self.policy)[0]["evaluation"])
             if self.step % self.config.eval_every == 0 or self.step == self.updates:
                 row = self.log(row)
                 self.save()
-                eighths = [step * 8 // self.updates for step in (self.step - self.config.eval_every, self.step)]
-                if eighths[0] < eighths[1] or self.step == self.updates:
+                if 8 * (self.step - self.config.eval_every) // self.updates < 8 * self.step // self.updates:
                     parts = {name: f"{row[name]:.3f}" for name in ("evaluation", *self.config.names, "kl")}
                     pace = (time.perf_counter() - began) / (self.step - first)
                     say(progress_line(self.step, self.updates, {"of": self.name} | parts, pace), flush=True)
@@ -1156,7 +1158,7 @@ class ThresholdSearch:
 
     def __init__(self, config: Config, updates: int):
         self.updates, self.tolerance = updates, config.tolerance
-        self.start, self.found, self.recent, self.used, self.step = [], [], [], 0, 0
+        self.start, self.means, self.found, self.since = [], [], [], 0
 
     def begin(self, scores: list[float]) -> None:
         """Start with the initial policy's own scores, and with one of them half as large again."""
@@ -1165,18 +1167,19 @@ class ThresholdSearch:
 
     def thresholds(self) -> list[float]:
         """The thresholds to train for now."""
-        last = self.step >= self.updates - self.updates // 8 and self.found
+        last = len(self.means) >= self.updates - self.updates // 8 and self.found
         return max(self.found, key=lambda pair: pair[1])[0] if last else self.simplex.ask().tolist()
 
     def after(self, means: list[float], evaluate: Callable[[], float]) -> None:
         """Note an update's mean scores; once thresholds are reached or out of time, evaluate, ask for others."""
-        self.step, self.used, self.recent = self.step + 1, self.used + 1, [*self.recent[-2:], means]
         theta, eighth = np.array(self.thresholds()), max(1, self.updates // 8)
-        near = np.abs(np.mean(self.recent, 0) - theta) <= self.tolerance * theta
-        if self.step > self.updates - eighth or not (self.used >= eighth or (len(self.recent) == 3 and near.all())):
+        self.means.append(means)
+        step, recent = len(self.means), self.means[self.since :][-3:]
+        reached = len(recent) == 3 and (np.abs(np.mean(recent, 0) - theta) <= self.tolerance * theta).all()
+        if step > self.updates - eighth or not (reached or step - self.since >= eighth):
             return
         self.found.append((theta.tolist(), evaluate()))
-        self.recent, self.used, value = [], 0, self.found[-1][1]
+        self.since, value = step, self.found[-1][1]
         for _ in range(50):  # a simplex that has shrunk to within 5 % asks only for what is known
             self.simplex.tell(-value)
             point = self.simplex.ask()
@@ -1185,16 +1188,12 @@ class ThresholdSearch:
                 break
             value = known[-1]
 
-    def state(self) -> dict:
-        """All that `load` needs."""
-        return {k: v for k, v in vars(self).items() if k != "simplex"} | {"told": self.simplex.told}
-
-    def load(self, content: dict) -> None:
-        """Go through the same search again."""
-        self.begin(content["start"])
-        for value in content["told"]:
-            self.simplex.tell(value)
-        vars(self).update({k: v for k, v in content.items() if k != "told"})
+    def load(self, start: list[float], means: list[list[float]], found: list[tuple]) -> None:
+        """Go through a search again from its attributes of these names, all that it depends on."""
+        self.begin(start)
+        values = iter(found)
+        for each in means:
+            self.after(each, lambda: next(values)[1])
 
 
 # ----- The whole story ------------------------------------------------------------------------------------------------
@@ -1217,17 +1216,19 @@ def prepare(config: Config, device: torch.device, say: Callable = print) -> Task
     """Data, pi_0 and the act classifier: made and saved to OUT/start.pt, or loaded from it."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
     task, path = Task(config, device), Path(config.out) / "start.pt"
-    content = load_stage(path, config, FREE + OF_METHODS, device)
+    content, rows = load_stage(path, config, FREE + OF_METHODS, device), hashlib.sha256(repr([*task.ids]).encode())
     if content is None:
-        content = {"config": dataclasses.asdict(config), "loss": pretrain(task)}
+        content = {"config": dataclasses.asdict(config), "rows": rows.hexdigest(), "loss": pretrain(task)}
         content["accuracy"] = train_classifier(task) if "intent" in task.rewards else None
         content |= {"policy": task.policy.state_dict(), "classifier": task.classifier.state_dict()}
         write_atomically(path, lambda name: torch.save(content, name))
+    fits = content.get("rows") == rows.hexdigest()
+    require(fits, f"{path}: made from other rows than --data {config.data} holds now; undo that, or change --out")
     task.policy.load_state_dict(content["policy"])
     task.classifier.load_state_dict(content["classifier"])
     task.policy.requires_grad_(False)
     task.facts = {"parameters": sum(p.numel() for p in task.policy.parameters()), "pretrain_loss": content["loss"]}
-    task.facts |= {"classifier_accuracy": content["accuracy"]}
+    task.facts["classifier_accuracy"] = content["accuracy"]
     rows = f"{len(task.train):,} prompts to train on, {len(task.valid):,} held out"
     say(f"pi_0: {task.facts['parameters']:,} parameters on {device}, loss {content['loss']:.3f} · {rows}", flush=True)
     return task
@@ -1272,9 +1273,10 @@ def story(config: Config, say: Callable = print) -> dict:
     samples = [{"prompt": row.prompt} | {k: v[i] for k, v in texts.items()} for i, row in enumerate(task.valid[:4])]
     for sample in samples:
         say("\n".join(f"{k:>12}  {v}" for k, v in sample.items()) + "\n")
-    draw(runs, points, config, out / "runs.png")
+    draw(runs, config, out / "runs.png")
     result = task.facts | {"thresholds": thresholds, "proxy_points": points, "samples": samples}
-    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": best(run)} for run in runs}
+    best = {run.name: max(row["evaluation"] for row in run.rows) for run in runs}
+    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": best[run.name]} for run in runs}
     result["searched"] = runs[-1].search and runs[-1].search.found
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
     write_json(out / "result.json", result)
@@ -1282,44 +1284,33 @@ def story(config: Config, say: Callable = print) -> dict:
     return result
 
 
-def best(run: Run) -> float:
-    """The best evaluation of a run."""
-    return max(row["evaluation"] for row in run.rows)
-
-
 def final_table(runs: list[Run], config: Config) -> list[str]:
     """Lines of the final table: a run's best and last evaluation, and its last rewards, KL and variety."""
     columns = ("evaluation", *config.names, "kl", "distinct")
     lines = [" " * 14 + "".join(f"{name:>12}" for name in ("best", *columns))]
-    rows = [("pi_0", runs[0].rows[0]["evaluation"], runs[0].rows[0])]
-    for name, value, row in [*rows, *((run.name, best(run), run.rows[-1]) for run in runs)]:
-        lines.append(f"{name:14}" + "".join(f"{v:12.3f}" for v in (value, *(row[c] for c in columns))))
+    for name, rows in [("pi_0", runs[0].rows[:1]), *((run.name, run.rows) for run in runs)]:
+        values = max(row["evaluation"] for row in rows), *(rows[-1][column] for column in columns)
+        lines.append(f"{name:14}" + "".join(f"{value:12.3f}" for value in values))
     return lines
 
 
-def draw(runs: list[Run], points: dict, config: Config, path: Path) -> None:
-    """Evaluation, rewards and multipliers by update, and the rewards' plane with the proxy points, as a PNG."""
+def draw(runs: list[Run], config: Config, path: Path) -> None:
+    """Evaluation, rewards and multipliers by update, as a PNG."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no picture: matplotlib is not installed; pip install matplotlib")
         return
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    pair, styles = (config.names * 2)[:2], itertools.cycle(("-", "--", ":", "-."))
-    for i, run in enumerate(runs):
-        keys = [(0, "evaluation"), *((1, name) for name in config.names), *((3, f"m_{n}") for n in config.constrained)]
-        for (place, key), style in zip(keys, ("-", *itertools.islice(styles, len(keys) - 1)), strict=True):
-            if rows := [row for row in run.rows if key in row]:
-                line = ([row["update"] for row in rows], [row[key] for row in rows])
-                axes[place].plot(*line, style, color=f"C{i}", label=f"{run.name}: {key}" if place else run.name)
-        axes[2].plot(*([row[name] for row in run.rows] for name in pair), ".-", lw=0.6, color=f"C{i}", label=run.name)
-    if len(config.constrained) == 2 and points:
-        axes[2].plot(*points["joint"], "k*", ms=14, label="joint proxy point")
-        axes[2].plot(*points["separate"], "kx", ms=9, label="separate proxy points")
-    axes[2].set(xlabel=pair[0], ylabel=pair[1])
-    for axis, title in zip(axes, ("evaluation", "rewards", "the rewards' plane", "multipliers"), strict=True):
-        axis.set(title=title) if axis is axes[2] else axis.set(title=title, xlabel="update")
-        if axis.get_legend_handles_labels()[0]:
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    panels = {"evaluation": ["evaluation"], "rewards": config.names}
+    panels["multipliers"] = [f"m_{name}" for name in config.constrained]
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        for (i, run), (j, key) in itertools.product(enumerate(runs), enumerate(keys)):
+            if line := [(row["update"], row[key]) for row in run.rows if key in row]:
+                style = {"color": f"C{i}", "linestyle": ("-", "--", ":", "-.")[j % 4], "label": f"{run.name}: {key}"}
+                axis.plot(*zip(*line, strict=True), **style)
+        axis.set(title=title, xlabel="update")
+        if axis.lines:
             axis.legend(fontsize=7)
     write_atomically(path, lambda name: figure.savefig(name, dpi=110, format="png"))
     plt.close(figure)

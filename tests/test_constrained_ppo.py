@@ -28,6 +28,7 @@ def doubles(*shape):
 
 def ragged_mask(B, T):
     lengths = torch.randint(1, T + 1, (B,))
+    lengths[0] = T  # one without padding
     return (torch.arange(T) < lengths[:, None]).double()
 
 
@@ -231,6 +232,13 @@ def test_diversity_falls_with_repetition():
     assert score == pytest.approx([0.5, 0.5, 1.0, 0.0])
 
 
+def test_the_metric_is_the_same_bit_for_bit_in_every_process():
+    """Sets of words have another order in each, here under other names, and sums of rounded numbers depend on it."""
+    sides = [[row.response.split() for row in rows] for rows in c.small_talk((0, 300, 300))[1:]]
+    named = [[[[f"{word}{i}" for word in words] for words in side] for side in sides] for i in range(30)]
+    assert len({c.overlap(*pair) for pair in named}) == 1
+
+
 # ----- Proxy points and Nelder-Mead -----------------------------------------------------------------------------------
 
 
@@ -306,6 +314,18 @@ def test_threshold_search_moves_on_when_reached_or_out_of_time_and_ends_at_the_b
     assert asked[:3] == [[0.2, 0.4], pytest.approx([0.3, 0.4]), pytest.approx([0.2, 0.6])]
     assert len(search.found) >= 13 and max(values) > values[0]
     assert search.thresholds() == max(search.found, key=lambda pair: pair[1])[0]
+
+
+def test_an_evaluation_belongs_to_the_thresholds_that_were_trained_for():
+    """Never reached: each set has an eighth of the updates, the seventh as the others; then the best of them."""
+    search, trained, calls = c.ThresholdSearch(c.Config(), updates=80), [], []
+    search.begin([0.2, 0.4])
+    for step in range(80):
+        trained.append(search.thresholds())
+        search.after([9.0, 9.0], lambda step=step: calls.append(step) or -float(len(calls)))  # the first is the best
+    assert calls == [9, 19, 29, 39, 49, 59, 69]
+    assert search.found == [(trained[step], -float(i + 1)) for i, step in enumerate(calls)]
+    assert len({tuple(theta) for theta in trained[:70]}) == 7 and trained[70:] == [trained[0]] * 10
 
 
 # ----- The policy -----------------------------------------------------------------------------------------------------
@@ -463,6 +483,65 @@ def test_each_head_learns_its_own_return(tmp_path, start):
     close(values.mean(0), torch.tensor([1.0, -0.5, 0.0]), 0.1)
 
 
+@pytest.mark.parametrize("method", c.METHODS)
+def test_a_step_minimises_the_papers_loss(tmp_path, start, method):
+    """One minibatch whose replies another policy wrote, so that ratios are clipped; the critic still says 0."""
+    task = new_task(tmp_path, start, lr=0.0, critic_lr=0.0, clip=0.1)
+    run = c.Run(task, "x", method, 1, [0.1, 0.2])
+    prompts = [task.ids[row][0] for row in task.train[:7]]
+    replies = c.write_replies(run.policy, prompts, task.tokenizer.end, task.config, run.generator)
+    (B, T), counts = replies.tokens.shape, replies.mask.bool()
+    old, advantages, returns = replies.logp + 0.3 * torch.randn(B, T), torch.randn(B, T, 3), torch.randn(B, T, 3)
+    run.raw.data = torch.tensor([0.4, -0.3])
+    each = [(a - a[counts].mean()) / a[counts].std(correction=0) for a in advantages.unbind(-1)]
+    m = [math.tanh(x) if method == "xi_ppo" else 1 / (1 + math.exp(-x)) for x in (0.4, -0.3)]
+    held = m[0] * each[0] + m[1] * each[1]
+    mixed = {"xi_ppo": (2 - sum(m)) * each[2] + held, "mu_ppo": (2 - sum(m)) * each[2] + held}
+    mixed |= {"all_ppo": (2 - sum(m)) * (each[0] + each[1]) - held}
+    advantage, ratio = mixed.get(method, each[2])[counts], (replies.logp - old)[counts].exp()
+    truth = -torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage).mean()
+    truth += sum(w * (returns[..., i][counts] ** 2).mean() for i, w in enumerate((0.5, 0.5, 0.2)))
+    before, far = run.raw.detach().clone(), torch.tensor([100.0, 100.0])
+    loss = run.learn(dataclasses.replace(replies, logp=old), advantages, returns, far)
+    assert loss == pytest.approx(truth.item(), rel=1e-4)
+    step = (run.raw.detach() - before).norm().item()  # the gradient's norm is cut to 0.5
+    assert step == pytest.approx(0.5 * task.config.multiplier_lr if method in c.CONSTRAINED else 0)
+
+
+def test_an_update_goes_through_its_minibatches_by_their_own_means(tmp_path, start, monkeypatch):
+    task = new_task(tmp_path, start, batch=12, epochs=3, minibatches=2, gamma=0.9, lam=0.8)
+    task.rewards["meteor"] = lambda prompts, responses, references, labels: [float(i) for i in range(len(prompts))]
+    discounts, means, gae, loss = [], [], c.gae, c.multiplier_loss
+    monkeypatch.setattr(c, "gae", lambda *args: discounts.append(args[3:]) or gae(*args))
+    monkeypatch.setattr(c, "multiplier_loss", lambda *args: means.append(args[2][0].item()) or loss(*args))
+    row = c.Run(task, "x", "mu_ppo", 1, [0.1, 0.2]).update()
+    assert discounts == [(0.9, 0.8)] * 3 and len(means) == 6 and row["batch_meteor"] == 5.5
+    for pair in zip(means[::2], means[1::2], strict=True):
+        assert sum(pair) / 2 == pytest.approx(5.5)  # an epoch sees every reply once
+    assert len({round(mean, 3) for mean in means}) > 2
+
+
+def test_only_three_methods_adapt_their_kl_coefficient(tmp_path, start):
+    task = new_task(tmp_path, start)
+    after = {method: c.Run(task, "x", method, 1, [0.1, 0.2]).update()["kl_coefficient"] for method in c.METHODS}
+    adapted = 0.2 * (1 - 0.1 * 0.2)  # the replies are pi_0's own, so the KL is 0
+    truth = {"ppo_no_kl": 0.0, "mu_ppo": 0.2, "xi_ppo": 0.2} | dict.fromkeys(("ppo", "ppo_sat", "all_ppo"), adapted)
+    assert after == pytest.approx(truth)
+
+
+def test_the_kl_is_the_policys_log_probability_less_pi_0s(tmp_path, start):
+    task = new_task(tmp_path, start, top_k=0, temperature=0.7)
+    run = c.Run(task, "x", "ppo", 1)
+    for parameter in run.policy.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    prompts = [task.ids[row][0] for row in task.train[:30]]
+    replies = c.write_replies(run.policy, prompts, task.tokenizer.end, task.config, run.generator)
+    logs = [(policy.over(replies) / 0.7).log_softmax(-1) for policy in (run.policy, task.policy)]
+    ours, reference = (x.gather(-1, replies.tokens[..., None])[..., 0] for x in logs)
+    close(task.log_ratio(replies), (ours - reference) * replies.mask, 1e-4)
+    assert c.masked_mean(task.log_ratio(replies), replies.mask) > 0.1
+
+
 def test_the_tasks_reward_by_method(tmp_path, start):
     rewards, kl = torch.rand(3, 2), torch.rand(3, 5)
     task = new_task(tmp_path, start, weights="2,3")
@@ -543,6 +622,17 @@ def test_xi_holds_a_reward_at_its_threshold(tmp_path, start):
         (["--lr", "-1"], ["--lr -1.0", "must be at least 0"]),
         (["--updates", "0"], ["--updates 0", "must be at least 1"]),
         (["--temperature", "0"], ["--temperature 0.0", "must be above 0"]),
+        (["--lr", "nan"], ["--lr nan", "finite"]),
+        (["--gamma", "1.5"], ["--gamma 1.5", "must be at most 1"]),
+        (["--thresholds", "0.3,nan"], ["--thresholds '0.3,nan'", "must be 2 numbers"]),
+        (["--thresholds", "0.3,0.4,0.5"], ["--thresholds '0.3,0.4,0.5'", "must be 2 numbers"]),
+        (["--reward", "meteor,meteor"], ["'meteor,meteor'", "each once"]),
+        (["--reward", "kl=math:sqrt"], ["'kl=math:sqrt'", "NAME none of run", "kl,"]),
+        (["--reward", "x=math:pi"], ["x 'math:pi'", "must be a function, is float"]),
+        (["--reward", "x=math:no_such"], ["x 'math:no_such'", "no_such", "must be MODULE:FUNCTION"]),
+        (["--evaluation", "math"], ["--evaluation 'math'", "must be MODULE:FUNCTION"]),
+        (["--data", "."], ["--data .", "no such file"]),
+        (["--d-model", "65"], ["width 65", "multiple of the heads"]),
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--policy", "nowhere"], ["nowhere", "vocab.json"]),
         (["--minibatches", "65"], ["--minibatches 65", "at most --batch"]),
@@ -583,11 +673,97 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, capsys, row, words):
 
 
 @pytest.mark.parametrize(
+    "content,words",
+    [
+        (b"", ["0 rows, must be at least 20"]),
+        (b"\xff\xfe\x00", ["must be UTF-8 text", "convert it"]),
+    ],
+)
+def test_a_file_without_rows_is_named(tmp_path, capsys, content, words):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert c.main(["--smoke", "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in ["rows.jsonl", *words]) and len(error.splitlines()) == 1, error
+
+
+def test_other_rows_under_the_same_name_are_refused(tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = ["--smoke", "--method", "ppo", "--data", path, "--out", str(tmp_path / "out")]
+    assert c.main(flags) == 0
+    write_rows(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "new words", "response": "here", "label": "a"}])
+    capsys.readouterr()
+    assert c.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "start.pt: made from other rows than --data" in error and "change --out" in error, error
+
+
+def test_an_unwritable_folder_and_a_foreign_file_are_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert c.main(["--smoke", "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "file/below" in capsys.readouterr().err
+    assert c.main(["--smoke", "--out", str(tmp_path / "file")]) == 2
+    assert "must be a folder" in capsys.readouterr().err
+    (tmp_path / "start.pt").write_text("x")
+    assert c.main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert "start.pt: not a file of tensors" in capsys.readouterr().err
+
+
+def test_unicode_is_read_trained_on_and_written(tmp_path):
+    path = write_rows(tmp_path / "zeilen ü.jsonl", [])
+    rows = [row | {"prompt": f"grüß {row['prompt']}", "response": "日本 🙂 é"} for row in ROWS]
+    Path(path).write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    assert c.main(["--smoke", "--method", "ppo", "--data", path, "--out", str(tmp_path / "aus ü")]) == 0
+    result = json.loads((tmp_path / "aus ü" / "result.json").read_text("utf-8"))
+    assert result["samples"][0]["reference"] == "日本 🙂 é"
+
+
+def test_a_reward_that_fails_midway_loses_nothing(tmp_path, capsys, monkeypatch):
+    """Its name and line are said; mended, --resume ends where an undisturbed run does."""
+    body = "def f(prompts, responses, references, labels):\n    return [float(len(t)) for t in responses]\n"
+    late = "calls = []\n" + body.replace("    return", "    calls.append(1)\n    1 / (len(calls) < 5)\n    return")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    flags = ["--smoke", "--reward", "mine=late_rewards:f", "--method", "ppo", "--out"]
+    for folder, text, status in ("half", late, 2), ("half", body, 0), ("whole", body, 0):
+        (tmp_path / "late_rewards.py").write_text(text)
+        sys.modules.pop("late_rewards", None)
+        assert c.main([*flags, folder, "--resume"]) == status
+        error = capsys.readouterr().err
+        if status:
+            assert all(w in error for w in ["--reward mine", "late_rewards.py, line 4", "ZeroDivision", "--resume"])
+            assert torch.load("half/ppo.pt", weights_only=True)["step"] == 1
+    assert (tmp_path / "half" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "body,words",
+    [
+        ("    return 'high'", ["--evaluation: failed at", "correct the function"]),
+        ("    return [0.5, 0.5]", ["--evaluation: gave [0.5 0.5]", "must be one finite number"]),
+        ("    return float('nan')", ["--evaluation: gave nan", "must be one finite number"]),
+        ("    return no_such_name", ["--evaluation: failed at bad_metric.py, line 2", "no_such_name"]),
+        ("  return", ["--evaluation: gave nan", "must be one"]),
+        ("return", ["--evaluation 'bad_metric:f'", "IndentationError", "must be MODULE:FUNCTION"]),
+    ],
+)
+def test_a_bad_evaluation_is_named(tmp_path, capsys, monkeypatch, body, words):
+    (tmp_path / "bad_metric.py").write_text(f"def f(prompts, responses, references, labels):\n{body}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "bad_metric", raising=False)
+    assert c.main(["--smoke", "--evaluation", "bad_metric:f", "--method", "ppo", "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words) and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(
     "body,words",
     [
         ("[float('nan')] * len(prompts)", ["--reward mine", "nan", "must be finite"]),
         ("[1.0]", ["--reward mine", "gave shape (1,)", "must be ("]),
         ("[[1.0, 2.0]] * len(prompts)", ["--reward mine", "gave shape"]),
+        ("None", ["--reward mine", "gave shape ()", "must be ("]),
+        ("['good'] * len(prompts)", ["--reward mine: failed at", "'good'", "correct the function"]),
     ],
 )
 def test_a_bad_reward_is_named(tmp_path, capsys, monkeypatch, body, words):
@@ -647,6 +823,15 @@ def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path):
     texts = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("whole", "half")]
     whole, half = ([json.loads(line) for line in lines] for lines in texts)
     assert [row["update"] for row in half] == [0, 1, 2, 3] and half == whole
+
+
+def test_an_unfinished_run_begun_again_is_said(tmp_path, start):
+    task, said = new_task(tmp_path, start), []
+    run = c.Run(task, "x", "ppo", 2)
+    run.log(run.update())
+    run.save()
+    c.Run(task, "x", "ppo", 2).go(lambda line, **_: said.append(line))
+    assert "x.pt: begun again, its 1 updates dropped; --resume would go on" in said[0] and len(said) > 1
 
 
 def test_a_run_that_diverges_says_so(tmp_path, start):

@@ -242,3 +242,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, changes, words)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="x is extra"):
         c.read_policy(str(tmp_path))
+    for text in "", "[1, 2]":
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(c.UserError, match=r"--policy .*config.json is no JSON object"):
+            c.read_policy(str(tmp_path))
