@@ -27,7 +27,7 @@ THIRD_PARTY = {"torch", "numpy", "tiktoken"}  # what a script may import at its 
 LINE_LIMIT = {
     "mamba.py": 2646,
     "transformer.py": 1600,
-    "constrained_ppo.py": 1346,
+    "constrained_ppo.py": 1339,
     "iclm_sort.py": 1724,
     "safe_rlhf.py": 1451,
     "recaption.py": 1657,
