@@ -248,7 +248,9 @@ def test_the_readme_has_the_tables_of_the_result_files(name: str) -> None:
         pytest.skip("not run over seeds yet, as the README says")
     result = json.loads(path.read_text("utf-8"))
     assert program(name).table(result) in (HERE.parent / "README.md").read_text("utf-8")
-    assert result["seeds"] == [1, 2, 3] and result["command"] == f"python tests/claims/{name}.py"
+    fresh = " --seeds 4 5 6" if result["seeds"] == [4, 5, 6] else ""  # where 1 to 3 had been looked at before
+    assert len(result["seeds"]) == 3 and result["command"] == f"python tests/claims/{name}.py{fresh}"
+    assert result["command"] in (HERE.parent / "README.md").read_text("utf-8")
 
 
 @each_program
