@@ -925,7 +925,7 @@ def call(what: str, function: Callable, rows: list[Row], texts: list[str]) -> np
     """function(prompts, responses, references, labels) of replies to rows; raises UserError with the failing line."""
     prompts, references, labels = ([getattr(row, name) for row in rows] for name in ("prompt", "response", "label"))
     try:
-        return np.asarray(function(prompts, texts, references, labels), float)
+        return np.asarray(function(prompts, [*texts], references, labels), float)  # lists of its own to change
     except Exception as error:  # any, the function may be the user's
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}, line {at.lineno}"

@@ -775,6 +775,18 @@ def test_a_bad_reward_is_named(tmp_path, capsys, monkeypatch, body, words):
     assert all(word in error for word in words), error
 
 
+def test_a_reward_that_changes_its_lists_harms_nobody(tmp_path, start):
+    def sorting(*lists):
+        for texts in lists:
+            texts.sort()
+        return [0.0, 0.0]
+
+    task = new_task(tmp_path, start, reward="mine=math:sqrt,meteor")
+    task.rewards["mine"] = sorting
+    rows = [dataclasses.replace(row, response=text) for row, text in zip(task.train, ["c", "a b"], strict=False)]
+    assert task.score(rows, ["c", "a b"]).tolist() == [[0.0, 0.5], [0.0, pytest.approx(1 - 0.5 / 8)]]
+
+
 def test_own_data_rewards_and_evaluation(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_functions.py").write_text(
         "def short(prompts, responses, references, labels):\n    return [1 / (1 + len(t.split())) for t in responses]\n"
