@@ -213,7 +213,7 @@ def test_scores_of_the_same_and_of_nothing():
     texts = [t.split() for t in ("a b c d e", "f g h i j", "a b c d f")]
     assert c.bleu(texts, texts) == pytest.approx(1) and c.overlap(texts, texts) == pytest.approx(1)
     assert c.rouge(texts[0], texts[0]) == 1 and c.rouge([], ["a"]) == 0 and c.bleu(texts, [["a"]] * 3) == 0
-    assert c.overlap(texts, [["z"]] * 3) == 0
+    assert c.overlap(texts, [["z"]] * 3) == 0 and c.overlap(texts * 2, texts) == pytest.approx(1)  # shares, not counts
 
 
 def test_the_metric_prefers_variety_to_its_commonest_reply_and_to_babble():
@@ -326,6 +326,30 @@ def test_an_evaluation_belongs_to_the_thresholds_that_were_trained_for():
     assert calls == [9, 19, 29, 39, 49, 59, 69]
     assert search.found == [(trained[step], -float(i + 1)) for i, step in enumerate(calls)]
     assert len({tuple(theta) for theta in trained[:70]}) == 7 and trained[70:] == [trained[0]] * 10
+
+
+def test_thresholds_are_reached_when_three_updates_of_their_own_come_near_every_one():
+    def updates(means, tolerance=0.1):
+        search, found = c.ThresholdSearch(c.Config(tolerance=tolerance), updates=80), []
+        search.begin([0.2, 0.4])
+        for each in means:
+            search.after(each, lambda: 0.0)
+            found.append(len(search.found))
+        return found
+
+    assert updates([[5.0, 5.0]] * 7, tolerance=99.0) == [0, 0, 1, 1, 1, 2, 2]
+    assert updates([[0.2, 0.43]] * 3)[-1] == 1  # 0.03 from 0.4 is near it
+    assert updates([[0.2, 0.45]] * 3 + [[0.23, 0.4]] * 3)[-1] == 0  # 0.05 from it, and 0.03 from 0.2, are not
+    assert updates([[0.1, 0.4], [0.3, 0.4], [0.2, 0.4]])[-1] == 1  # the mean of the three
+
+
+def test_what_is_known_within_5_percent_is_not_evaluated_again():
+    search = c.ThresholdSearch(c.Config(tolerance=99.0), updates=80)
+    search.begin([0.2])
+    search.found = [([0.286], 0.7), ([0.42], 0.5)]
+    for _ in range(3):
+        search.after([0.2], lambda: 0.1)
+    assert search.found[2:] == [([0.2], 0.1)] and search.simplex.told == [-0.1, -0.7, -0.5]  # 0.2, 0.3, reflected 0.4
 
 
 # ----- The policy -----------------------------------------------------------------------------------------------------
@@ -540,6 +564,10 @@ def test_the_kl_is_the_policys_log_probability_less_pi_0s(tmp_path, start):
     ours, reference = (x.gather(-1, replies.tokens[..., None])[..., 0] for x in logs)
     close(task.log_ratio(replies), (ours - reference) * replies.mask, 1e-4)
     assert c.masked_mean(task.log_ratio(replies), replies.mask) > 0.1
+    prompts, fixed = [task.ids[row][0] for row in task.valid], torch.Generator().manual_seed(17)
+    replies = c.write_replies(run.policy, prompts, task.tokenizer.end, task.config, fixed)
+    a_token = (task.log_ratio(replies) * replies.mask).sum() / replies.mask.sum()
+    assert task.evaluate(run.policy)[0]["kl"] == pytest.approx(a_token.item())
 
 
 def test_the_tasks_reward_by_method(tmp_path, start):
@@ -578,6 +606,20 @@ def test_three_rewards_and_one_as_the_objective(tmp_path):
         config, reward="intent", objective="kl", thresholds="", method="", out=str(tmp_path / "c")
     )
     assert set(c.story(one, quiet)["runs"]) == {"only_intent", "ppo", "xi_ppo"}
+
+
+def test_nelder_mead_trains_for_what_its_search_asks_for_and_tells_it_what_came_of_it(tmp_path, start):
+    """An eighth of the updates is two, fewer than the three it takes to reach anything."""
+    task = new_task(tmp_path, start, eval_every=1)
+    task.metric = lambda prompts, responses, references, labels: sum(map(len, responses)) / 1000
+    run = c.Run(task, "x", "nelder_mead", 16).go(quiet)
+    trained = [[row["theta_meteor"], row["theta_intent"]] for row in run.rows[1:]]
+    assert trained[0] == pytest.approx([max(run.rows[0][name], 0.02) for name in ("meteor", "intent")])
+    for i, (theta, value) in enumerate(run.search.found):
+        assert trained[2 * i] == trained[2 * i + 1] == pytest.approx(theta)
+        assert run.rows[2 * i + 2]["evaluation"] == value
+    best = max(run.search.found, key=lambda pair: pair[1])[0]
+    assert len(run.search.found) == 7 and trained[14] == trained[15] == pytest.approx(best)
 
 
 def test_ppo_learns_a_reward(tmp_path, start):
@@ -775,8 +817,11 @@ def test_a_bad_reward_is_named(tmp_path, capsys, monkeypatch, body, words):
     assert all(word in error for word in words), error
 
 
-def test_a_reward_that_changes_its_lists_harms_nobody(tmp_path, start):
+def test_a_reward_is_given_its_lists_in_order_and_may_change_them(tmp_path, start):
+    given = []
+
     def sorting(*lists):
+        given.extend([*texts] for texts in lists)
         for texts in lists:
             texts.sort()
         return [0.0, 0.0]
@@ -785,6 +830,8 @@ def test_a_reward_that_changes_its_lists_harms_nobody(tmp_path, start):
     task.rewards["mine"] = sorting
     rows = [dataclasses.replace(row, response=text) for row, text in zip(task.train, ["c", "a b"], strict=False)]
     assert task.score(rows, ["c", "a b"]).tolist() == [[0.0, 0.5], [0.0, pytest.approx(1 - 0.5 / 8)]]
+    task.score(rows, ["x", "y"])
+    assert given[4:] == [[row.prompt for row in rows], ["x", "y"], ["c", "a b"], [row.label for row in rows]]
 
 
 def test_own_data_rewards_and_evaluation(tmp_path, monkeypatch, capsys):
