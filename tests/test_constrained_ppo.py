@@ -339,7 +339,7 @@ def test_thresholds_are_reached_when_three_updates_of_their_own_come_near_every_
 
     assert updates([[5.0, 5.0]] * 7, tolerance=99.0) == [0, 0, 1, 1, 1, 2, 2]
     assert updates([[0.2, 0.43]] * 3)[-1] == 1  # 0.03 from 0.4 is near it
-    assert updates([[0.2, 0.45]] * 3 + [[0.23, 0.4]] * 3)[-1] == 0  # 0.05 from it, and 0.03 from 0.2, are not
+    assert updates([[0.2, 0.45]] * 3)[-1] == updates([[0.23, 0.4]] * 3)[-1] == 0  # 0.05, and 0.03 from 0.2, are not
     assert updates([[0.1, 0.4], [0.3, 0.4], [0.2, 0.4]])[-1] == 1  # the mean of the three
 
 
