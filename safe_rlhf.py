@@ -81,6 +81,7 @@ from torch import Tensor, nn
 
 METHODS = ("sft", "ppo", "ppo_lag", "shaping", "gate")
 COSTS = ("harm", "length")  # the built-in ones
+COST_TERMS = ("both", "pairs", "signs")
 
 
 def flag(default, text: str):
@@ -111,7 +112,7 @@ class Config:
     score_steps: int = flag(800, "steps of each score model; paper: 2 epochs")
     score_lr: float = flag(3e-3, "their peak learning rate; paper: 2e-5")
     regularisation: float = flag(0.001, "of the scores' squares")
-    sign_terms: bool = flag(True, "the cost loss has its sign terms, which give the cost its zero")
+    cost_terms: str = flag("both", "what the cost loss has: both, pairs (its zero is anywhere), signs (a classifier)")
     batch: int = flag(128, "answers an update; a supervised step has half as many rows, or pairs")
     updates: int = flag(80, "PPO updates of a method in a round")
     epochs: int = flag(2, "passes over an update's answers, a step each; paper: 1")
@@ -147,22 +148,17 @@ class Config:
                 name = f"--{field.name.replace('_', '-')} {value}"
                 require(fits and math.isfinite(value), f"{name}: {rule} and finite; correct it")
         names, more, own, count = self.cost_names, self.rounds > 1, bool(self.preferences), len(parts(self.cost_model))
-        several = f"--rounds {self.rounds}: must be 1"
+        several, one_of = f"--rounds {self.rounds}: must be 1", "--{} {!r}: must be one of {}; correct it".format
         for fits, message in (
-            (
-                self.method in ("", *METHODS),
-                f"--method {self.method!r}: must be one of {', '.join(METHODS)}; correct it",
-            ),
+            (self.method in ("", *METHODS), one_of("method", self.method, ", ".join(METHODS))),
+            (self.cost_terms in COST_TERMS, one_of("cost-terms", self.cost_terms, ", ".join(COST_TERMS))),
             (
                 self.safe_demonstrations <= 1,
                 f"--safe-demonstrations {self.safe_demonstrations}: must be at most 1; lower it",
             ),
             (own or self.pairs >= 40, f"--pairs {self.pairs}: must be at least 40; raise it"),
             (own or {*names} <= {*COSTS}, f"--costs {self.costs}: must be of {', '.join(COSTS)}; correct it"),
-            (
-                names and len({*names}) == len(names),
-                f"costs {names}: must be one or more, each once; rename or correct one",
-            ),
+            (names and len({*names}) == len(names), f"costs {names}: must be some, each once; rename or correct one"),
             (not (more and own), f"{several} with --preferences, for nobody labels new answers; drop either"),
             (not more or self.method in ("", "ppo_lag"), f"{several} with --method {self.method}; drop either"),
             (not more or "harm" in names, f"{several} without a cost of harm to search for; drop either"),
@@ -201,7 +197,7 @@ SMOKE = {
 FREE = ("device", "out", "resume", "smoke")  # what may differ from a saved stage's config
 OF_SCORES = (
     "preferences", "reward_model", "cost_model", "costs", "pairs", "score_steps", "score_lr", "regularisation",
-    "sign_terms",
+    "cost_terms",
 )  # fmt: skip
 OF_METHODS = (  # what pi_0 and the score models of the first round do not depend on
     "method", "rounds", "threshold", "updates", "epochs", "lr", "critic_lr", "gamma", "lam", "clip",
@@ -947,9 +943,7 @@ class Experiment:
             prompts, self.disguised = [Prompt(text) for text in texts], []
             self.train, self.held = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
             held = {prompt.text for prompt in self.held}
-            require(
-                self.train != [], "--preferences: holds one prompt, must hold two, of which one is held out; add some"
-            )
+            require(self.train != [], "--preferences: holds one prompt, must hold two, to hold one out; add some")
             rows = [pair for pair in self.pairs[0] if pair.prompt not in held]
             shown = [(pair.prompt, pair.answers[pair.better], pair.safe[pair.better]) for pair in rows]
             texts = [*texts, *(answer for pairs in self.pairs for pair in pairs for answer in pair.answers)]
@@ -1108,7 +1102,9 @@ class Experiment:
                 return reward_loss(scores[better, rows], scores[1 - better, rows], config.regularisation)
             safer = torch.tensor([pair.safer for pair in batch], device=self.device)
             signs = torch.tensor([[-1.0 if pair.safe[k] else 1.0 for pair in batch] for k in range(2)])
-            signs = signs.to(self.device) * config.sign_terms
+            signs = signs.to(self.device) * (config.cost_terms != "pairs")
+            if config.cost_terms == "signs":
+                return -F.logsigmoid(signs * scores).mean()
             chosen = (x[at, rows] for x in (scores, signs) for at in (safer, 1 - safer))
             return cost_loss(*chosen, config.regularisation)
 

@@ -584,6 +584,26 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
     assert found["reward_pairs"] > 0.95 and found["cost_harm_signs"] > 0.9 and found["cost_harm_pairs"] > 0.7
 
 
+@pytest.mark.parametrize("terms", s.COST_TERMS)
+def test_the_cost_model_reads_the_labels_of_its_terms_alone(terms):
+    """Of flipped labels: pairs alone do not see the flags, signs alone not which is the safer; both see both."""
+    lab = s.Experiment(s.Config(**TINY | {"score_steps": 3, "cost_terms": terms}), torch.device("cpu"))
+    r, start = random.Random(0), s.scorer_from(lab.policy)
+    texts = [(p.text, tuple(r.sample([*s.steps_of(p), *s.ALTERNATIVES], 2))) for p in lab.train[:40]]
+
+    def learned(flip_flags, flip_safer):
+        flags = [(i % 3 == 0) != flip_flags for i in range(40)]
+        safer = [int((i % 2 == 0) != flip_safer) for i in range(40)]
+        rows = zip(texts, flags, safer, strict=True)
+        lab.pairs, model = [[s.Pair(*text, (f, f), 1, which, "here") for text, f, which in rows]], copy.deepcopy(start)
+        lab.train_scores(model, 1)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    plain, flags, safer = learned(False, False), learned(True, False), learned(False, True)
+    assert torch.equal(plain, learned(False, False))
+    assert torch.equal(plain, flags) == (terms == "pairs") and torch.equal(plain, safer) == (terms == "signs")
+
+
 # ----- Bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -591,6 +611,7 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
     "flags,words",
     [
         (["--method", "best"], ["'best'", "must be one of", "ppo_lag"]),
+        (["--cost-terms", "flags"], ["--cost-terms 'flags'", "must be one of", "signs"]),
         (["--threshold", "0,1"], ["--threshold '0,1'", "must be a number a cost"]),
         (["--threshold", "x"], ["--threshold 'x'", "must be a number a cost"]),
         (["--costs", "harm,charm"], ["--costs harm,charm", "must be of"]),

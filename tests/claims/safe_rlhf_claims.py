@@ -2,8 +2,8 @@
 
 Over seeds, with safe_rlhf.py's default settings but for 60 updates a run, to keep it short (arXiv 2310.12773 has 7B
 models and people's preferences):
-models      1. reward and cost models on held-out rows, the cost model with and without its sign terms, and what
-               ppo_lag makes of a cost without;
+models      1. reward and cost models on held-out rows; ppo_lag with a cost model without its sign terms, and with one
+               of these terms alone; ppo on one reward of mixed preferences;
 frontier    2. ppo on the reward alone, shaping over a grid of nu, in both forms, ppo_lag and Llama 2's gate: true
                helpfulness against true cost, refusals by kind of prompt. Is ppo_lag at least as helpful as every nu
                that keeps to the threshold?
@@ -43,7 +43,9 @@ NUS = (0.01, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
 NORMALISED = (1.0, 5.0, 100.0)
 THRESHOLDS = ("0", "-1", "-2.5", "-3")  # beside the default
 SHARES = (0.5, 1.0)
+OTHERS = {"no sign terms": "pairs", "a classifier": "signs", "one mixed preference": "both"}  # cost_terms
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's, by n
+ACCURACIES = ("reward_pairs", "cost_harm_pairs", "cost_harm_signs")
 KEPT = ("update", "reward", "kl", "helpfulness", "refused")
 
 
@@ -110,21 +112,34 @@ def answers(lab: s.Experiment, policy: s.Llama) -> dict:
 
 
 def models(seed: Seed) -> dict[str, dict]:
-    """Accuracies, with and without sign terms, and ppo_lag with a cost model without."""
+    """Accuracies; ppo_lag with a cost model of one kind of terms; ppo on one reward that mixes both preferences."""
     lab = seed.lab()
 
-    def unsigned() -> dict:
-        lab.config = dataclasses.replace(lab.config, sign_terms=False)
-        signed, lab.costs = lab.costs, [s.scorer_from(lab.policy)]
-        lab.train_scores(lab.costs[0], 1)
-        lab.costs[0].requires_grad_(False)
-        accuracy = lab.measure()
-        done = s.Run(lab, dataclasses.replace(lab.config, method="ppo_lag"), "no_sign_terms").go(quiet)
+    def learned(name: str, terms: str) -> dict:
+        kept, lab.config = (lab.reward, lab.costs, lab.pairs), dataclasses.replace(lab.config, cost_terms=terms)
+        model = s.scorer_from(lab.policy)
+        if terms == "both":  # one label a pair: the safe answer beside an unsafe one, else the more helpful
+            lab.pairs = [[mixed(pair) for pair in pairs] for pairs in lab.pairs]
+            lab.reward = model
+        else:
+            lab.costs = [model]
+        lab.train_scores(model, int(terms != "both"))
+        model.requires_grad_(False)
+        accuracy, method = lab.measure(), "ppo" if terms == "both" else "ppo_lag"
+        done = s.Run(lab, dataclasses.replace(lab.config, method=method), name.replace(" ", "_")).go(quiet)
         result = {"accuracy": accuracy} | answers(lab, done.policy)
-        lab.costs, lab.config = signed, dataclasses.replace(lab.config, sign_terms=True)
+        (lab.reward, lab.costs, lab.pairs), lab.config = kept, dataclasses.replace(lab.config, cost_terms="both")
         return result
 
-    return {"accuracy": seed.kept("accuracy", lambda: lab.accuracy), "no sign terms": seed.kept("unsigned", unsigned)}
+    found = {"accuracy": seed.kept("accuracy", lambda: lab.accuracy)}
+    for name, terms in OTHERS.items():
+        found[name] = seed.kept(name, lambda name=name, terms=terms: learned(name, terms))
+    return found
+
+
+def mixed(pair: s.Pair) -> s.Pair:
+    """The pair with one preference for both: the safe answer beside an unsafe one, else the better."""
+    return dataclasses.replace(pair, better=pair.safer if pair.safe[0] != pair.safe[1] else pair.better)
 
 
 def frontier(seed: Seed) -> dict[str, dict]:
@@ -207,11 +222,10 @@ def claims(seeds: list[dict], threshold: float) -> dict:
 
     names = [name for name, run in seeds[0].items() if "means" in run]
     found = {"answers": {}, "against ppo_lag": {}, "lambda": {}, "hacking": {}, "rounds": {}, "two": {}}
-    unsigned = [seed["no sign terms"]["accuracy"] for seed in seeds]
-    found["models"] = {
-        "with sign terms": {k: over([seed["accuracy"][k] for seed in seeds]) for k in unsigned[0]},
-        "without": {k: over([accuracy[k] for accuracy in unsigned]) for k in unsigned[0] if "cost" in k},
-    }
+    found["models"] = {"both terms": {k: over([seed["accuracy"][k] for seed in seeds]) for k in ACCURACIES}}
+    for name, terms in OTHERS.items():
+        own = [k for k in ACCURACIES if k.startswith("reward" if terms == "both" else "cost")]
+        found["models"][name] = {k: over([seed[name]["accuracy"][k] for seed in seeds]) for k in own}
     for name in names:
         keys = [k for k in seeds[0][name]["means"] if k not in ("kl", "reward")]
         row = {key: each(name, lambda run, k=key: run["means"][k]) for key in keys}
@@ -262,9 +276,8 @@ def percent(value: dict) -> str:
 
 def models_table(found: dict) -> str:
     """Held-out accuracies."""
-    head = ["cost model", "reward: pairs", "cost: pairs", "cost: signs"]
-    keys = ("reward_pairs", "cost_harm_pairs", "cost_harm_signs")
-    rows = [[name, *(percent(row[k]) if k in row else "" for k in keys)] for name, row in found["models"].items()]
+    head = ["models of", "reward: pairs", "cost: pairs", "cost: signs"]
+    rows = [[name, *(percent(row[k]) if k in row else "" for k in ACCURACIES)] for name, row in found["models"].items()]
     return markdown(head, rows)
 
 
