@@ -10,6 +10,7 @@ frontier    2. ppo on the reward alone, shaping over a grid of nu, in both forms
             5. learned against true scores along the same runs: are the models hacked?
 lambda      3. window 1, lambda fixed, no PTX;
 thresholds     a sweep of the threshold;
+long           the default and the code's threshold, 0, in runs four times as long: does a slack constraint's lambda fade?
 sft            safe demonstrations in the place of the harmful ones, and no RLHF;
 rounds      4. three rounds with red-teaming;
 two         6. beyond the paper: a second constraint, on length, by the same code.
@@ -38,7 +39,7 @@ from _claims import compact, markdown  # noqa: E402
 
 import safe_rlhf as s  # noqa: E402
 
-PARTS = ("models", "frontier", "lambda", "thresholds", "sft", "rounds", "two")
+PARTS = ("models", "frontier", "lambda", "thresholds", "long", "sft", "rounds", "two")
 NUS = (0.01, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
 NORMALISED = (1.0, 5.0, 100.0)
 THRESHOLDS = ("0", "-1", "-2.5", "-3")  # beside the default
@@ -163,6 +164,16 @@ def multiplier(seed: Seed) -> dict[str, dict]:
 def thresholds(seed: Seed) -> dict[str, dict]:
     """ppo_lag with other thresholds."""
     return {f"d {d}": seed.run(f"threshold {d}", seed.lab(), method="ppo_lag", threshold=d) for d in THRESHOLDS}
+
+
+def long(seed: Seed) -> dict[str, dict]:
+    """ppo_lag four times as long, with a threshold that leaves room and one that leaves little."""
+    lab = seed.lab()
+    updates = 4 * lab.config.updates
+    return {
+        f"{name}, long": seed.run(f"{name}, long", lab, method="ppo_lag", threshold=d, updates=updates)
+        for name, d in (("ppo_lag", lab.config.threshold), ("d 0", "0"))
+    }
 
 
 def demonstrations(seed: Seed) -> dict[str, dict]:
@@ -368,7 +379,7 @@ def draw(result: dict, path: Path) -> None:
                 x["mean"], y["mean"], y["half"], x["half"], mark, ms=9, lw=0.8, label=name if name in marks else None
             )
             axes[0].annotate(name.replace("nu ", "ν "), (x["mean"], y["mean"]), fontsize=7)
-        if name.startswith("d ") or name == "ppo_lag":
+        if name.startswith("d ") and "long" not in name or name == "ppo_lag":
             d = float(name.split()[-1]) if name != "ppo_lag" else result["threshold"]
             for key, color in (("cost_harm", "C0"), ("true_harm", "C3")):
                 axes[2].errorbar(d, row[key]["mean"], row[key]["half"], fmt=".", color=color)
@@ -412,7 +423,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.smoke:
         arguments.seeds, arguments.results, arguments.out = [1, 2], Path("out/claims"), Path("out/claims/smoke")
-    makers = dict(zip(PARTS, (models, frontier, multiplier, thresholds, demonstrations, rounds, two), strict=True))
+    makers = dict(
+        zip(PARTS, (models, frontier, multiplier, thresholds, long, demonstrations, rounds, two), strict=True)
+    )
     seeds = []
     for number in arguments.seeds:
         seed, done = Seed(arguments, number), {}
