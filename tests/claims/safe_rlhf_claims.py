@@ -10,7 +10,7 @@ frontier    2. ppo on the reward alone, shaping over a grid of nu, in both forms
             5. learned against true scores along the same runs: are the models hacked?
 lambda      3. window 1, lambda fixed, no PTX;
 thresholds     a sweep of the threshold;
-long           the default and the code's threshold, 0, in runs four times as long: does a slack constraint's lambda fade?
+long           runs four times as long with the default threshold and the code's, 0: does lambda fade when slack?
 sft            safe demonstrations in the place of the harmful ones, and no RLHF;
 rounds      4. three rounds with red-teaming;
 two         6. beyond the paper: a second constraint, on length, by the same code.
@@ -379,7 +379,7 @@ def draw(result: dict, path: Path) -> None:
                 x["mean"], y["mean"], y["half"], x["half"], mark, ms=9, lw=0.8, label=name if name in marks else None
             )
             axes[0].annotate(name.replace("nu ", "ν "), (x["mean"], y["mean"]), fontsize=7)
-        if name.startswith("d ") and "long" not in name or name == "ppo_lag":
+        if (name.startswith("d ") and "long" not in name) or name == "ppo_lag":
             d = float(name.split()[-1]) if name != "ppo_lag" else result["threshold"]
             for key, color in (("cost_harm", "C0"), ("true_harm", "C3")):
                 axes[2].errorbar(d, row[key]["mean"], row[key]["half"], fmt=".", color=color)
