@@ -97,7 +97,8 @@ class Config:
     captioner_steps: int = flag(900, "steps of the base captioner")
     tune_steps: int = flag(200, "steps of each of its two fine-tunes")
     batch: int = flag(64, "rows of a step, of every model")
-    lr: float = flag(4e-4, "peak learning rate of captioner, scoring CLIP and upsampler; a fine-tune's is half of it")
+    lr: float = flag(4e-4, "peak learning rate of base captioner, scoring CLIP and upsampler")
+    tune_lr: float = flag(1e-3, "peak learning rate of the fine-tunes")
     caption_weight: float = flag(2.0, "of the language-model loss, as in CoCa")
     contrastive_weight: float = flag(1.0, "of the CLIP loss, as in CoCa")
     temperature: float = flag(0.0, "of the captions' draws; 0: the likeliest token each time")
@@ -124,17 +125,8 @@ class Config:
     smoke: bool = flag(False, "tiny models for a few steps, whatever the other flags: does it run?")
 
     def __post_init__(self):
-        zero = (
-            "temperature",
-            "caption_weight",
-            "contrastive_weight",
-            "drop",
-            "ema",
-            "seed",
-            "lr",
-            "paint_lr",
-            "guidance",
-        )
+        zero = ("temperature", "caption_weight", "contrastive_weight", "drop", "ema", "seed", "lr", "tune_lr")
+        zero += ("paint_lr", "guidance")
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -174,8 +166,8 @@ SMOKE = {
 }  # fmt: skip
 OF_DATA = ("data", "scenes", "clean", "size", "length", "vocabulary", "seed")
 OF_CAPTIONER = (
-    *OF_DATA, "width", "layers", "heads", "queries", "batch", "lr", "captioner_steps", "tune_steps", "caption_weight",
-    "contrastive_weight",
+    *OF_DATA, "width", "layers", "heads", "queries", "batch", "lr", "captioner_steps", "tune_steps", "tune_lr",
+    "caption_weight", "contrastive_weight",
 )  # fmt: skip
 OF_LATENTS = (*OF_DATA, "channels", "encoder_steps", "batch", "paint_lr")
 OF_PAINTER = ("paint_width", "paint_layers", "paint_steps", "drop", "ema", "temperature", "top_p")
@@ -698,16 +690,19 @@ class Layer(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Learned queries attend to a memory: (B, N, D) -> (B, queries, D) (CoCa's pooling)."""
+    """Learned queries attend to a memory: (B, N, D) -> (B, queries, D) (CoCa's pooling).
+
+    Queries and memory are of deviation 1, or all attention would be even and the queries' answers the same.
+    """
 
     def __init__(self, D: int, heads: int, queries: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(queries, D) * D**-0.5)
-        self.attend, self.norm = MultiHead(D, heads), nn.LayerNorm(D)
+        self.queries = nn.Parameter(torch.randn(queries, D))
+        self.attend, self.before, self.norm = MultiHead(D, heads), nn.LayerNorm(D), nn.LayerNorm(D)
 
     def forward(self, memory: Tensor) -> Tensor:
         """memory (B, N, D)."""
-        return self.norm(self.attend(self.queries.expand(len(memory), -1, -1), memory))
+        return self.norm(self.attend(self.queries.expand(len(memory), -1, -1), self.before(memory)))
 
 
 class TextDecoder(nn.Module):
@@ -719,11 +714,11 @@ class TextDecoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         self.lower = nn.ModuleList(Layer(D, heads) for _ in range(layers))
         self.upper = nn.ModuleList(Layer(D, heads, cross=True) for _ in range(layers))
-        self.norm, self.middle = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.enter, self.middle, self.norm = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
 
     def read(self, tokens: Tensor, caches: list | None = None, first: int = 0) -> Tensor:
         """The lower half's states (B, T, D) of tokens (B, T), which stand at positions from `first` on."""
-        x = self.embed(tokens) + self.place[first : first + tokens.shape[1]]
+        x = self.enter(self.embed(tokens) + self.place[first : first + tokens.shape[1]])
         for i, layer in enumerate(self.lower):
             x = layer(x, causal=True, cache=caches and caches[i])
         return x
@@ -785,7 +780,7 @@ class CoCa(nn.Module):
             *itertools.chain(*((conv, nn.GELU()) for conv in convolutions[:-1])), convolutions[-1]
         )
         self.place = nn.Parameter(0.02 * torch.randn((size // 8) ** 2, D))
-        self.encoder = nn.ModuleList(Layer(D, heads) for _ in range(layers))
+        self.enter, self.encoder = nn.LayerNorm(D), nn.ModuleList(Layer(D, heads) for _ in range(layers))
         self.pool, self.pool_one = AttentionPool(D, heads, queries), AttentionPool(D, heads, 1)
         self.decoder = TextDecoder(vocab, length, D, heads, layers)
         self.of_image, self.of_text = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
@@ -793,10 +788,8 @@ class CoCa(nn.Module):
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, Q, D) and embedding (B, E) of images (B, H, W, 3), uint8."""
-        x = (
-            self.stem(images.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1).flatten(2).transpose(1, 2)
-            + self.place
-        )
+        x = self.stem(images.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1).flatten(2).transpose(1, 2)
+        x = self.enter(x + self.place)
         for layer in self.encoder:
             x = layer(x)
         memory = self.pool(x)
@@ -856,7 +849,7 @@ class TextReader(nn.Module):
 
     def __init__(self, vocab: int, length: int, D: int, heads: int, layers: int):
         super().__init__()
-        self.embed, self.place = nn.Embedding(vocab, D), nn.Parameter(0.02 * torch.randn(length, D))
+        self.embed, self.place = nn.Embedding(vocab, D), nn.Parameter(torch.randn(length, D))
         self.layers, self.norm = nn.ModuleList(Layer(D, heads) for _ in range(layers)), nn.LayerNorm(D)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -873,7 +866,7 @@ class Painter(nn.Module):
     def __init__(self, vocab: int, length: int, channels: int, side: int, D: int, heads: int, layers: int, reader: int):
         super().__init__()
         self.reader = TextReader(vocab, length, D, heads, reader)
-        self.patch, self.place = nn.Conv2d(channels, D, 2, 2), nn.Parameter(0.02 * torch.randn((side // 2) ** 2, D))
+        self.patch, self.place = nn.Conv2d(channels, D, 2, 2), nn.Parameter(0.5 * torch.randn((side // 2) ** 2, D))
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         self.layers = nn.ModuleList(Layer(D, heads, cross=True, timed=True) for _ in range(layers))
         self.norm, self.last = nn.LayerNorm(D), nn.Linear(D, 4 * channels)
@@ -1144,7 +1137,7 @@ class Pipeline:
                 return caption_loss(model.decoder.write(model.decoder.read(tokens), memory), tokens, Pieces.pad)
 
             start = copy.deepcopy(found["base"]).requires_grad_()
-            found[style] = self.train(style, "captioner", start, c.tune_steps, loss_of, c.lr / 2)
+            found[style] = self.train(style, "captioner", start, c.tune_steps, loss_of, c.tune_lr)
         states = {name: model.state_dict() for name, model in found.items()}
         content = {"sizes": found["base"].sizes, "pieces": self.pieces.pieces, "states": states}
         if not (self.out / "captioner.pt").is_file():

@@ -260,11 +260,19 @@ def test_the_attention_pool_query_by_query():
         q, parts = at.q(pool.queries[i]), []
         for head in range(2):
             piece = slice(4 * head, 4 * head + 4)
-            keys = [at.kv(memory[b, n])[:8][piece] for n in range(5)]
-            values = [at.kv(memory[b, n])[8:][piece] for n in range(5)]
+            keys = [at.kv(pool.before(memory[b, n]))[:8][piece] for n in range(5)]
+            values = [at.kv(pool.before(memory[b, n]))[8:][piece] for n in range(5)]
             weights = torch.stack([q[piece] @ key / 2 for key in keys]).softmax(0)
             parts.append(sum(w * v for w, v in zip(weights, values, strict=True)))
         close(pool(memory)[b, i], pool.norm(at.out(torch.cat(parts))))
+
+
+def test_a_new_captioners_queries_see_different_things():
+    """Their answers differ: with a small stream in front of them, not normed, each would be the mean over places."""
+    model = r.CoCa(32, 50, 9, 64, 2, 4, 8)
+    drawn = r.draw_pictures(32, 1, 32, seeded())
+    memory, _ = model.look(drawn.images)
+    assert memory.std(1).mean() > 0.03 * memory.std(0).mean()
 
 
 def test_a_later_token_changes_no_earlier_logit_and_the_lower_half_sees_no_image():
@@ -386,7 +394,7 @@ def test_another_config_is_refused_by_name(finished, capsys):
 
 def test_the_fine_tunes_start_from_the_base_each(tmp_path):
     """With no steps of their own they are the base."""
-    work = r.Pipeline(r.Config(**r.SMOKE | {"lr": 0.0}, out=str(tmp_path)), quiet)
+    work = r.Pipeline(r.Config(**r.SMOKE, tune_lr=0.0, out=str(tmp_path)), quiet)
     for model in work.captioners.values():
         for a, b in zip(model.parameters(), work.captioners["base"].parameters(), strict=True):
             assert torch.equal(a, b)
