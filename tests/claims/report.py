@@ -1,7 +1,8 @@
 """The README's tables, made from the result files: `python tests/claims/report.py` writes them into README.md.
 
-Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below, or `NAME:PART` with its argument. With
-`--check` nothing is written, and the exit status is 1 where the README says otherwise than the result files.
+Each stands between `<!-- NAME -->` and `<!-- end -->`; NAME is a function below, or `NAME:PART` with its argument. The
+first table's column of lines is counted anew too. With `--check` nothing is written, and the exit status is 1 where the
+README says otherwise than the result files.
 """
 
 import argparse
@@ -152,6 +153,11 @@ def constrained_rlhf(part: str) -> str:
     return importlib.import_module("constrained_rlhf").tables(read(CLAIMS / "constrained_rlhf.json")["claims"])[part]
 
 
+def safe_rlhf(part: str) -> str:
+    sys.path.insert(0, str(CLAIMS.parent))
+    return importlib.import_module("safe_rlhf_claims").TABLES[part](read(CLAIMS / "safe_rlhf_claims.json")["claims"])
+
+
 def induction_heads() -> str:
     return of_program("induction_heads")
 
@@ -213,6 +219,10 @@ def renew(text: str) -> str:
         name, *parts = found[1].split(":")
         return f"<!-- {found[1]} -->\n{globals()[name](*parts)}\n<!-- end -->"
 
+    def lines(found: re.Match) -> str:
+        return f"{found[1]}{len((ROOT / found[2]).read_text('utf-8').splitlines()):,} |"
+
+    text = re.sub(r"^(\| \[`(\w+\.py)`\]\(\2\) \| [^|]* \| )[\d,]+ \|", lines, text, flags=re.MULTILINE)
     return re.sub(r"<!-- ([\w:]+) -->\n(?:(?!<!-- ).*\n)*<!-- end -->", fill, text)
 
 
