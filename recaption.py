@@ -85,7 +85,7 @@ class Config:
     checkpoint: str = flag("", "caption: the captioner.pt to use; empty: OUT/captioner.pt")
     skip_bad: bool = flag(False, "caption: name, count and skip files that are no images, in place of stopping")
     scenes: int = flag(6000, "training images that the script draws")
-    clean: int = flag(600, "of these, with a clean short and a clean descriptive caption, for the two fine-tunes")
+    clean: int = flag(1000, "of these, with a clean short and a clean descriptive caption, for the two fine-tunes")
     prompts: int = flag(200, "held-out scenes that the models are judged on")
     size: int = flag(32, "height and width of an image in pixels, a multiple of 8; your images are cut to a square")
     width: int = flag(128, "of the captioner and of the scoring CLIP")
@@ -95,7 +95,7 @@ class Config:
     length: int = flag(56, "most tokens of a caption")
     vocabulary: int = flag(4096, "most pieces of text of the tokenizer, beside the 256 bytes that spell the rest")
     captioner_steps: int = flag(900, "steps of the base captioner")
-    tune_steps: int = flag(200, "steps of each of its two fine-tunes")
+    tune_steps: int = flag(400, "steps of each of its two fine-tunes")
     batch: int = flag(64, "rows of a step, of every model")
     lr: float = flag(4e-4, "peak learning rate of base captioner, scoring CLIP and upsampler")
     tune_lr: float = flag(1e-3, "peak learning rate of the fine-tunes")
@@ -104,15 +104,16 @@ class Config:
     temperature: float = flag(0.0, "of the captions' draws; 0: the likeliest token each time")
     top_p: float = flag(1.0, "draws are from the likeliest tokens that make up this probability")
     channels: int = flag(8, "of the autoencoder's latents")
-    encoder_steps: int = flag(800, "steps of the autoencoder")
-    paint_width: int = flag(160, "of the text-to-image models")
+    encoder_steps: int = flag(1200, "steps of the autoencoder")
+    encoder_lr: float = flag(3e-3, "their peak learning rate")
+    paint_width: int = flag(128, "of the text-to-image models")
     paint_layers: int = flag(6, "of the text-to-image models")
-    paint_lr: float = flag(1e-3, "peak learning rate of text-to-image models, autoencoder and attribute reader")
-    paint_steps: int = flag(2000, "their steps; report: 500,000 of 2,048 images")
+    paint_lr: float = flag(2e-3, "peak learning rate of text-to-image models and attribute reader")
+    paint_steps: int = flag(800, "their steps; report: 500,000 of 2,048 images")
     arms: str = flag("ground_truth,descriptive:95", "models, by commas: ground_truth, short:%%, descriptive:%%")
     drop: float = flag(0.1, "share of training captions left empty, for guidance")
     ema: float = flag(0.998, "decay of the weights' average, which is what draws")
-    sample_steps: int = flag(25, "Euler steps of a sample")
+    sample_steps: int = flag(20, "Euler steps of a sample")
     guidance: float = flag(3.0, "classifier-free guidance; 1: none")
     judge_steps: int = flag(400, "steps of the scoring CLIP, of the attribute reader and of the prompt upsampler")
     chat_url: str = flag("", "upsample: an OpenAI-compatible endpoint, its key in OPENAI_API_KEY; empty: a small model")
@@ -126,7 +127,7 @@ class Config:
 
     def __post_init__(self):
         zero = ("temperature", "caption_weight", "contrastive_weight", "drop", "ema", "seed", "lr", "tune_lr")
-        zero += ("paint_lr", "guidance")
+        zero += ("encoder_lr", "paint_lr", "guidance")
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -159,6 +160,7 @@ def read_arms(text: str) -> dict[str, tuple[str, float]]:
 
 
 STYLES = ("short", "descriptive", "alt")
+PROMPTS = ("ground_truth", "descriptive", "brief", "upsampled")  # styles of what a model is asked to draw
 SMOKE = {
     "scenes": 48, "clean": 12, "prompts": 8, "width": 16, "layers": 1, "heads": 2, "queries": 2, "length": 48,
     "captioner_steps": 4, "tune_steps": 3, "batch": 8, "channels": 4, "encoder_steps": 3, "paint_width": 16,
@@ -169,8 +171,8 @@ OF_CAPTIONER = (
     *OF_DATA, "width", "layers", "heads", "queries", "batch", "lr", "captioner_steps", "tune_steps", "tune_lr",
     "caption_weight", "contrastive_weight",
 )  # fmt: skip
-OF_LATENTS = (*OF_DATA, "channels", "encoder_steps", "batch", "paint_lr")
-OF_PAINTER = ("paint_width", "paint_layers", "paint_steps", "drop", "ema", "temperature", "top_p")
+OF_LATENTS = (*OF_DATA, "channels", "encoder_steps", "encoder_lr", "batch")
+OF_PAINTER = ("paint_width", "paint_layers", "paint_lr", "paint_steps", "drop", "ema", "temperature", "top_p")
 NEEDS = {  # the fields that a saved stage depends on; the others may differ
     "data": OF_DATA,
     "captioner": OF_CAPTIONER,
@@ -1172,9 +1174,8 @@ class Pipeline:
             rows = torch.randint(len(p.images), (c.batch,), generator=generator)
             return model.loss(p.images[rows].to(self.device), generator)
 
-        module = self.train(
-            name, name, self.new(name, lambda: Autoencoder(c.channels)), c.encoder_steps, loss_of, c.paint_lr
-        )
+        new = self.new(name, lambda: Autoencoder(c.channels))
+        module = self.train(name, name, new, c.encoder_steps, loss_of, c.encoder_lr)
         with torch.no_grad():
             latents = module.encode(p.images[:1024].to(self.device))
             module.mean += latents.mean((0, 2, 3)).view_as(module.mean)
@@ -1328,15 +1329,15 @@ def score_reader(work: Pipeline) -> dict:
     return report
 
 
-def score_arms(work: Pipeline) -> tuple[dict, dict[str, Tensor]]:
-    """Each model on ground-truth, descriptive, brief and upsampled prompts; and what it draws for descriptive ones."""
+def score_arms(work: Pipeline, styles: Sequence[str] = PROMPTS) -> tuple[dict, dict[str, Tensor]]:
+    """Each model's scores by style of prompt, `brief` as a user writes; and what it draws for descriptive ones."""
     held, found, drawn = work.held_out, {}, {}
     texts = [describe(brief(scene), "descriptive", work.generator("brief", i)) for i, scene in enumerate(held.scenes)]
     prompts = {"ground_truth": held.alt, "descriptive": list(held.descriptive.values())}
-    prompts |= {"brief": texts, "upsampled": work.upsample(texts)}
+    prompts |= {"brief": texts, "upsampled": work.upsample(texts) if "upsampled" in styles else texts}
     for arm in read_arms(work.config.arms):
         painter = work.painter(arm)
-        for style, lines in prompts.items():
+        for style, lines in ((style, prompts[style]) for style in styles):
             began = time.perf_counter()
             images = work.draw(painter, lines)
             pace = len(images) / (time.perf_counter() - began)

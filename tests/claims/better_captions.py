@@ -29,6 +29,7 @@ import recaption as r  # noqa: E402
 
 BLEND = ("ground_truth", *(f"descriptive:{percent}" for percent in (65, 80, 90, 95, 100)))
 ARMS = (*BLEND, "short:95")
+UPSAMPLED = ("ground_truth", "descriptive:95")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's, by n
 
 
@@ -50,7 +51,8 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict:
         work.config = dataclasses.replace(config, arms=arm)
         file = out / f"scores_{arm.replace(':', '_')}.json"
         if not file.is_file():
-            r.write_json(file, r.score_arms(work)[0][arm])
+            styles = r.PROMPTS if arm in UPSAMPLED else r.PROMPTS[:2]
+            r.write_json(file, r.score_arms(work, styles)[0][arm])
         found["arms"][arm] = json.loads(file.read_text("utf-8"))
         found["device"] = r.result_record(config, work.device)["device"]
     r.write_json(out / "scores.json", found | {"wall_seconds": round(time.perf_counter() - began, 1)})
@@ -88,8 +90,8 @@ def claims(seeds: list[dict]) -> dict:
     found = {"captioner": captioners}
     found["caption kind"] = figures(("ground_truth", "short:95", "descriptive:95"), ("ground_truth", "descriptive"))
     found["blend"] = figures(BLEND, ("ground_truth", "descriptive"))
-    found["upsampling"] = figures(("ground_truth", "descriptive:95"), ("brief", "upsampled"))
-    for arm in ("ground_truth", "descriptive:95"):
+    found["upsampling"] = figures(UPSAMPLED, ("brief", "upsampled"))
+    for arm in UPSAMPLED:
         found["upsampling"][f"{arm}, upsampled less brief"] = {
             k: over(seeds, lambda s, a=arm, k=k: s["arms"][a]["upsampled"][k] - s["arms"][a]["brief"][k])
             for k in ("clip", "binding")
