@@ -527,6 +527,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
         raise UserError("reading image files needs Pillow; pip install pillow") from None
     try:
         with Image.open(path) as image:
+            require(image.mode[0] not in "IF", f"mode {image.mode}: must be 8 bits a channel")  # or all becomes white
             whole = ImageOps.exif_transpose(image).convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
         return np.array(ImageOps.fit(flat, (size, size), Image.Resampling.LANCZOS))
@@ -542,17 +543,16 @@ def read_pictures(folder: Path, size: int) -> Pictures:
     lines = ((n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip())
     for number, line in lines:  # bytes: json.loads takes off a mark at the file's start, and a caption may hold U+2028
         try:
-            row = json.loads(line)
-            fits = isinstance(row, dict) and all(isinstance(row[name], str) for name in ("file", "caption"))
-        except (ValueError, KeyError):
+            row = dict.fromkeys(STYLES[:2], "") | json.loads(line)
+            fits = all(isinstance(row[name], str) for name in ("file", "caption", *STYLES[:2]))
+        except (ValueError, KeyError, TypeError):
             fits = False
-        fits = fits and all(isinstance(row.get(name, ""), str) for name in STYLES[:2])
         require(fits, f"{path}:{number}: must be UTF-8 JSON of texts: file, caption, short, descriptive; correct it")
         require((folder / row["file"]).is_file(), f"{path}:{number}: there is no {folder / row['file']}; correct it")
         images.append(read_image(folder / row["file"], size))
         found.alt.append(row["caption"])
         for name in STYLES[:2]:
-            if row.get(name):
+            if row[name]:
                 getattr(found, name)[len(found.alt) - 1] = row[name]
     require(len(images) > 1, f"{path}: must have two rows or more; add some")
     found.images = torch.from_numpy(np.stack(images))

@@ -924,6 +924,8 @@ def test_a_captioner_of_ones_own_images(folder, tmp_path, capsys):
         ("{", "captions.jsonl:2: must be UTF-8 JSON"),
         ('{"file": "1.png"}', "captions.jsonl:2: must be UTF-8 JSON"),
         ('{"file": "1.png", "caption": 3}', "captions.jsonl:2: must be UTF-8 JSON"),
+        ('["1.png", "x"]', "captions.jsonl:2: must be UTF-8 JSON"),
+        ('{"file": "1.png", "caption": "x", "short": 3}', "captions.jsonl:2: must be UTF-8 JSON"),
         ('{"file": "9.png", "caption": "x"}', "captions.jsonl:2: there is no"),
         ('{"file": "bad.png", "caption": "x"}', "bad.png: is no image"),
     ],
@@ -1034,6 +1036,9 @@ def test_images_are_turned_made_opaque_and_cut_to_a_square(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     top, bottom = r.read_image(tmp_path / "turned.png", 8)[[0, -1], 0].tolist()
     assert (top, bottom) == ([255, 0, 0], [0, 0, 255])
+    Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(r.BadImage, match=r"deep\.png: .*mode I;16: must be 8 bits a channel"):
+        r.read_image(tmp_path / "deep.png", 8)
 
 
 def test_without_pillow_one_line_says_what_to_install(folder, tmp_path, monkeypatch, capsys):
