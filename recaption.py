@@ -1043,7 +1043,7 @@ class Pipeline:
         skipped = {field.name for field in dataclasses.fields(Config)} - set(NEEDS[needs])
         path = self.out / f"{name}.pt"
         content = load_stage(path, self.config, skipped, self.device)
-        fits = content is None or content["source"] == self.source
+        fits = content is None or content.get("source") == self.source
         require(fits, f"{path}: --data had another captions.jsonl then; undo that, or change --out")
         return content
 

@@ -658,7 +658,12 @@ class Recorder:
 def traced(tmp_path, monkeypatch):
     """A pipeline whose training only adds 1 to every weight, and what each stage asked it for."""
     work, asked = (
-        r.Pipeline(r.Config(**r.SMOKE | {"batch": 40, "length": 80}, tune_lr=0.5, out=str(tmp_path)), quiet),
+        r.Pipeline(
+            r.Config(
+                **r.SMOKE | {"batch": 40, "length": 80, "scenes": 24, "prompts": 6}, tune_lr=0.5, out=str(tmp_path)
+            ),
+            quiet,
+        ),
         {},
     )
 
@@ -679,7 +684,7 @@ def pairs_of(work, images, all_images, tokens):
     return list(zip(at, map(work.pieces.decode, tokens.tolist()), strict=True))
 
 
-def test_the_fine_tunes_start_from_the_base_and_see_their_own_pairs(traced):
+def test_the_fine_tunes_start_from_the_base_and_see_their_own_pairs(traced, monkeypatch):
     work, asked = traced
     p, base = work.pictures, work.captioners["base"]
     for style in "short", "descriptive":
@@ -692,18 +697,15 @@ def test_the_fine_tunes_start_from_the_base_and_see_their_own_pairs(traced):
     loss = asked["base"]["loss_of"](model := Recorder(), seeded())
     assert loss == 1 * 3 + 2 * 5
     pairs = pairs_of(work, model.images, p.images, model.tokens)
-    assert all(text == p.alt[i].strip() for i, text in pairs) and len({i for i, _ in pairs}) > 15
-
-
-def test_each_style_is_written_by_its_own_captioner(traced, monkeypatch):
-    work, _ = traced
-    monkeypatch.setattr(r, "caption_images", lambda model, *_: [str(id(model))] * 48)
-    assert work.captions == {s: [str(id(work.captioners[s]))] * 48 for s in ("short", "descriptive")}
+    assert all(text == p.alt[i].strip() for i, text in pairs) and len({i for i, _ in pairs}) > 12
+    # And each style is written by its own captioner.
+    monkeypatch.setattr(r, "caption_images", lambda model, *_: [str(id(model))] * 24)
+    assert work.captions == {style: [str(id(work.captioners[style]))] * 24 for style in ("short", "descriptive")}
 
 
 def test_a_painter_sees_the_blend_of_its_own_image_and_sometimes_nothing(traced, monkeypatch):
     work, asked = traced
-    count, seen = 48, []
+    count, seen, starts = 24, [], []
     work.latents = torch.arange(count).float().view(-1, 1)
     work.captions = {style: [f"{style} {i}" for i in range(count)] for style in ("short", "descriptive")}
     work.pictures.alt[:] = [f"alt {i}" for i in range(count)]
@@ -716,9 +718,13 @@ def test_a_painter_sees_the_blend_of_its_own_image_and_sometimes_nothing(traced,
         work.painter(arm)
         call = asked.pop("painter_" + arm.replace(":", "_"))
         assert call["ema"] == work.config.ema and call["steps"] == work.config.paint_steps
+        starts.append(call["start"])
+        assert all(map(torch.equal, starts[0], starts[-1]))
+        again = [(call["loss_of"](None, seeded(5)), *seen[-1])[1:] for _ in range(2)]
+        assert all(map(torch.equal, *again)), "every draw is the generator's"
         seen.clear()
         generator = seeded()
-        for _ in range(25):
+        for _ in range(15):
             call["loss_of"](None, generator)
         rows = [
             (int(i), work.pieces.decode(t)) for x, text in seen for i, t in zip(x[:, 0], text.tolist(), strict=True)
