@@ -47,6 +47,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import http.client
 import importlib
 import itertools
 import json
@@ -143,8 +144,9 @@ class Config:
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             fits = value % (2 * self.heads) == 0
             require(fits, f"{flag} {value}: must be a multiple of twice the heads, {self.heads}; change either")
-        fits = self.clean <= self.scenes
-        require(fits, f"--clean {self.clean}: must be at most --scenes {self.scenes}; lower it")
+        for name, least in (("length", 3), ("prompts", 2)):
+            require(getattr(self, name) >= least, f"--{name} {getattr(self, name)}: must be {least} or more; raise it")
+        require(self.clean <= self.scenes, f"--clean {self.clean}: must be at most --scenes {self.scenes}; lower it")
         read_arms(self.arms)
 
 
@@ -474,13 +476,13 @@ class Pieces:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end."""
-        pieces = self.split.findall(text)
+        pieces = self.split.findall(text.encode("utf-8", "replace").decode())  # JSON may hold halves of a character
         return [i for p in pieces for i in ([self.ids[p]] if p in self.ids else [3 + b for b in p.encode("utf-8")])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first end; begin and padding are left out."""
         ids = itertools.takewhile(lambda i: i != self.end, ids)
-        parts = (bytes([i - 3]) if i < 259 else self.pieces[i - 259].encode("utf-8") for i in ids if i > 2)
+        parts = (bytes([i - 3]) if i < 259 else self.pieces[i - 259].encode("utf-8", "replace") for i in ids if i > 2)
         return b"".join(parts).decode("utf-8", "replace").strip()
 
     def batch(self, texts: Sequence[str], length: int) -> Tensor:
@@ -527,6 +529,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
         raise UserError("reading image files needs Pillow; pip install pillow") from None
     try:
         with Image.open(path) as image:
+            require(image.mode[0] not in "IF", f"mode {image.mode}: must be 8 bits a channel")  # or all becomes white
             whole = ImageOps.exif_transpose(image).convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
         return np.array(ImageOps.fit(flat, (size, size), Image.Resampling.LANCZOS))
@@ -539,20 +542,20 @@ def read_pictures(folder: Path, size: int) -> Pictures:
     path = folder / "captions.jsonl"
     require(path.is_file(), f"--data {folder}: must be a folder with a captions.jsonl; give another")
     images, found = [], Pictures(torch.empty(0), [], {}, {}, [])
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    lines = ((n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip())
+    for number, line in lines:  # bytes: json.loads takes off a mark at the file's start, and a caption may hold U+2028
         try:
-            row = json.loads(line)
-            fits = isinstance(row, dict) and all(isinstance(row[name], str) for name in ("file", "caption"))
-        except (ValueError, KeyError):
+            row = dict.fromkeys(STYLES[:2], "") | json.loads(line)
+            fits = all(isinstance(row[name], str) for name in ("file", "caption", *STYLES[:2]))
+        except (ValueError, KeyError, TypeError):
             fits = False
-        fits = fits and all(isinstance(row.get(name, ""), str) for name in STYLES[:2])
-        require(fits, f"{path}:{number}: must be JSON with the texts file and caption, short, descriptive; correct it")
+        require(fits, f"{path}:{number}: must be UTF-8 JSON of texts: file, caption, short, descriptive; correct it")
         require((folder / row["file"]).is_file(), f"{path}:{number}: there is no {folder / row['file']}; correct it")
         images.append(read_image(folder / row["file"], size))
         found.alt.append(row["caption"])
         for name in STYLES[:2]:
-            if row.get(name):
-                getattr(found, name)[number - 1] = row[name]
+            if row[name]:
+                getattr(found, name)[len(found.alt) - 1] = row[name]
     require(len(images) > 1, f"{path}: must have two rows or more; add some")
     found.images = torch.from_numpy(np.stack(images))
     return found
@@ -998,6 +1001,14 @@ def load_stage(path: Path, config: Config, skipped: Iterable[str], device: torch
     return content
 
 
+def take_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: Path) -> None:
+    """part.load_state_dict(state), read from path; UserError where the shapes or names differ."""
+    try:
+        part.load_state_dict(state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        raise UserError(f"{path}: was made by another version of this script; move it away and train anew") from None
+
+
 def batches(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items, the last one shorter."""
     iterator = iter(items)
@@ -1010,8 +1021,8 @@ class Pipeline:
 
     def __init__(self, config: Config, say: Callable = print):
         self.config, self.device, self.out, self.say = config, pick_device(config.device), Path(config.out), say
-        fits = not self.out.exists() or self.out.is_dir()
-        require(fits, f"--out {self.out}: must be a folder, but a file is there; give another")
+        fits = self.out.is_dir() or not (self.out.exists() or self.out.suffix == ".jsonl")
+        require(fits, f"--out {self.out}: must be a folder, no file; give another")
         self.out.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict] = []
         source = Path(config.data or "-") / "captions.jsonl"
@@ -1034,7 +1045,7 @@ class Pipeline:
         skipped = {field.name for field in dataclasses.fields(Config)} - set(NEEDS[needs])
         path = self.out / f"{name}.pt"
         content = load_stage(path, self.config, skipped, self.device)
-        fits = content is None or content["source"] == self.source
+        fits = content is None or content.get("source") == self.source
         require(fits, f"{path}: --data had another captions.jsonl then; undo that, or change --out")
         return content
 
@@ -1058,7 +1069,7 @@ class Pipeline:
         step, content = 0, self.load(name, needs)
         if content and (content["step"] == steps or self.config.resume):
             for part, state in ((module, "module"), (average, "average"), (optimizer, "optimizer")):
-                part.load_state_dict(content[state])
+                take_state(part, content[state], self.out / f"{name}.pt")
             generator.set_state(content["generator"].cpu())
             step, rows = content["step"], content["rows"]
         first, began, every = step, time.perf_counter(), max(1, steps // 8)
@@ -1142,7 +1153,7 @@ class Pipeline:
             found[style] = self.train(style, "captioner", start, c.tune_steps, loss_of, c.tune_lr)
         states = {name: model.state_dict() for name, model in found.items()}
         content = {"sizes": found["base"].sizes, "pieces": self.pieces.pieces, "states": states}
-        if not (self.out / "captioner.pt").is_file():
+        if self.load("captioner", "captioner") is None:
             self.save("captioner", content)
         return found
 
@@ -1312,11 +1323,8 @@ def score_captioners(work: Pipeline) -> dict[str, dict]:
         began = time.perf_counter()
         texts = caption_images(model, work.pieces, held.images, work.config, work.generator("held", name))
         pace = len(texts) / (time.perf_counter() - began)
-        said = map(parse_caption, texts)
-        found[name] = agreement_report(zip(said, held.scenes, strict=True)) | {
-            "images_a_second": pace,
-            "texts": texts[:8],
-        }
+        said, more = map(parse_caption, texts), {"images_a_second": pace, "texts": texts[:8]}
+        found[name] = agreement_report(zip(said, held.scenes, strict=True)) | more
     return found
 
 
@@ -1391,9 +1399,7 @@ def draw_pages(work: Pipeline, drawn: dict[str, Tensor]) -> None:
             line[-1].text(0, 0.5, safe, va="center", fontsize=8, parse_math=False)
             for axis in line:
                 axis.axis("off")
-        write_atomically(
-            work.out / f"{page}.png", lambda name, figure=figure: figure.savefig(name, dpi=110, format="png")
-        )
+        write_atomically(work.out / f"{page}.png", functools.partial(figure.savefig, dpi=110, format="png"))
         plt.close(figure)
 
 
@@ -1432,11 +1438,11 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 def ask_chat(config: Config, messages: list[dict], wait: Callable[[float], object] = time.sleep) -> str:
     """An endpoint's answer to messages; on 429, 5xx, time-outs, no connection, asked up to five times, ever later."""
-    key, url = os.environ.get("OPENAI_API_KEY", ""), config.chat_url.rstrip("/")
+    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), config.chat_url.rstrip("/")
+    require(key.isascii() and key.isprintable(), "OPENAI_API_KEY: must be printable ASCII, and is not; set it anew")
     url += "" if url.endswith("/chat/completions") else "/chat/completions"
-    require(
-        bool(re.match(r"https?://", url)), f"--chat-url {config.chat_url!r}: must begin http:// or https://; correct it"
-    )
+    fits = bool(re.fullmatch(r"https?://[!-~]+", url))
+    require(fits, f"--chat-url {config.chat_url!r}: must begin http:// or https:// and be ASCII, no spaces; correct it")
     body = json.dumps({"model": config.chat_model, "messages": messages}).encode()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
@@ -1450,21 +1456,20 @@ def ask_chat(config: Config, messages: list[dict], wait: Callable[[float], objec
                 text = answer.read().decode("utf-8", "replace")
             break
         except urllib.error.HTTPError as error:
-            detail = hide(f"{error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')}")
+            detail = hide(f"{error.code} {error.reason}: {error.read(9999).decode('utf-8', 'replace')}")[:200]
             require(error.code == 429 or error.code >= 500, f"{url}: answers {detail}; correct the request")
             with contextlib.suppress(TypeError, ValueError):
                 pause = min(60.0, max(pause, float(error.headers.get("Retry-After"))))
-        except OSError as error:  # no connection, or none in time
+        except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, none in time, no HTTP
             detail = hide(getattr(error, "reason", error))
         if attempt < 4:
             wait(pause)
     else:
         raise UserError(f"{url}: five attempts failed, the last with {detail}; try later, or correct --chat-url")
     try:
-        content = json.loads(text)["choices"][0]["message"]["content"]
-        return content.strip()
+        return json.loads(text)["choices"][0]["message"]["content"].encode("utf-8", "replace").decode().strip()
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{url}: answers no chat completion but {hide(text[:200])!r}; correct --chat-url") from None
+        raise UserError(f"{url}: answers no chat completion but {hide(text)[:200]!r}; correct --chat-url") from None
 
 
 def upsample_by_chat(config: Config, prompt: str, wait: Callable[[float], object] = time.sleep) -> str:
@@ -1480,9 +1485,7 @@ def upsample_by_chat(config: Config, prompt: str, wait: Callable[[float], object
             return text
         again = f"That breaks the rules: {wrong}. Answer again with the description alone."
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": again}]
-    raise UserError(
-        f"--chat-model {config.chat_model}: three answers broke the rules, the last as {wrong}; try another"
-    )
+    raise UserError(f"--chat-model {config.chat_model}: three answers broke the rules, the last as {wrong}; change it")
 
 
 # ----- Jobs, main -----------------------------------------------------------------------------------------------------
@@ -1497,22 +1500,23 @@ def load_captioner(path: Path, device: torch.device) -> tuple[dict[str, CoCa], P
     models = {}
     for style, state in content["states"].items():
         models[style] = CoCa(**content["sizes"]).to(device).requires_grad_(False)
-        models[style].load_state_dict(state)
+        take_state(models[style], state, path)
     return models, Pieces(content["pieces"]), content["sizes"]["size"]
 
 
-def kept_rows(path: Path, resume: bool) -> list[dict]:
-    """The rows that an earlier run wrote; half a line at the end, where it was stopped, is cut off."""
+def kept_rows(path: Path, resume: bool, styles: Iterable[str]) -> list[dict]:
+    """The rows that an earlier run wrote, of these styles; half a line at the end, where it stopped, is cut off."""
     if not path.exists():
         return []
     require(resume, f"--out {path}: is there already; go on in it with --resume, or give another")
     whole = path.read_bytes().rpartition(b"\n")
     try:
         rows = [json.loads(line) for line in whole[0].splitlines()]
-        fits = all(isinstance(row["file"], str) for row in rows)
+        fits = all(isinstance(row["file"], str) and set(styles) <= row.keys() for row in rows)
+        fits = fits and b'{"file": "'.startswith(whole[2][:10])
     except (ValueError, LookupError, TypeError):
         fits = False
-    require(fits, f"--out {path}: has lines that this job did not write; give another")
+    require(fits, f"--out {path}: has lines that this captioner did not write; give another")
     with open(path, "r+b") as file:
         file.truncate(len(whole[0]) + len(whole[1]))
     return rows
@@ -1527,7 +1531,7 @@ def caption_folder(config: Config) -> int:
     models, pieces, size = load_captioner(path, device)
     models = {style: model for style, model in models.items() if style != "base"} or {"caption": models["base"]}
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = {row["file"] for row in kept_rows(out, config.resume)}
+    done = {row["file"] for row in kept_rows(out, config.resume, models.keys())}
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     files = sorted(p.relative_to(folder).as_posix() for p in found)
     require(bool(files), f"--images {folder}: has no images ({' '.join(sorted(SUFFIXES))}); give another")
@@ -1545,12 +1549,15 @@ def caption_folder(config: Config) -> int:
                     break
                 print(error, file=sys.stderr)
         if images:
-            generator = torch.Generator().manual_seed(config.seed + len(done) + written)
+            generator = torch.Generator().manual_seed((config.seed + len(done) + written) % 2**63)
             stack = torch.from_numpy(np.stack(images))
             texts = {style: caption_images(m, pieces, stack, config, generator) for style, m in models.items()}
             rows = [{"file": name} | {style: t[i] for style, t in texts.items()} for i, name in enumerate(good)]
-            with open(out, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            try:  # a file's name that is not UTF-8 is written as JSON escapes
+                with open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            except OSError as error:
+                raise OSError(f"{out}: not written ({error.strerror}); mend that and go on with --resume") from None
         written += len(images)
         require(failed is None, f"{failed}; or go on with --skip-bad --resume: {written} rows are written")
         pace = (time.perf_counter() - began) / (written + len(bad))
@@ -1593,6 +1600,8 @@ def run_job(job: str, config: Config, prompt: str) -> None:
     """One job of the command line."""
     fits = not config.data or job in ("captioner", "data")
     require(fits, f"--data {config.data}: must go with the job captioner; caption its images by caption --images")
+    require(not config.images or job == "caption", f"--images {config.images}: must go with the job caption; name it")
+    require(not prompt or job == "upsample", f"{prompt!r}: only upsample takes a second word; give a flag instead")
     if job in ("all", "score"):
         run_all(config)
     elif job == "caption" and config.images:
@@ -1610,9 +1619,8 @@ def run_job(job: str, config: Config, prompt: str) -> None:
         elif job == "captioner":
             print(score_table(score_captioners(work), {}))
         elif job == "caption":
-            lines = [{"alt": alt} for alt in work.pictures.alt]
-            for style, texts in work.captions.items():
-                lines = [line | {style: text} for line, text in zip(lines, texts, strict=True)]
+            columns = {"alt": work.pictures.alt} | work.captions
+            lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_atomically(work.out / "captions.jsonl", lambda name: Path(name).write_text(text, "utf-8"))
             print(f"{work.out / 'captions.jsonl'}: {len(lines):,} rows")

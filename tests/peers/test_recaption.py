@@ -73,7 +73,7 @@ def test_the_decoder_token_by_token():
     tokens, memory = torch.randint(12, (2, 5)), doubles(2, 3, 8)
     logits = model.write(model.read(tokens), memory)
     for b in range(2):
-        rows = [model.embed.weight[token] + model.place[t] for t, token in enumerate(tokens[b])]
+        rows = [model.enter(model.embed.weight[token] + model.place[t]) for t, token in enumerate(tokens[b])]
         for layer in (*model.lower, *model.upper):
             normed = [layer.norms[0](row) for row in rows]
             rows = [row + attend(layer.attend, normed[t], normed[: t + 1]) for t, row in enumerate(rows)]
