@@ -781,9 +781,7 @@ class CoCa(nn.Module):
         self.sizes |= {"layers": layers, "heads": heads, "queries": queries}
         D, stem = width, (3, width // 4, width // 2, width)
         convolutions = [nn.Conv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(stem)]
-        self.stem = nn.Sequential(
-            *itertools.chain(*((conv, nn.GELU()) for conv in convolutions[:-1])), convolutions[-1]
-        )
+        self.stem = nn.Sequential(*itertools.chain(*((conv, nn.GELU()) for conv in convolutions)))[:-1]
         self.place = nn.Parameter(0.02 * torch.randn((size // 8) ** 2, D))
         self.enter, self.encoder = nn.LayerNorm(D), nn.ModuleList(Layer(D, heads) for _ in range(layers))
         self.pool, self.pool_one = AttentionPool(D, heads, queries), AttentionPool(D, heads, 1)
