@@ -1207,7 +1207,7 @@ def load_stage(path: Path, config: Config, skipped: Iterable[str], device: torch
     fits = isinstance(content, dict) and "config" in content
     require(fits, f"{path}: is no file of this script; move it away, or give another --out")
     then = {k: v for k, v in content["config"].items() if k not in skipped}
-    differing = [f"{k} was {v!r}, is {now[k]!r}" for k, v in then.items() if v != now[k]]
+    differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
     require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
     return content
 

@@ -725,6 +725,10 @@ def test_saved_stages_are_used_again_and_not_mixed_up(tmp_path, capsys):
     capsys.readouterr()
     assert s.main([*flags, "--method", "gate", "--seed", "1"]) == 2
     assert "saved with another config: seed was 0, is 1" in capsys.readouterr().err
+    content = torch.load(tmp_path / "sft.pt", weights_only=True)
+    torch.save(content | {"config": content["config"] | {"gone": 3}}, tmp_path / "sft.pt")  # another version's flag
+    assert s.main([*flags, "--method", "gate"]) == 2
+    assert "gone was 3, is None" in capsys.readouterr().err
 
 
 def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path, monkeypatch):
