@@ -110,7 +110,7 @@ class Config:
     paint_width: int = flag(128, "of the text-to-image models")
     paint_layers: int = flag(6, "of the text-to-image models")
     paint_lr: float = flag(2e-3, "peak learning rate of text-to-image models and attribute reader")
-    paint_steps: int = flag(800, "their steps; report: 500,000 of 2,048 images")
+    paint_steps: int = flag(1500, "their steps; report: 500,000 of 2,048 images")
     arms: str = flag("ground_truth,descriptive:95", "models, by commas: ground_truth, short:%%, descriptive:%%")
     drop: float = flag(0.1, "share of training captions left empty, for guidance")
     ema: float = flag(0.998, "decay of the weights' average, which is what draws")
@@ -441,8 +441,8 @@ def relation(a: Thing | None, b: Thing | None) -> tuple[int, int] | None:
     return v - y, u - x
 
 
-def agreement_report(pairs: Iterable[tuple[Scene, Scene]]) -> dict[str, float]:
-    """Over pairs of said and true: attribute F1, share of what is said that is not so, and shares by kind of word."""
+def agreement_report(pairs: Iterable[tuple[Scene, Scene]]) -> dict[str, float | None]:
+    """Over said and true: attribute F1, share said that is not so, what is so by kind of word; None: nothing said."""
     total = {name: np.zeros(3, int) for name in (*ATTRIBUTES, "binding", "relation", "count")}
     for said, true in pairs:
         for name, counts in agreement(said, true).items():
@@ -450,11 +450,11 @@ def agreement_report(pairs: Iterable[tuple[Scene, Scene]]) -> dict[str, float]:
 
     def report(names: Sequence[str], prefix: str) -> dict:
         agreed, said, true = sum(total[name] for name in names).tolist()
-        found = {"f1": 2 * agreed / max(1, said + true), "hallucinated": 1 - agreed / said if said else 0.0}
+        found = {"f1": 2 * agreed / max(1, said + true), "hallucinated": 1 - agreed / said if said else None}
         return {f"{prefix}{name}": value for name, value in found.items()}
 
     found = report([name for name in ATTRIBUTES if name != "place"], "") | report(["place"], "spatial_")
-    return found | {name: counts[0].item() / max(1, counts[1].item()) for name, counts in total.items()}
+    return found | {name: (n[0] / n[1]).item() if n[1] else None for name, n in total.items()}
 
 
 class Pieces:
@@ -1301,17 +1301,15 @@ def caption_images(
 # ----- Scores, table, pictures ----------------------------------------------------------------------------------------
 
 
-def judge_images(work: Pipeline, images: Tensor, drawn_from: list[str], said: list[str] | None = None) -> dict:
-    """CLIP score and attribute shares of images, against their prompts, or against what was `said` in their place."""
-    said = said or drawn_from
+def judge_images(work: Pipeline, images: Tensor, said: list[str]) -> dict:
+    """CLIP score and attribute shares of images against what was said: the prompt that the user wrote."""
     with torch.no_grad():
         parts = zip(images.split(256), batches(said, 256), strict=True)
         pairs = [(work.judge.look(x.to(work.device))[1], work.judge.embed_text(work.tokens(t))) for x, t in parts]
     scores = torch.cat([clip_score(image, text) for image, text in pairs])
     scenes = [scene for part in images.split(256) for scene in work.reader.read(part.to(work.device))]
     shares = agreement_report((parse_caption(text), seen) for text, seen in zip(said, scenes, strict=True))
-    names = ("shape", "colour", "binding", "texture", "place", "relation", "background", "count")
-    return {"clip": scores.mean().item(), "clip_deviation": scores.std().item()} | {n: shares[n] for n in names}
+    return {"clip": scores.mean().item(), "clip_deviation": scores.std().item()} | shares
 
 
 def score_captioners(work: Pipeline) -> dict[str, dict]:
@@ -1336,35 +1334,37 @@ def score_reader(work: Pipeline) -> dict:
 
 
 def score_arms(work: Pipeline, styles: Sequence[str] = PROMPTS) -> tuple[dict, dict[str, Tensor]]:
-    """Each model's scores by style of prompt, `brief` as a user writes; and what it draws for descriptive ones."""
+    """Models' scores by style of prompt, of upsampled ones by the brief one behind; what they draw for descriptive."""
     held, found, drawn = work.held_out, {}, {}
     texts = [describe(brief(scene), "descriptive", work.generator("brief", i)) for i, scene in enumerate(held.scenes)]
     prompts = {"ground_truth": held.alt, "descriptive": list(held.descriptive.values())}
     prompts |= {"brief": texts, "upsampled": work.upsample(texts) if "upsampled" in styles else texts}
     for arm in read_arms(work.config.arms):
         painter = work.painter(arm)
-        for style, lines in ((style, prompts[style]) for style in styles):
+        for style in styles:
             began = time.perf_counter()
-            images = work.draw(painter, lines)
-            pace = len(images) / (time.perf_counter() - began)
-            # An upsampled prompt is drawn from, but what counts is the one that the user wrote.
-            row = judge_images(work, images, lines, texts if style == "upsampled" else None)
-            found.setdefault(arm, {})[style] = row | {"images_a_second": pace}
+            images = work.draw(painter, prompts[style])
+            pace = {"images_a_second": len(images) / (time.perf_counter() - began)}
+            row = judge_images(work, images, texts if style == "upsampled" else prompts[style])
+            found.setdefault(arm, {})[style] = row | pace
             if style == "descriptive":
                 drawn[arm] = images.cpu()
     return found, drawn
 
 
 def score_table(captioners: dict, arms: dict) -> str:
-    """Both tables, of captioners and of models."""
+    """Both tables, of captioners and of models; a dash where nothing of that kind was said."""
+
+    def cells(row: dict, width: int) -> str:
+        return "".join("-".rjust(width) if row[c] is None else f"{row[c]:{width}.3f}" for c in columns)
+
     columns = ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "binding")
     lines = [f"{'captioner':24}" + "".join(f"{name:>22}" for name in columns)]
-    lines += [f"{name:24}" + "".join(f"{row[c]:22.3f}" for c in columns) for name, row in captioners.items()]
+    lines += [f"{name:24}" + cells(row, 22) for name, row in captioners.items()]
     columns = ("clip", "shape", "colour", "binding", "texture", "place", "relation", "count")
     lines += ["", f"{'model, prompts':34}" + "".join(f"{name:>11}" for name in columns)]
     for arm, styles in arms.items():
-        for style, row in styles.items():
-            lines.append(f"{arm + ', ' + style:34}" + "".join(f"{row[c]:11.3f}" for c in columns))
+        lines += [f"{arm + ', ' + style:34}" + cells(row, 11) for style, row in styles.items()]
     return "\n".join(lines)
 
 

@@ -170,7 +170,10 @@ def test_agreement_of_the_same_of_nothing_and_of_babble():
         found = r.agreement(scene, scene)
         assert all(a == b == c for a, b, c in found.values())
     nothing = r.agreement_report([(r.Scene(), scenes(1)[0])])
-    assert nothing["f1"] == 0 == nothing["hallucinated"]
+    assert nothing["f1"] == 0 and nothing["hallucinated"] is nothing["texture"] is None
+    row = dict.fromkeys(("hallucinated", "spatial_f1", "spatial_hallucinated", "binding"), 0.25) | nothing
+    lines = r.score_table({"mute": row}, {}).splitlines()
+    assert lines[1].split() == ["mute", "0.000", "-", "0.000", "-", "-"]
     babble = r.parse_caption(", ".join(["a red circle"] * 9))
     assert len(babble.things) == 9 and r.agreement(babble, scenes(1)[0])["colour"][1] == 9
 
@@ -770,7 +773,7 @@ def test_upsampled_prompts_are_drawn_from_but_the_users_own_are_judged(traced, m
     monkeypatch.setattr(work, "painter", lambda arm: arm)
     monkeypatch.setattr(work, "upsample", lambda prompts: [f"long {text}" for text in prompts])
     monkeypatch.setattr(work, "draw", lambda painter, lines: drawn.append((painter, lines)) or torch.zeros(len(lines)))
-    monkeypatch.setattr(r, "judge_images", lambda work, images, *said: judged.append(said[-1] or said[0]) or {})
+    monkeypatch.setattr(r, "judge_images", lambda work, images, said: judged.append(said) or {})
     r.score_arms(work)
     for arm, (alt, descriptive, brief, upsampled) in zip(
         ("ground_truth", "descriptive:95"), (drawn[:4], drawn[4:]), strict=True
@@ -788,14 +791,15 @@ def test_images_are_judged_by_what_was_said(traced, monkeypatch):
     shown = [r.Scene((r.Thing("circle", "red", "large", "plain", "top left"), r.Thing("cross", "red")), "white")] * 2
     monkeypatch.setattr(work.reader, "read", lambda images: shown)
     texts, images = [r.describe(scene) for scene in said], torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    found = r.judge_images(work, images, ["a yellow cross."] * 2, texts)
+    found = r.judge_images(work, images, texts)
     assert found["shape"] == found["colour"] == found["binding"] == 0.5 and found["count"] == 0.0
     with torch.no_grad():
         scores = r.clip_score(work.judge.look(images)[1], work.judge.embed_text(work.tokens(texts)))
     assert found["clip"] == pytest.approx(scores.mean().item())
     # And a captioner's hallucinations are what it says that is not so, not what it leaves out.
-    monkeypatch.setattr(r, "caption_images", lambda *_: ["a thing."] * len(work.held_out.scenes))
-    assert r.score_captioners(work)["base"]["hallucinated"] == 0.0 == r.score_captioners(work)["base"]["f1"]
+    monkeypatch.setattr(r, "caption_images", lambda *_: [r.describe(r.brief(scene)) for scene in work.held_out.scenes])
+    found = r.score_captioners(work)["base"]
+    assert found["hallucinated"] == 0.0 < found["f1"] < 1 and found["spatial_hallucinated"] is None
 
 
 def test_models_draw_from_the_same_noise_with_the_guidance_asked_for(traced, monkeypatch):

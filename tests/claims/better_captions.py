@@ -59,9 +59,11 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict:
     return found
 
 
-def over(seeds: list[dict], value) -> dict:
-    """Mean over the seeds and half the width of its 95 % interval by Student's t, and each seed's value."""
+def over(seeds: list[dict], value) -> dict | None:
+    """Mean over the seeds and half the width of its 95 % interval by Student's t, and each seed's value; or None."""
     each = [value(seed) for seed in seeds]
+    if None in each:
+        return None
     n = len(each)
     half = T_95[n] * statistics.stdev(each) / math.sqrt(n) if n > 1 else 0.0
     return {"mean": statistics.mean(each), "half": half, "each": [round(x, 5) for x in each]}
@@ -108,7 +110,7 @@ def show(found: dict) -> str:
         lines.append(f"\n{claim}")
         rows = rows if "clip" not in rows else {"": rows}
         for name, row in rows.items():
-            cells = [f"{k} {v['mean']:.3f} ± {v['half']:.3f}" for k, v in row.items()]
+            cells = [f"{k} {v['mean']:.3f} ± {v['half']:.3f}" for k, v in row.items() if v]
             lines.append(f"  {name}: " + " · ".join(cells))
     return "\n".join(lines)
 
