@@ -158,6 +158,24 @@ def safe_rlhf(part: str) -> str:
     return importlib.import_module("safe_rlhf_claims").TABLES[part](read(CLAIMS / "safe_rlhf_claims.json")["claims"])
 
 
+def recaption_captioners() -> str:
+    keys, rows = ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "binding"), []
+    for name, row in read(CLAIMS / "recaption_default.json")["captioners"].items():
+        rows.append([name, *("" if row[k] is None else f"{row[k]:.3f}" for k in keys), number(row["images_a_second"])])
+    head = ["captioner", "attribute F1", "hallucinated", "spatial F1", "spatial, hallucinated", "binding", "images/s"]
+    return table(head, rows, [LEFT] + [RIGHT] * 6)
+
+
+def recaption_models() -> str:
+    keys, rows = ("clip", "shape", "colour", "binding", "texture", "place", "relation", "count"), []
+    result = read(CLAIMS / "recaption_default.json")
+    for model, styles in ({"real images": {"descriptive": result["real"]}} | result["arms"]).items():
+        for style, row in styles.items():
+            cells = ["" if row[k] is None else f"{row[k]:.{1 if k == 'clip' else 2}f}" for k in keys]
+            rows.append([model, style.replace("_", " "), *cells])
+    return table(["trained on", "prompts", "CLIP score", *keys[1:]], rows, [LEFT] * 2 + [RIGHT] * 8)
+
+
 def induction_heads() -> str:
     return of_program("induction_heads")
 
