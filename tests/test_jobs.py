@@ -1,5 +1,6 @@
 """The jobs train, sample and eval, as a user runs them, over every script that has them: one text, two models."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -90,6 +91,7 @@ def test_the_generator_decides_the_text(script):
         ({"top_k": 2}, [0.625, 0.375, 0.0, 0.0]),
         ({"top_p": 0.79}, [0.625, 0.375, 0.0, 0.0]),
         ({"top_p": 0.81}, [0.5263, 0.3158, 0.1579, 0]),
+        ({"top_k": 3}, [0.5263, 0.3158, 0.1579, 0]),
         ({"top_k": 3, "top_p": 0.5}, [1.0, 0.0, 0.0, 0.0]),
         ({"top_k": 9, "top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
     ],
@@ -100,6 +102,11 @@ def test_tokens_are_drawn_from_the_cut_distribution(script, options, expected):
     share = script.sample_token(logits, **options).bincount(minlength=4)[order] / 20_000
     close(share, torch.tensor(expected), 0.015)
     assert (share[torch.tensor(expected) == 0] == 0).all()
+
+
+def test_the_fewest_tokens_that_reach_top_p(script):
+    drawn = script.sample_token(torch.zeros(200, 4), top_p=0.5)  # exactly two of four equal ones
+    assert len(drawn.unique()) == 2
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -0.5}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
@@ -154,6 +161,52 @@ def test_learning_rate(script):
         0.5 + 1.5 * math.cos(math.pi / 8) ** 2, abs=0.02
     )
     assert script.learning_rate(0, script.Config(steps=1, lr=2.0)) == 2.0
+
+
+def test_a_training_step_is_adamw_written_out(script, tmp_path):
+    """Windows, document starts, loss, clipping, rate and AdamW (1711.05101, algorithm 2) for some steps, in float64."""
+    tokens = np.random.default_rng(0).choice([256, 7, 8, 9, 10], 900)
+    sizes = {"d_model": 16, "n_layer": 1, "batch": 4, "accumulate": 2, "length": 16, "steps": 8, "warmup": 0.25}
+    rates = {"lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.3, "beta2": 0.8, "clip": 1.9, "document_resets": True}
+    config = script.Config(**sizes, **rates, **OWN[script.__name__], seed=3, out=str(tmp_path))
+    training, norms = script.Run(config, corpus_of(script, tokens), torch.device("cpu")), []
+    model = copy.deepcopy(training.model.double())
+    decays = {id(p): group["weight_decay"] for group in training.optimizer.param_groups for p in group["params"]}
+    decays = [decays[id(p)] for p in training.model.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    for step in range(1, 7):
+        offsets = training.batches.offsets(step - 1)
+        windows = torch.from_numpy(np.stack([tokens[o : o + 17] for o in offsets]))
+        before = torch.tensor([[tokens[o - 1] if o else 256] for o in offsets])
+        logits = model(windows[:, :-1], starts=torch.cat([before, windows[:, :-2]], 1) == 256)
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(math.sqrt(sum(g.square().sum().item() for g in grads)))
+        assert training.train_step() == pytest.approx((loss.item(), norms[-1]), rel=1e-5)
+        rate = script.learning_rate(step - 1, config)
+        for p, g, decay, (m, v) in zip(model.parameters(), grads, decays, moments, strict=True):
+            g = g * min(1.0, 1.9 / norms[-1])
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.8).add_(g * g, alpha=0.2)
+            p.data -= rate * (decay * p.data + m / (1 - 0.9**step) / ((v / (1 - 0.8**step)).sqrt() + 1e-8))
+    assert min(norms) < 1.9 < max(norms)  # clipped, and not
+    close(list(training.model.parameters()), list(model.parameters()), 1e-4)
+
+
+def test_a_checkpoint_brings_everything_back(script, tmp_path):
+    corpus, config = (
+        corpus_of(script, np.arange(256)),
+        script.Config(d_model=16, n_layer=1, length=32, out=str(tmp_path)),
+    )
+    config = dataclasses.replace(config, **OWN[script.__name__])
+    training, again = (script.Run(config, corpus, torch.device("cpu")) for _ in range(2))
+    training.train_step()
+    training.best, state = 1.5, torch.get_rng_state()
+    training.save()
+    torch.rand(3)
+    again.load()
+    assert (again.step, again.best) == (1, 1.5) and torch.equal(torch.get_rng_state(), state)
+    assert again.train_step() == training.train_step()
 
 
 # ----- Jobs, as a user runs them --------------------------------------------------------------------------------------
@@ -372,6 +425,13 @@ def test_an_epoch_reads_each_window_once(script, size):
     for epoch in windows.reshape(6, -1):
         assert (np.diff(np.sort(epoch)) == 32).all()
     assert (script.Batches(*arguments).offsets(4) == batches.offsets(4)).all()  # needs no replay
+
+
+def test_epochs_and_seeds_differ(script):
+    own = (False,) if script is mamba else ()
+    epochs = [script.Batches(np.arange(1000), 3, 32, seed, *own).shuffled(e) for seed in (0, 1) for e in range(4)]
+    assert len({tuple(epoch // 32) for epoch in epochs}) == 8  # each another order,
+    assert len({epoch.min() for epoch in epochs}) > 2  # from other offsets
 
 
 def predictor(model):
