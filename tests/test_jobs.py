@@ -599,9 +599,11 @@ BAD = {  # flags after the usual ones; what the line must say: the value, the ru
     "sample --checkpoint nowhere.pt": "nowhere.pt: no such file.*train first",
     "sample --checkpoint junk": "junk: holds no config.json.*correct",
     "sample --checkpoint good.pt --prompt ''": "must be.*L >= 1; give",
-    "sample --checkpoint good.pt --temperature -1": "temperature=-1.0.*must be >= 0.*correct",
+    "sample --checkpoint good.pt --temperature -1": "--temperature -1.0: must be at least 0; raise",
     "sample --checkpoint good.pt --top-k -3": "--top-k -3: must be at least 0; raise",
-    "sample --checkpoint good.pt --top-p 0": "top_p=0.0.*must be.*correct",
+    "sample --checkpoint good.pt --top-p 0": "--top-p 0.0: must be at least 1e-09; raise",
+    "--temperature nan": "--temperature nan: must be a number from 0 to inf; lower",
+    "--top-p 7": "--top-p 7.0: must be a number from 1e-09 to 1; lower",
     "eval --checkpoint small.pt": "has 257 tokens, the model's vocabulary 29; give",
 }
 
@@ -655,6 +657,94 @@ def test_bad_input_is_one_line(script, flags, tmp_path, monkeypatch, capsys):
     expected = (BAD | BAD_OWN[script.__name__])[flags]
     assert re.fullmatch(rf"{script.__name__}\.py: .*\n", line) and re.search(expected, line), line
     assert not Path("out", "checkpoint.pt").exists()
+
+
+WRONG_FOLDERS = {  # files of a checkpoint folder, or fields of its config.json; what the line must say
+    "no JSON": ({"config.json": b"{nope"}, "config.json: must be a JSON object, but .*line 1.*; copy"),
+    "not UTF-8": ({"config.json": b"\xff\xfe"}, "config.json: must be a JSON object, but .*utf-8.*; copy"),
+    "a list": ({"config.json": b"[1]"}, "config.json: must be a JSON object, but it is another.*; copy"),
+    "empty": ({"config.json": b"{}"}, "folder: cannot be done here: .*vocab_size is missing; give"),
+    "size null": ({"num_hidden_layers": None}, r"folder: config.json has a wrong value \(.*NoneType.*\); correct"),
+    "size text": ({"vocab_size": "29"}, r"folder: config.json has a wrong value \(.*str.*\); correct"),
+    "size broken": ({"vocab_size": 1.5}, r"folder: config.json has a wrong value \(.*\); correct"),
+    "a list of tensors": ({"pytorch_model.bin": [1]}, "pytorch_model.bin: must hold tensors by name; give"),
+    "tensors within": ({"pytorch_model.bin": {"model": {}}}, "folder: the weights.*embed.* is missing.*; mend"),
+    "index no JSON": ({"pytorch_model.bin.index.json": b""}, "index.json: must be a JSON object.*; copy"),
+    "index empty": ({"pytorch_model.bin.index.json": b"{}"}, "index.json: weight_map must name.*; copy"),
+    "index of numbers": (
+        {"pytorch_model.bin.index.json": b'{"weight_map": {"a": 3}}'},
+        "3: named in .*index.json.*; copy",
+    ),
+}
+WRONG_OWN = {
+    "mamba": {
+        "steps": ({"time_step_min": 0}, "dt_min 0: must be in .0, dt_max.; correct"),
+        "rank": ({"time_step_rank": -1}, "rank -1: must be at least 1; raise"),
+        "expand": ({"expand": None}, r"folder: config.json has a wrong value \(.*\); correct"),
+    },
+    "transformer": {
+        "heads": ({"num_attention_heads": 0}, r"folder: config.json has a wrong value \(.*zero.*\); correct"),
+        "rope": ({"rope_parameters": 7}, r"folder: config.json has a wrong value \(.*int.*\); correct"),
+        "theta": ({"rope_theta": "x"}, r"folder: config.json has a wrong value \(.*sequence.*\); correct"),
+    },
+}
+
+
+@each("flaw", WRONG_FOLDERS, **WRONG_OWN)
+def test_a_wrong_folder_is_one_line(script, flaw, tmp_path, monkeypatch, capsys, no_safetensors):
+    monkeypatch.chdir(tmp_path)
+    small(script).float().save_pretrained("folder")
+    changes, expected = (WRONG_FOLDERS | WRONG_OWN[script.__name__])[flaw]
+    fields = json.loads(Path("folder", "config.json").read_text())
+    for name, value in changes.items():
+        if name.endswith(".bin"):
+            torch.save(value, f"folder/{name}")
+        elif name.endswith(".json"):
+            Path("folder", name).write_bytes(value)
+        else:
+            Path("folder", "config.json").write_text(json.dumps(fields | {name: value}))
+    assert script.main(["sample", "--checkpoint", "folder", "--tokenizer", "byte"]) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(rf"{script.__name__}\.py: .*\n", line) and re.search(expected, line), line
+
+
+def test_numbers_beside_the_tensors_are_left_out(script, tmp_path, no_safetensors):
+    model, tokens = small(script).float(), text(1, 5)
+    model.save_pretrained(str(tmp_path))
+    content = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save(content | {"epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(script.read_folder(str(tmp_path))(tokens), model(tokens))
+
+
+def test_the_other_scripts_checkpoint_is_refused(script, run, tmp_path, capsys):
+    other = transformer if script is mamba else mamba
+    flags = [*tiny_run(other), "--steps", "1", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    assert other.main(flags) == 0 and capsys.readouterr()
+    for job, resume in (("sample", []), ("eval", []), ("train", ["--resume"])):
+        assert run("out", *resume, job=job) == 2
+        assert re.search("checkpoint.pt: is no checkpoint of this script; give", capsys.readouterr().err)
+
+
+def test_a_run_whose_log_was_cut_goes_on(run, tmp_path):
+    assert run("out") == 0
+    log = tmp_path / "out" / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 21, "lo')  # killed as it wrote
+    assert run("out", "--resume") == 0 and log.read_text() == whole
+
+
+@each("prompt,tokens", [("", 0)], transformer=[("x" * 40, 40)])
+def test_a_prompt_that_does_not_fit_loses_no_result(script, run, tmp_path, capsys, prompt, tokens):
+    flags = ["--position", "learned"] if prompt else []
+    assert run("out", "--prompt", prompt, *flags) == 0
+    assert f"no sample: --prompt has {tokens} tokens, must have from 1" in capsys.readouterr().out
+    assert "sample" not in json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-300])
+def test_a_temperature_near_0_is_greedy(script, temperature):
+    logits = torch.randn(5, 9) * 50
+    assert torch.equal(script.sample_token(logits, temperature), logits.argmax(-1))
 
 
 def test_bad_input_has_no_traceback(script, tmp_path):
