@@ -427,6 +427,17 @@ def test_an_epoch_reads_each_window_once(script, size):
     assert (script.Batches(*arguments).offsets(4) == batches.offsets(4)).all()  # needs no replay
 
 
+def test_a_document_starts_after_a_separator(script):
+    """Of what stands before the window too: a carried state must not run on into a new document."""
+    tokens = np.random.default_rng(0).choice([256, 7, 8], 200)
+    corpus, config = corpus_of(script, tokens), script.Config(length=9, document_resets=True)
+    offsets = [0, 1, 17, 60, 151, 190]
+    x, y, starts = script.gather(corpus, tokens, offsets, config, torch.device("cpu"))
+    for b, o in enumerate(offsets):
+        assert (x[b].tolist(), y[b].tolist()) == (tokens[o : o + 9].tolist(), tokens[o + 1 : o + 10].tolist())
+        assert starts[b].tolist() == [t == 0 or tokens[t - 1] == 256 for t in range(o, o + 9)]
+
+
 def test_epochs_and_seeds_differ(script):
     own = (False,) if script is mamba else ()
     epochs = [script.Batches(np.arange(1000), 3, 32, seed, *own).shuffled(e) for seed in (0, 1) for e in range(4)]
