@@ -101,8 +101,10 @@ class MambaConfig:
     def __post_init__(self):
         unknown = set(self.selective) - {"delta", "B", "C"}
         require(not unknown, f"selective {sorted(unknown)}: must be among delta, B and C; leave it out")
-        for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
+        sizes = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "rank", "pad_vocab_size_multiple")
+        for name in sizes:
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be at least 1; raise it")
+        require(0 < self.dt_min <= self.dt_max, f"dt_min {self.dt_min}: must be in (0, dt_max]; correct either")
 
     @property
     def longest(self) -> float:
@@ -124,10 +126,10 @@ def flag(default, text: str):
 
 
 LEAST = {
-    "steps": 1, "batch": 1, "accumulate": 1, "length": 1, "eval_every": 1, "lr": 0, "min_lr": 0, "weight_decay": 0,
-    "clip": 0, "warmup": 0, "beta2": 0, "eval_tokens": 0, "tokens": 0, "top_k": 0, "seed": 0,
+    "steps": 1, "batch": 1, "accumulate": 1, "length": 1, "eval_every": 1, "warmup": 0, "lr": 0, "min_lr": 0, "clip": 0,
+    "weight_decay": 0, "top_p": 1e-9, "beta2": 0, "eval_tokens": 0, "tokens": 0, "temperature": 0, "top_k": 0, "seed": 0
 }  # fmt: skip
-MOST = {"warmup": 1, "beta2": 0.99999, "seed": 2**62}
+MOST = {"warmup": 1, "beta2": 0.99999, "top_p": 1, "seed": 2**62}
 
 
 @dataclass(frozen=True)
@@ -405,9 +407,7 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
     """Byte-level BPE `bpe:N` of N ids (bytes, merges, separator): join the commonest pair, of equals the smallest."""
     size = int(name[4:]) if name[4:].isdecimal() else 0
     require(size >= 257, f"tokenizer {name!r}: bpe:N needs a whole N >= 257 (256 bytes, a separator); try bpe:1024")
-    require(
-        documents != [], f"tokenizer {name!r}: bpe:N learns from text and has none; name a trained tokenizer's file"
-    )
+    require(documents != [], f"tokenizer {name!r}: bpe:N learns from text, has none; name a trained tokenizer's file")
     split = importlib.import_module("regex").compile(CL100K).findall  # tiktoken brings it; `re` lacks \p{L}
     words = collections.Counter(word for text in documents for word in split(text))
     parts = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in words]
@@ -591,13 +591,13 @@ def load_tokens(path: str, tokenizer: Tokenizer | None = None) -> Corpus:
         top = int(part.max(initial=0))
         require(top < vocab_size, f"{path}: token id {top} must be below vocab_size {vocab_size}; correct either")
     if tokenizer is None and name is not None:
-        beside = description.parent / name
+        beside = description.parent / (name := str(name))
         tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
     least = tokenizer.vocab_size if tokenizer else 0
-    require(
-        vocab_size >= least,
-        f"{description}: vocab_size {vocab_size} must be at least {least}, its tokenizer's; mend it",
-    )
+    rule = f"must be at least {least}, its tokenizer's; mend it"
+    require(vocab_size >= least, f"{description}: vocab_size {vocab_size} {rule}")
+    fits = separator is None or (isinstance(separator, int) and 0 <= separator < vocab_size)
+    require(fits, f"{description}: document_separator {separator!r} must be null or below vocab_size; correct it")
     return Corpus(tokens[:cut], tokens[cut:], tokenizer, vocab_size, separator, path)
 
 
@@ -747,9 +747,7 @@ def state_dtype(x: Tensor) -> torch.dtype:
 def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> None:
     """Raise ValueError with the tensor's name, its shape and the shape it should have."""
     fits = u.ndim == 3 and A.ndim == 2 and u.numel() > 0
-    require(
-        fits, f"selective_scan: u {tuple(u.shape)} must be (B, L, D) and not empty, A {tuple(A.shape)} must be (D, N)"
-    )
+    require(fits, f"selective_scan: u {tuple(u.shape)} must be (B, L, D), not empty, A {tuple(A.shape)} must be (D, N)")
     (batch, length, d), n = u.shape, A.shape[1]
     full, weights, channels = (batch, length, d), (batch, length, n), (d,)
     for name, x, shape in (
@@ -2075,7 +2073,7 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
     """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k and top_p cut the tail, in that order."""
     fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
     require(fits, f"{temperature=}, {top_k=}, {top_p=}: must be >= 0, >= 1 and in (0, 1]; correct the one that is not")
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -2119,28 +2117,32 @@ def read_config(fields: dict) -> tuple[dict, list[str]]:
     return given, problems
 
 
-def read_fields(folder: str) -> dict:
-    """The config.json of a checkpoint folder."""
-    path = Path(folder) / "config.json"
-    rule = "must be a folder with one and its weights; correct the path"
-    require(path.is_file(), f"{folder}: holds no config.json, {rule}")
-    return json.loads(path.read_text("utf-8"))
+def read_fields(folder: str | Path, name: str = "config.json") -> dict:
+    """The JSON object in a checkpoint folder's config.json, or in another of its files."""
+    path = Path(folder) / name
+    require(path.is_file(), f"{folder}: holds no {name}, must be a folder with one and its weights; correct the path")
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        require(isinstance(fields, dict), "it is another kind of value")
+    except ValueError as error:
+        raise UserError(f"{path}: must be a JSON object, but {error}; copy it anew") from None
+    return fields
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        shards = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else [name]
+        index, tensors = folder / f"{name}.index.json", {}
         if not index.is_file() and not (folder / name).is_file():
             continue
-        tensors = {}
-        for shard in sorted(set(shards)):
-            require(
-                (folder / shard).is_file(), f"{folder / shard}: named in {index.name}, but not there; copy it there"
-            )
-            tensors |= load_torch(folder / shard)
-        return {k: v.float() for k, v in tensors.items()}
+        shards = read_fields(folder, index.name).get("weight_map") if index.is_file() else {"all": name}
+        require(isinstance(shards, dict), f"{index}: weight_map must name the file of each tensor; copy it anew")
+        for shard in sorted({folder / str(shard) for shard in shards.values()}):
+            require(shard.is_file(), f"{shard}: named in {index.name}, but not there; copy it there")
+            part = load_torch(shard)
+            require(isinstance(part, dict), f"{shard}: must hold tensors by name; give another")
+            tensors |= part
+        return {k: v.float() for k, v in tensors.items() if isinstance(v, Tensor)}
     raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
 
 
@@ -2168,10 +2170,15 @@ def check_tensors(folder: str, want: dict[str, Tensor], tensors: dict[str, Tenso
 
 def read_folder(folder: str) -> Mamba:
     """The model in a local folder; raises ValueError once, listing all that does not fit in its config or tensors."""
-    given, problems = read_config(read_fields(folder))
-    require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Mamba")
-    model, tensors = Mamba(MambaConfig(**given)), read_tensors(Path(folder))
-    tensors = {k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in tensors.items()}
+    try:
+        given, problems = read_config(read_fields(folder))
+        require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Mamba")
+        model = Mamba(MambaConfig(**given))
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{folder}: config.json has a wrong value ({str(error)[:70]!r}); correct it") from None
+    tensors = {
+        k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in read_tensors(Path(folder)).items()
+    }
     if model.config.tie_embeddings and "backbone.embeddings.weight" in tensors:
         tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
     check_tensors(folder, model.state_dict(), tensors)
@@ -2183,9 +2190,7 @@ def write_folder(model: Mamba, folder: str) -> None:
     """Write Hugging Face's layout, which `transformers` reads; the vocabulary's padding is cut off."""
     config = model.config
     fits = set(config.selective) == {"delta", "B", "C"}
-    require(
-        fits, f"selective {config.selective}: Hugging Face's layout holds fully selective models; save the checkpoint"
-    )
+    require(fits, f"selective {config.selective}: Hugging Face's layout holds full selection; save the checkpoint")
     fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     fields |= {"time_step_rank": config.rank, "intermediate_size": config.d_inner, "hidden_act": "silu"}
     fields |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "residual_in_fp32": True}
@@ -2204,10 +2209,8 @@ def write_tensors(folder: str, fields: dict, tensors: dict[str, Tensor]) -> None
     write_json(Path(folder) / "config.json", fields)
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     try:
-        save = functools.partial(
-            importlib.import_module("safetensors.torch").save_file, tensors, metadata={"format": "pt"}
-        )
-        write_atomically(Path(folder) / "model.safetensors", save)
+        save = importlib.import_module("safetensors.torch").save_file
+        write_atomically(Path(folder) / "model.safetensors", lambda name: save(tensors, name, {"format": "pt"}))
     except ImportError:
         write_atomically(Path(folder) / "pytorch_model.bin", lambda name: torch.save(tensors, name))
 
@@ -2226,9 +2229,7 @@ class Batches:
         self.size, self.batch, self.length, self.seed, self.carry = len(tokens), batch, length, seed, carry
         rows = batch if carry else 1
         self.windows = (len(tokens) - 1) // rows // length  # of a row, or of an epoch
-        require(
-            self.windows > 0, f"{len(tokens):,} tokens: too few for {rows} stretches of --length {length}; lower one"
-        )
+        require(self.windows > 0, f"{self.size:,} tokens: too few for {rows} stretches of --length {length}; lower one")
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
     def offsets(self, step: int) -> np.ndarray:
@@ -2317,6 +2318,7 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> dict:
     """The contents of a checkpoint that `Run.save` wrote."""
     content = load_torch(path, device)
     fits = isinstance(content, dict) and content.keys() >= {"model", "model_config", "config", "tokenizer", "step"}
+    fits = fits and content["config"].keys() <= {field.name for field in dataclasses.fields(Config)}
     require(fits, f"{path}: is no checkpoint of this script; give one that `train` wrote")
     return content
 
@@ -2400,10 +2402,8 @@ class Run:
             tokenizer = self.corpus.tokenizer and self.corpus.tokenizer.to_json()
             content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "carried": carried}
             content |= {"step": self.step, "best": self.best, "rng": torch.get_rng_state(), "tokenizer": tokenizer}
-            content |= {
-                "config": dataclasses.asdict(self.config),
-                "model_config": dataclasses.asdict(self.model.config),
-            }
+            content |= {"config": dataclasses.asdict(self.config)}
+            content |= {"model_config": dataclasses.asdict(self.model.config)}
             write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self) -> None:
@@ -2440,10 +2440,9 @@ def train(config: Config) -> dict:
     keep_memory()
     tokenizer = None
     if config.resume:
-        fits = (out / "checkpoint.pt").is_file()
-        require(fits, f"--resume: {out} holds no checkpoint.pt, must be the folder of a run; correct --out")
-        saved = load_run(out / "checkpoint.pt")["tokenizer"]
-        tokenizer = saved and Tokenizer.from_json(saved)
+        path = out / "checkpoint.pt"
+        require(path.is_file(), f"--resume: {out} holds no checkpoint.pt, must be the folder of a run; correct --out")
+        tokenizer = (saved := load_run(path)["tokenizer"]) and Tokenizer.from_json(saved)
     corpus = load_corpus(config.data, config.tokenizer, tokenizer)
     check_length(corpus.train, config.length, f"{corpus.source}, training part")
     check_length(corpus.valid, 1, f"{corpus.source}, validation part")
@@ -2465,9 +2464,12 @@ def train(config: Config) -> dict:
     result["validation"] = evaluate(run.model, corpus, config)
     say(f"validation: {scores_text(result['validation'])}", flush=True)
     if run.rank == 0:
-        if corpus.tokenizer:
-            prompt = len(corpus.tokenizer.encode(config.prompt, special=True))
-            fits = int(min(config.tokens, run.model.config.longest - prompt + 1))
+        most = run.model.config.longest
+        prompt = corpus.tokenizer and len(corpus.tokenizer.encode(config.prompt, special=True))
+        if prompt is not None and not 0 < prompt <= most:
+            say(f"no sample: --prompt has {prompt} tokens, must have from 1 to {most}; `sample` takes another")
+        elif prompt:
+            fits = int(min(config.tokens, most - prompt + 1))
             result["sample"] = write_sample(run.model, corpus.tokenizer, dataclasses.replace(config, tokens=fits))
         plot(history, baselines, out / "loss.png")
         result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
@@ -2479,7 +2481,8 @@ def train(config: Config) -> dict:
 def train_loop(run: Run, say: Callable) -> tuple[list[dict], float]:
     """Step to the end or to a Ctrl-C, logging, evaluating and saving. Returns the metrics and seconds a step."""
     config, path = run.config, Path(run.config.out) / "metrics.jsonl"
-    history = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if config.resume else []
+    lines = path.read_text("utf-8").splitlines() if config.resume else []
+    history = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a line
     history = [row for row in history if row["step"] <= run.step]
     stop = threading.Event()
     previous = signal.signal(signal.SIGINT, lambda *_: stop.set() or signal.signal(signal.SIGINT, previous))
@@ -2543,10 +2546,9 @@ def plot(history: list[dict], baselines: dict[str, float], path: Path) -> None:
     valid = [row for row in history if "valid_loss" in row]
     bits = bool(valid) and valid[-1]["valid_bits_a_byte"] is not None
     unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if bits else 1.0  # bits a byte in a nat a token
-    axes.plot([row["step"] for row in history], [row["loss"] * unit for row in history], lw=0.7, label="training")
-    axes.plot(
-        [row["step"] for row in valid], [row["valid_loss"] * unit for row in valid], "o-", ms=3, label="validation"
-    )
+    for rows, name, style in ((history, "loss", {"lw": 0.7}), (valid, "valid_loss", {"marker": "o", "ms": 3})):
+        label = "training" if rows is history else "validation"
+        axes.plot([row["step"] for row in rows], [row[name] * unit for row in rows], label=label, **style)
     for i, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, ls="--", lw=1, color=f"C{i + 2}", label=name)
     axes.set(xlabel="step", ylabel="bits a byte" if bits else "nats a token", title=path.parent.name, ylim=(0, None))
@@ -2605,10 +2607,8 @@ def evaluate_checkpoint(config: Config) -> dict:
     fits = tokenizer is not None or config.data.endswith(".bin")
     require(fits, f"--checkpoint {config.checkpoint}: has no tokenizer for text; name its own by --tokenizer")
     corpus, size = load_corpus(config.data, config.tokenizer, tokenizer), model.config.vocab_size
-    fits = corpus.vocab_size <= size
-    require(
-        fits, f"{corpus.source}: has {corpus.vocab_size} tokens, the model's vocabulary {size}; give its --tokenizer"
-    )
+    rule = f"has {corpus.vocab_size} tokens, the model's vocabulary {size}; give its --tokenizer"
+    require(corpus.vocab_size <= size, f"{corpus.source}: {rule}")
     check_length(corpus.valid, 1, corpus.source)
     scores = evaluate(model, corpus, config)
     print(f"{corpus.source}: {scores_text(scores)}, {scores['tokens']:,} tokens")

@@ -760,7 +760,7 @@ def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, genera
     """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k and top_p cut the tail, in that order."""
     fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
     require(fits, f"{temperature=}, {top_k=}, {top_p=}: must be >= 0, >= 1 and in (0, 1]; correct the one that is not")
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:

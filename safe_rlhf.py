@@ -811,28 +811,32 @@ def write_answers(policy: Llama, prompts: list, end: int, limit: int, generator:
     return Rollout(tokens, valid, drawn, mask, logp * mask)
 
 
-def read_fields(folder: str) -> dict:
-    """The config.json of a checkpoint folder."""
-    path = Path(folder) / "config.json"
-    rule = "must be a folder with one and its weights; correct the path"
-    require(path.is_file(), f"{folder}: holds no config.json, {rule}")
-    return json.loads(path.read_text("utf-8"))
+def read_fields(folder: str | Path, name: str = "config.json") -> dict:
+    """The JSON object in a checkpoint folder's config.json, or in another of its files."""
+    path = Path(folder) / name
+    require(path.is_file(), f"{folder}: holds no {name}, must be a folder with one and its weights; correct the path")
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        require(isinstance(fields, dict), "it is another kind of value")
+    except ValueError as error:
+        raise UserError(f"{path}: must be a JSON object, but {error}; copy it anew") from None
+    return fields
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        shards = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else [name]
+        index, tensors = folder / f"{name}.index.json", {}
         if not index.is_file() and not (folder / name).is_file():
             continue
-        tensors = {}
-        for shard in sorted(set(shards)):
-            require(
-                (folder / shard).is_file(), f"{folder / shard}: named in {index.name}, but not there; copy it there"
-            )
-            tensors |= load_torch(folder / shard)
-        return {k: v.float() for k, v in tensors.items()}
+        shards = read_fields(folder, index.name).get("weight_map") if index.is_file() else {"all": name}
+        require(isinstance(shards, dict), f"{index}: weight_map must name the file of each tensor; copy it anew")
+        for shard in sorted({folder / str(shard) for shard in shards.values()}):
+            require(shard.is_file(), f"{shard}: named in {index.name}, but not there; copy it there")
+            part = load_torch(shard)
+            require(isinstance(part, dict), f"{shard}: must hold tensors by name; give another")
+            tensors |= part
+        return {k: v.float() for k, v in tensors.items() if isinstance(v, Tensor)}
     raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
 
 

@@ -400,6 +400,9 @@ BAD_BINS = {
     "id in valid": (dict(ids=[1] * 99 + [257]), "token id 257", "below vocab_size 257"),
     "vocab_size": (dict(ids=[1], vocab_size="257"), "'257'", "integer"),
     "smaller than its tokenizer": (dict(ids=[1], vocab_size=256), "vocab_size 256", "at least 257"),
+    "tokenizer": (dict(ids=[1], tokenizer=5), "'5'", "unknown"),
+    "separator text": (dict(ids=[1], document_separator="x"), "document_separator 'x'", "below vocab_size"),
+    "separator 257": (dict(ids=[1], document_separator=257), "document_separator 257", "below vocab_size"),
     "bpe": (dict(ids=[1], tokenizer="bpe:300"), "'bpe:300'", "trained tokenizer's file"),
 }
 

@@ -1,5 +1,6 @@
 """The jobs train, sample and eval, as a user runs them, over every script that has them: one text, two models."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -90,6 +91,7 @@ def test_the_generator_decides_the_text(script):
         ({"top_k": 2}, [0.625, 0.375, 0.0, 0.0]),
         ({"top_p": 0.79}, [0.625, 0.375, 0.0, 0.0]),
         ({"top_p": 0.81}, [0.5263, 0.3158, 0.1579, 0]),
+        ({"top_k": 3}, [0.5263, 0.3158, 0.1579, 0]),
         ({"top_k": 3, "top_p": 0.5}, [1.0, 0.0, 0.0, 0.0]),
         ({"top_k": 9, "top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
     ],
@@ -100,6 +102,11 @@ def test_tokens_are_drawn_from_the_cut_distribution(script, options, expected):
     share = script.sample_token(logits, **options).bincount(minlength=4)[order] / 20_000
     close(share, torch.tensor(expected), 0.015)
     assert (share[torch.tensor(expected) == 0] == 0).all()
+
+
+def test_the_fewest_tokens_that_reach_top_p(script):
+    drawn = script.sample_token(torch.zeros(200, 4), top_p=0.5)  # exactly two of four equal ones
+    assert len(drawn.unique()) == 2
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -0.5}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
@@ -154,6 +161,52 @@ def test_learning_rate(script):
         0.5 + 1.5 * math.cos(math.pi / 8) ** 2, abs=0.02
     )
     assert script.learning_rate(0, script.Config(steps=1, lr=2.0)) == 2.0
+
+
+def test_a_training_step_is_adamw_written_out(script, tmp_path):
+    """Windows, document starts, loss, clipping, rate and AdamW (1711.05101, algorithm 2) for some steps, in float64."""
+    tokens = np.random.default_rng(0).choice([256, 7, 8, 9, 10], 900)
+    sizes = {"d_model": 16, "n_layer": 1, "batch": 4, "accumulate": 2, "length": 16, "steps": 8, "warmup": 0.25}
+    rates = {"lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.3, "beta2": 0.8, "clip": 1.9, "document_resets": True}
+    config = script.Config(**sizes, **rates, **OWN[script.__name__], seed=3, out=str(tmp_path))
+    training, norms = script.Run(config, corpus_of(script, tokens), torch.device("cpu")), []
+    model = copy.deepcopy(training.model.double())
+    decays = {id(p): group["weight_decay"] for group in training.optimizer.param_groups for p in group["params"]}
+    decays = [decays[id(p)] for p in training.model.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    for step in range(1, 7):
+        offsets = training.batches.offsets(step - 1)
+        windows = torch.from_numpy(np.stack([tokens[o : o + 17] for o in offsets]))
+        before = torch.tensor([[tokens[o - 1] if o else 256] for o in offsets])
+        logits = model(windows[:, :-1], starts=torch.cat([before, windows[:, :-2]], 1) == 256)
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(math.sqrt(sum(g.square().sum().item() for g in grads)))
+        assert training.train_step() == pytest.approx((loss.item(), norms[-1]), rel=1e-5)
+        rate = script.learning_rate(step - 1, config)
+        for p, g, decay, (m, v) in zip(model.parameters(), grads, decays, moments, strict=True):
+            g = g * min(1.0, 1.9 / norms[-1])
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.8).add_(g * g, alpha=0.2)
+            p.data -= rate * (decay * p.data + m / (1 - 0.9**step) / ((v / (1 - 0.8**step)).sqrt() + 1e-8))
+    assert min(norms) < 1.9 < max(norms)  # clipped, and not
+    close(list(training.model.parameters()), list(model.parameters()), 1e-4)
+
+
+def test_a_checkpoint_brings_everything_back(script, tmp_path):
+    corpus, config = (
+        corpus_of(script, np.arange(256)),
+        script.Config(d_model=16, n_layer=1, length=32, out=str(tmp_path)),
+    )
+    config = dataclasses.replace(config, **OWN[script.__name__])
+    training, again = (script.Run(config, corpus, torch.device("cpu")) for _ in range(2))
+    training.train_step()
+    training.best, state = 1.5, torch.get_rng_state()
+    training.save()
+    torch.rand(3)
+    again.load()
+    assert (again.step, again.best) == (1, 1.5) and torch.equal(torch.get_rng_state(), state)
+    assert again.train_step() == training.train_step()
 
 
 # ----- Jobs, as a user runs them --------------------------------------------------------------------------------------
@@ -374,6 +427,24 @@ def test_an_epoch_reads_each_window_once(script, size):
     assert (script.Batches(*arguments).offsets(4) == batches.offsets(4)).all()  # needs no replay
 
 
+def test_a_document_starts_after_a_separator(script):
+    """Of what stands before the window too: a carried state must not run on into a new document."""
+    tokens = np.random.default_rng(0).choice([256, 7, 8], 200)
+    corpus, config = corpus_of(script, tokens), script.Config(length=9, document_resets=True)
+    offsets = [0, 1, 17, 60, 151, 190]
+    x, y, starts = script.gather(corpus, tokens, offsets, config, torch.device("cpu"))
+    for b, o in enumerate(offsets):
+        assert (x[b].tolist(), y[b].tolist()) == (tokens[o : o + 9].tolist(), tokens[o + 1 : o + 10].tolist())
+        assert starts[b].tolist() == [t == 0 or tokens[t - 1] == 256 for t in range(o, o + 9)]
+
+
+def test_epochs_and_seeds_differ(script):
+    own = (False,) if script is mamba else ()
+    epochs = [script.Batches(np.arange(1000), 3, 32, seed, *own).shuffled(e) for seed in (0, 1) for e in range(4)]
+    assert len({tuple(epoch // 32) for epoch in epochs}) == 8  # each another order,
+    assert len({epoch.min() for epoch in epochs}) > 2  # from other offsets
+
+
 def predictor(model):
     """A function (token, begins) -> logits (V,) of the next one: Mamba's by steps, attention's of the whole prefix."""
     past = None
@@ -539,9 +610,11 @@ BAD = {  # flags after the usual ones; what the line must say: the value, the ru
     "sample --checkpoint nowhere.pt": "nowhere.pt: no such file.*train first",
     "sample --checkpoint junk": "junk: holds no config.json.*correct",
     "sample --checkpoint good.pt --prompt ''": "must be.*L >= 1; give",
-    "sample --checkpoint good.pt --temperature -1": "temperature=-1.0.*must be >= 0.*correct",
+    "sample --checkpoint good.pt --temperature -1": "--temperature -1.0: must be at least 0; raise",
     "sample --checkpoint good.pt --top-k -3": "--top-k -3: must be at least 0; raise",
-    "sample --checkpoint good.pt --top-p 0": "top_p=0.0.*must be.*correct",
+    "sample --checkpoint good.pt --top-p 0": "--top-p 0.0: must be at least 1e-09; raise",
+    "--temperature nan": "--temperature nan: must be a number from 0 to inf; lower",
+    "--top-p 7": "--top-p 7.0: must be a number from 1e-09 to 1; lower",
     "eval --checkpoint small.pt": "has 257 tokens, the model's vocabulary 29; give",
 }
 
@@ -595,6 +668,94 @@ def test_bad_input_is_one_line(script, flags, tmp_path, monkeypatch, capsys):
     expected = (BAD | BAD_OWN[script.__name__])[flags]
     assert re.fullmatch(rf"{script.__name__}\.py: .*\n", line) and re.search(expected, line), line
     assert not Path("out", "checkpoint.pt").exists()
+
+
+WRONG_FOLDERS = {  # files of a checkpoint folder, or fields of its config.json; what the line must say
+    "no JSON": ({"config.json": b"{nope"}, "config.json: must be a JSON object, but .*line 1.*; copy"),
+    "not UTF-8": ({"config.json": b"\xff\xfe"}, "config.json: must be a JSON object, but .*utf-8.*; copy"),
+    "a list": ({"config.json": b"[1]"}, "config.json: must be a JSON object, but it is another.*; copy"),
+    "empty": ({"config.json": b"{}"}, "folder: cannot be done here: .*vocab_size is missing; give"),
+    "size null": ({"num_hidden_layers": None}, r"folder: config.json has a wrong value \(.*NoneType.*\); correct"),
+    "size text": ({"vocab_size": "29"}, r"folder: config.json has a wrong value \(.*str.*\); correct"),
+    "size broken": ({"vocab_size": 1.5}, r"folder: config.json has a wrong value \(.*\); correct"),
+    "a list of tensors": ({"pytorch_model.bin": [1]}, "pytorch_model.bin: must hold tensors by name; give"),
+    "tensors within": ({"pytorch_model.bin": {"model": {}}}, "folder: the weights.*embed.* is missing.*; mend"),
+    "index no JSON": ({"pytorch_model.bin.index.json": b""}, "index.json: must be a JSON object.*; copy"),
+    "index empty": ({"pytorch_model.bin.index.json": b"{}"}, "index.json: weight_map must name.*; copy"),
+    "index of numbers": (
+        {"pytorch_model.bin.index.json": b'{"weight_map": {"a": 3}}'},
+        "3: named in .*index.json.*; copy",
+    ),
+}
+WRONG_OWN = {
+    "mamba": {
+        "steps": ({"time_step_min": 0}, "dt_min 0: must be in .0, dt_max.; correct"),
+        "rank": ({"time_step_rank": -1}, "rank -1: must be at least 1; raise"),
+        "expand": ({"expand": None}, r"folder: config.json has a wrong value \(.*\); correct"),
+    },
+    "transformer": {
+        "heads": ({"num_attention_heads": 0}, r"folder: config.json has a wrong value \(.*zero.*\); correct"),
+        "rope": ({"rope_parameters": 7}, r"folder: config.json has a wrong value \(.*int.*\); correct"),
+        "theta": ({"rope_theta": "x"}, r"folder: config.json has a wrong value \(.*sequence.*\); correct"),
+    },
+}
+
+
+@each("flaw", WRONG_FOLDERS, **WRONG_OWN)
+def test_a_wrong_folder_is_one_line(script, flaw, tmp_path, monkeypatch, capsys, no_safetensors):
+    monkeypatch.chdir(tmp_path)
+    small(script).float().save_pretrained("folder")
+    changes, expected = (WRONG_FOLDERS | WRONG_OWN[script.__name__])[flaw]
+    fields = json.loads(Path("folder", "config.json").read_text())
+    for name, value in changes.items():
+        if name.endswith(".bin"):
+            torch.save(value, f"folder/{name}")
+        elif name.endswith(".json"):
+            Path("folder", name).write_bytes(value)
+        else:
+            Path("folder", "config.json").write_text(json.dumps(fields | {name: value}))
+    assert script.main(["sample", "--checkpoint", "folder", "--tokenizer", "byte"]) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(rf"{script.__name__}\.py: .*\n", line) and re.search(expected, line), line
+
+
+def test_numbers_beside_the_tensors_are_left_out(script, tmp_path, no_safetensors):
+    model, tokens = small(script).float(), text(1, 5)
+    model.save_pretrained(str(tmp_path))
+    content = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save(content | {"epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(script.read_folder(str(tmp_path))(tokens), model(tokens))
+
+
+def test_the_other_scripts_checkpoint_is_refused(script, run, tmp_path, capsys):
+    other = transformer if script is mamba else mamba
+    flags = [*tiny_run(other), "--steps", "1", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    assert other.main(flags) == 0 and capsys.readouterr()
+    for job, resume in (("sample", []), ("eval", []), ("train", ["--resume"])):
+        assert run("out", *resume, job=job) == 2
+        assert re.search("checkpoint.pt: is no checkpoint of this script; give", capsys.readouterr().err)
+
+
+def test_a_run_whose_log_was_cut_goes_on(run, tmp_path):
+    assert run("out") == 0
+    log = tmp_path / "out" / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 21, "lo')  # killed as it wrote
+    assert run("out", "--resume") == 0 and log.read_text() == whole
+
+
+@each("prompt,tokens", [("", 0)], transformer=[("x" * 40, 40)])
+def test_a_prompt_that_does_not_fit_loses_no_result(script, run, tmp_path, capsys, prompt, tokens):
+    flags = ["--position", "learned"] if prompt else []
+    assert run("out", "--prompt", prompt, *flags) == 0
+    assert f"no sample: --prompt has {tokens} tokens, must have from 1" in capsys.readouterr().out
+    assert "sample" not in json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-300])
+def test_a_temperature_near_0_is_greedy(script, temperature):
+    logits = torch.randn(5, 9) * 50
+    assert torch.equal(script.sample_token(logits, temperature), logits.argmax(-1))
 
 
 def test_bad_input_has_no_traceback(script, tmp_path):

@@ -1,5 +1,6 @@
 """Mamba's own: the scan against slow loops, the model against steps, folders, and the state that training carries."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -194,13 +195,19 @@ def test_float64_is_computed_in_float64(backend, sizes, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", mamba.SCANS)
 def test_half_precision_inputs_are_computed_in_float32(backend, dtype, tiny):
-    x = draw(2, 45, 9, 5)
+    check_half(draw(2, 45, 9, 5), backend, dtype)
+    check_half(draw(2, 45, 9, 5, without=["delta_bias"]), backend, dtype)  # which would make delta float32
+
+
+def check_half(x, backend, dtype):
     need(backend, x)
     half = x | {k: x[k].to(dtype) for k in ("u", "delta", "B", "C", "z")}
     ours = differentiate(with_state(backend), half)
     truth = differentiate(with_state(backend), half | {k: half[k].float() for k in ("u", "delta", "B", "C", "z")})
     assert ours["y"].dtype == dtype and ours["state"].dtype == torch.float32
-    assert all(torch.equal(ours[k], truth[k].to(ours[k].dtype)) for k in ("y", "state"))
+    check({"state": ours["state"]}, {"state": truth["state"]}, 1e-6)
+    if "delta_bias" in x:  # sums are then taken in the same order
+        assert all(torch.equal(ours[k], truth[k].to(ours[k].dtype)) for k in ("y", "state"))
     assert all(ours[k].dtype == v.dtype for k, v in half.items() if k in ours)
     check(ours, truth, 2 * torch.finfo(dtype).eps)
 
@@ -599,6 +606,7 @@ def test_the_residual_stream_is_float32_when_the_model_is_bfloat16():
     logits, state = model(text(2, 9), return_state=True)
     assert model.step(text(2), state)[0].dtype == logits.dtype == torch.bfloat16
     assert seen == [torch.float32] * 6 and {h.dtype for _, h in state} == {torch.float32}
+    assert {h.dtype for _, h in model.init_state(2)} == {model.backbone.layers[0].mixer.A().dtype} == {torch.float32}
 
 
 def test_initialisation_is_the_papers():
@@ -607,9 +615,29 @@ def test_initialisation_is_the_papers():
     dt = F.softplus(block.dt_proj.bias)
     assert dt.min() > 0.0009 and dt.max() < 0.101 and abs(dt.log().mean().item() - math.log(0.01)) < 0.4
     close(block.A_log.exp(), torch.arange(1.0, 17).expand(128, 16), 1e-5)
-    assert (block.D == 1).all() and block.dt_proj.weight.abs().max() <= 0.5 < 2.1 * block.dt_proj.weight.abs().max()
+    assert (block.D == 1).all() and 0.45 < block.dt_proj.weight.abs().max() <= 0.5
     assert abs(model.backbone.embeddings.weight.std().item() - 0.02) < 1e-3
     assert 0.9 < block.out_proj.weight.abs().max() * 2 * 128**0.5 <= 1  # 1 / sqrt(fan-in) over sqrt(layers)
+    assert 0.9 < block.in_proj.weight.abs().max() * 64**0.5 <= 1 and model.backbone.norm_f.eps == 1e-5
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_initialisation_of_what_is_not_the_papers():
+    steps = {"dt_min": 1e-3, "dt_max": 2.0, "dt_init_floor": 0.05}
+    config = mamba.MambaConfig(64, 1, 99, selective=(), bias=True, tie_embeddings=False, **steps)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = mamba.Mamba(config)
+        block = model.backbone.layers[0].mixer
+        block.dt_proj.bias.data.zero_()
+        torch.manual_seed(4)
+        block.reset_parameters(config)
+        torch.manual_seed(4)
+        drawn = torch.exp(torch.rand(128) * math.log(2000) + math.log(1e-3))
+    close(F.softplus(block.dt_proj.bias), drawn.clamp(min=0.05), 1e-5)  # softplus undone exactly, above the floor
+    assert (block.B == 1).all() and abs(block.C.std().item() - 1) < 0.1 and abs(block.C.mean()) < 0.1
+    assert not block.in_proj.bias.any() and not block.out_proj.bias.any()
+    assert model.lm_head.weight is not model.backbone.embeddings.weight
 
 
 @pytest.mark.parametrize("changes", [{}, {"d_conv": 1, "expand": 3}, {"bias": True, "conv_bias": False, "d_conv": 2}])
@@ -640,13 +668,17 @@ def test_the_stepper_without_the_fused_scan_is_step(monkeypatch):
 # ----- Folders --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "bias": True, "conv_bias": False, "dt_rank": 3}])
+OWN = {"dt_min": 0.002, "dt_max": 0.3, "dt_init_floor": 0.001, "norm_eps": 1e-3}
+
+
+@pytest.mark.parametrize("changes", [OWN, {"tie_embeddings": False, "bias": True, "conv_bias": False, "dt_rank": 3}])
 def test_a_saved_model_is_read_back_bitwise(changes, tmp_path, no_safetensors):
     model = small(**changes).float()
     model.save_pretrained(str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "pytorch_model.bin"]
     again, tokens = mamba.Mamba.from_pretrained(str(tmp_path)), text(2, 9)
     assert torch.equal(again(tokens), model(tokens))
+    assert again.config == dataclasses.replace(model.config, dt_rank=model.config.rank, pad_vocab_size_multiple=1)
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     halves = dict(list(weights.items())[::2]), dict(list(weights.items())[1::2])
     for i, half in enumerate(halves):
@@ -676,6 +708,12 @@ def test_the_official_layout_is_read(tmp_path, no_safetensors):
 def test_folders_that_do_not_fit_name_all_that_is_wrong(tmp_path, no_safetensors):
     _, weights = official(tmp_path, attn_layer_idx=[1], ssm_cfg={"layer": "Mamba2", "ngroups": 2, "d_state": 4})
     with pytest.raises(ValueError, match=r"(?=.*attn_layer_idx.*\[1\])(?=.*ngroups)(?=.*Mamba2)"):
+        mamba.Mamba.from_pretrained(str(tmp_path))
+    official(tmp_path, rms_norm=False)
+    with pytest.raises(ValueError, match="rms_norm = False, must be True"):
+        mamba.Mamba.from_pretrained(str(tmp_path))
+    official(tmp_path, hidden_size=12, num_hidden_layers=2, intermediate_size=25)
+    with pytest.raises(ValueError, match="intermediate_size = 25, must be 24"):
         mamba.Mamba.from_pretrained(str(tmp_path))
     official(tmp_path)
     weights["backbone.norm_f.bias"] = torch.zeros(12)

@@ -172,6 +172,15 @@ def test_rotation_is_complex_multiplication(seed):
     close(ours.norm(dim=-1), x.norm(dim=-1), 1e-6)
 
 
+def test_angles_of_far_positions():
+    """In float32; half precision tells 256 from 257 no more."""
+    positions = [0, 257, 4_097, 100_003]
+    cos, sin = transformer.rotary_angles(config_of(d_model=12, n_head=1), torch.tensor(positions))
+    angles = torch.tensor([[t * f for f in slow_frequencies(12, 10000.0, None)] for t in positions]).double()
+    close(cos[:, 0].double(), angles.cos().repeat(1, 2), 2e-2)
+    close(sin[:, 0].double(), torch.cat([-angles.sin(), angles.sin()], 1), 2e-2)
+
+
 @pytest.mark.parametrize("scaling", [None, SCALING])
 def test_scores_depend_on_the_difference_of_positions(scaling):
     config, (q, k) = config_of(d_model=16, n_head=1, rope_scaling=scaling), torch.randn(2, 16).double()
@@ -266,6 +275,12 @@ def test_rmsnorm_of_zeros_and_of_narrow_parameters():
         y = module(x)
         assert y.dtype == torch.bfloat16
         close(y.float(), norm(x), 2e-2)
+
+
+def test_a_narrow_rmsnorm_rounds_only_its_result():
+    norm, x = a_norm(64, 1e-5).bfloat16(), torch.randn(50, 64)
+    truth = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.float()
+    assert ((norm(x).float() - truth).abs() <= 1.001 * 2**-8 * truth.abs()).all()  # half a unit in the last place
 
 
 def test_steps_are_the_modules():
@@ -704,6 +719,13 @@ def test_llamas_layout_is_read(tmp_path, no_safetensors):
     (tmp_path / "shard1.bin").unlink()
     with pytest.raises(ValueError, match=r"shard1\.bin.*index"):
         Transformer.from_pretrained(str(tmp_path))
+
+
+def test_what_a_folder_leaves_out_has_llamas_defaults(tmp_path, no_safetensors):
+    llama(tmp_path, ["rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "rope_parameters"])
+    config = Transformer.from_pretrained(str(tmp_path)).config
+    assert (config.norm_eps, config.max_length, config.tie_embeddings) == (1e-6, 2048, False)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
 
 
 def test_rope_theta_is_read_from_either_place(tmp_path, no_safetensors):
