@@ -1367,7 +1367,7 @@ class Run:
         """Go on from the checkpoint in config.out. Raises ValueError naming every field in which its config differs."""
         content, now = load_run(self.path, self.device), dataclasses.asdict(self.config)
         then = {k: v for k, v in content["config"].items() if k not in FREE}
-        differing = [f"{k} was {v!r}, is {now[k]!r}" for k, v in then.items() if v != now[k]]
+        differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
         require(not differing, f"{self.path}: saved with another config: {'; '.join(differing)}; give the same flags")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
