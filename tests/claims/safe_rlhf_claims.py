@@ -47,6 +47,7 @@ SHARES = (0.5, 1.0)
 OTHERS = {"no sign terms": "pairs", "a classifier": "signs", "one mixed preference": "both"}  # cost_terms
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's, by n
 ACCURACIES = ("reward_pairs", "cost_harm_pairs", "cost_harm_signs")
+DRAWN = ("ppo", "ppo_lag", "window 1", "lambda fixed", "ppo_lag, long", "d 0, long")  # update by update
 KEPT = ("update", "reward", "kl", "helpfulness", "refused")
 
 
@@ -385,7 +386,7 @@ def draw(result: dict, path: Path) -> None:
                 axes[2].errorbar(d, row[key]["mean"], row[key]["half"], fmt=".", color=color)
     ends = sorted([result["threshold"], *(float(d) for d in THRESHOLDS)])
     axes[2].plot(ends, ends, "k", lw=0.6)
-    for i, name in enumerate(("ppo_lag", "window 1", "lambda fixed")):
+    for i, name in enumerate(DRAWN[1:4]):
         for seed in result["runs"]:
             rows = [row for row in seed[name]["rows"] if "lambda_harm" in row]
             first = name if seed is result["runs"][0] else None
@@ -437,7 +438,8 @@ def main(argv: list[str] | None = None) -> None:
     config = s.Config(updates=arguments.updates)
     threshold = config.thresholds[0]
     result = {"command": "python tests/claims/safe_rlhf_claims.py", "seeds": arguments.seeds, "threshold": threshold}
-    result |= {"claims": claims(seeds, threshold), "runs": seeds}
+    rows = [{name: {"rows": seed[name]["rows"]} for name in DRAWN} for seed in seeds]
+    result |= {"claims": claims(seeds, threshold), "runs": rows, "samples": seeds[0]["ppo_lag"]["samples"]}
     result |= s.result_record(
         config, torch.device("cpu"), cpu_seconds=sum(r["cpu_seconds"] for a in seeds for r in a.values())
     )
