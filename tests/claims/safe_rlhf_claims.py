@@ -367,10 +367,10 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """The frontier, lambda and cost by update, the threshold sweep, and learned against true scores."""
+    """The frontier, lambda by update, the threshold sweep, learned against true scores, and cost by update."""
     import matplotlib.pyplot as plt
 
-    found, figure, axes = result["claims"]["answers"], *plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
+    found, figure, axes = result["claims"]["answers"], *plt.subplots(1, 5, figsize=(22, 4.2), layout="constrained")
     marks = {"sft": "ks", "ppo": "C3^", "ppo_lag": "C0*", "gate": "C1D"}
     for name, row in found.items():
         if name in marks or name.startswith("nu "):
@@ -391,6 +391,12 @@ def draw(result: dict, path: Path) -> None:
             rows = [row for row in seed[name]["rows"] if "lambda_harm" in row]
             first = name if seed is result["runs"][0] else None
             axes[1].plot([r["update"] for r in rows], [r["lambda_harm"] for r in rows], f"C{i}", lw=0.9, label=first)
+    for i, name in enumerate(DRAWN[4:]):
+        for seed in result["runs"]:
+            first = name if seed is result["runs"][0] else None
+            rows = seed[name]["rows"]
+            axes[4].plot([r["update"] for r in rows], [r["cost_harm"] for r in rows], f"C{i}", lw=0.9, label=first)
+        axes[4].axhline((result["threshold"], 0.0)[i], color=f"C{i}", ls=":", lw=0.9)
     for i, name in enumerate(("ppo", "ppo_lag")):
         for seed in result["runs"]:
             rows = seed[name]["rows"]
@@ -404,7 +410,8 @@ def draw(result: dict, path: Path) -> None:
     axes[1].set(xlabel="update", title="lambda")
     axes[2].set(xlabel="threshold", title="mean cost: learned blue, true red")
     axes[3].set(xlabel="update", title="learned reward and true helpfulness")
-    for axis in (axes[0], axes[1], axes[3]):
+    axes[4].set(xlabel="update", title="learned cost; thresholds dotted")
+    for axis in (axes[0], axes[1], axes[3], axes[4]):
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
