@@ -790,7 +790,8 @@ def test_the_claims_program_runs_in_pieces_and_keeps_what_is_done(tmp_path, monk
     result = json.loads((tmp_path / "out" / "claims" / "safe_rlhf_claims.json").read_text("utf-8"))
     assert program.table(result) in capsys.readouterr().out
     assert {"command", "seeds", "claims", "versions", "script_sha256"} <= result.keys() and len(result["runs"]) == 2
-    run = [seed["ppo_lag"]["means"]["helpfulness"] for seed in result["runs"]]
+    files = [kept.parent.with_name(f"safe_rlhf_{seed}") / kept.name for seed in result["seeds"]]
+    run = [json.loads(file.read_text("utf-8"))["means"]["helpfulness"] for file in files]
     shown = result["claims"]["answers"]["ppo_lag"]["helpfulness"]
     assert shown["mean"] == pytest.approx(sum(run) / 2, rel=1e-4) and shown["each"] == pytest.approx(run, rel=1e-4)
 
