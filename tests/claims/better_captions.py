@@ -84,7 +84,16 @@ def claims(seeds: list[dict]) -> dict:
                 table[f"{arm}, {style}"] = row | {f"{k}, less {arms[0]}": v for k, v in less.items()}
         return table
 
-    names = ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "images_a_second")
+    names = (
+        "f1",
+        "hallucinated",
+        "spatial_f1",
+        "spatial_hallucinated",
+        "shape",
+        "colour",
+        "binding",
+        "images_a_second",
+    )
     captioners = {
         style: {k: over(seeds, lambda s, t=style, k=k: s["captioners"][t][k]) for k in names}
         for style in seeds[0]["captioners"]

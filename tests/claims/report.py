@@ -177,27 +177,28 @@ def recaption_models() -> str:
 
 
 def better_captions(part: str) -> str:
-    """A claim's rows as mean ± half; CLIP scores and images a second as they are, all else as per cent."""
+    """A claim's rows as mean ± half; CLIP scores as they are, all else as per cent."""
     judged = ("clip", "clip, less ground_truth", "binding", "binding, less ground_truth")
     claim, columns = {
-        "captioner": ("captioner", ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "images_a_second")),
+        "captioner": ("captioner", ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "shape", "colour")),
         "kind": ("caption kind", (*judged, "relation", "count")),
         "blend": ("blend", judged),
-        "upsampling": ("upsampling", judged),
+        "upsampling": ("upsampling", (*judged, "count")),
     }[part]
 
     def cell(arm: str, column: str, value: dict | None) -> str:
         if not value or ("less" in column and arm.startswith("ground_truth")):
             return ""
-        scale, mark = (1, "") if column.startswith(("clip", "images")) else (100, " %")
+        scale, mark = (1, "") if column.startswith("clip") else (100, " %")
         sign = "+" if "less" in arm + column else ""
         return f"{scale * value['mean']:{sign}.1f} ± {scale * value['half']:.1f}{mark}"
 
     rows = read(CLAIMS / "better_captions.json")["claims"][claim].items()
     cells = [[arm.replace("_", " "), *(cell(arm, c, row.get(c)) for c in columns)] for arm, row in rows]
-    names = {"images_a_second": "images/s, one thread", "f1": "attribute F1", "spatial_f1": "spatial F1"}
+    names = {"f1": "attribute F1", "spatial_f1": "spatial F1"}
     head = [names.get(c, c.replace("_", " ").replace("clip", "CLIP score")) for c in columns]
-    return table(["", *head], cells, [LEFT] + [RIGHT] * len(head))
+    first = "captioner" if part == "captioner" else "trained on, drawn from"
+    return table([first, *head], cells, [LEFT] + [RIGHT] * len(head))
 
 
 def induction_heads() -> str:
