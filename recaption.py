@@ -6,7 +6,7 @@
 
 Betker et al., "Improving Image Generation with Better Captions" (the DALL-E 3 report), 2023.
 
-    python recaption.py                                        every stage below, on scenes that the script draws
+    python recaption.py                                        every stage below, on drawn scenes: 17 minutes, two cores
     python recaption.py generate --arms descriptive:65 ...     a stage, with those that it needs; finished ones stay
     python recaption.py captioner --data DIR                   a captioner of your images and their captions.jsonl
     python recaption.py caption --images DIR --checkpoint out/recaption/captioner.pt --out captions.jsonl
