@@ -81,7 +81,7 @@ def goals(*files: str) -> str:
     rows = [goal for name in files for goal in read(BENCH / name)["goals"]]
     verdict = {True: "reached", False: "**missed**"}
     return "\n".join(
-        f"- {g['goal']}: {number(g['ratio'])} times, goal {g['at_least']:g}: {verdict[g['reached']]}" for g in rows
+        f"- {g['goal']}: {g['ratio']:.3g} times, goal {g['at_least']:g}: {verdict[g['reached']]}" for g in rows
     )
 
 
