@@ -827,7 +827,6 @@ class ChunkedScan:
         self.views: dict[tuple, tuple[Tensor, ...]] = {}
         self.deltas: dict[Window, Tensor] = {}  # what the reducing pass leaves to the next
         self.sums: dict[torch.Size, Tensor] = {}  # of the gradients of A, over the blocks of each shape
-        self.zero = self.A.new_zeros(())
 
     def stretches(self) -> list[list[Window]]:
         """The sequence as one stretch of S segments and, if S does not divide L, one more; each as its windows."""
@@ -871,24 +870,25 @@ class ChunkedScan:
 
         The softplus is dear: a pass that reduces leaves it to the pass that scans the window afterwards.
         """
-        v = SimpleNamespace(u=self.load("u", self.u, window), raw=self.load("raw", self.delta, window), z=None)
+        v = SimpleNamespace(u=self.load("u", self.u, window), raw=None, z=None)
         v.new = lambda name: self.buffer(name, *v.u.shape)
-        if self.delta_bias is not None:
-            v.raw = torch.add(v.raw, self.delta_bias, out=v.new("raw"))
-        v.delta = v.raw
-        if self.delta_softplus:
-            v.delta = self.deltas.pop(window, None)
-            if v.delta is None:
-                out = torch.empty_like(v.raw) if reduce else v.new("delta")
-                v.delta = torch.logaddexp(v.raw, self.zero, out=out)  # log(e^raw + e^0)
-            if reduce:
-                self.deltas[window] = v.delta
+        v.delta = self.deltas.pop(window, None)
+        if v.delta is None:
+            v.delta = v.raw = self.load_raw(window)
+            if self.delta_softplus:
+                out = self.deltas.setdefault(window, torch.empty_like(v.raw)) if reduce else v.new("delta")
+                v.delta = torch.ops.aten.softplus.out(v.raw, out=out)
         v.x = torch.mul(v.delta, v.u, out=v.new("x"))
         if gate and self.z is not None:
             v.z = self.load("z", self.z, window)
             v.gate = torch.sigmoid(v.z, out=v.new("gate"))
             v.silu = torch.mul(v.z, v.gate, out=v.new("silu"))
         return v
+
+    def load_raw(self, window: Window) -> Tensor:
+        """delta with its bias, before the softplus, (blocks, Q, T, D)."""
+        raw = self.load("raw", self.delta, window)
+        return raw if self.delta_bias is None else torch.add(raw, self.delta_bias, out=self.buffer("raw", *raw.shape))
 
     def load_weights(self, name: str, window: Window) -> list[Tensor]:
         """B or C for each block, to multiply (Q, T, N, D): (Q, T, N, 1), or (N, D) when input-independent."""
@@ -962,6 +962,7 @@ class ChunkedScan:
     ) -> Tensor:
         """Take state (Q, N, D) through the window, in place; write y, if given. Returns the sum of delta (Q, D)."""
         v, B = self.load_inputs(window, reduce=y is None, gate=y is not None), self.load_weights("B", window)
+        total = self.total(v.delta) if y is None else None  # now, while delta is in the cache
         out, C = (None, None) if y is None else (v.new("y"), self.load_weights("C", window))
         for j, starts in enumerate(window.starts(self.starts)):
             if saved is not None:
@@ -975,12 +976,11 @@ class ChunkedScan:
             if self.D is not None:
                 out.addcmul_(v.u, self.D)
             self.store(y, window, out, v.silu if v.z is not None else None)
-        return self.total(v.delta) if y is None else None
+        return total
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over time (Q, D) of x (blocks, Q, T, D)."""
-        ones = x.new_ones(x.shape[0], x.shape[1], 1, x.shape[2])
-        return (ones @ x).sum(0).squeeze(1)
+        return (x.new_ones(*x.shape[:2], 1, x.shape[2]) @ x).sum(0).squeeze(1)
 
     def store(self, out: Tensor, window: Window, value: Tensor, factor: Tensor | None = None) -> None:
         """Write value, times the factor, both (blocks, Q, T, D), to its place in out (B, L, D)."""
@@ -1060,7 +1060,7 @@ class ChunkedScan:
             self.store(grads["z"], window, slope.mul_(v.y), v.dy)
         v.g_delta.addcmul_(v.u, v.g_x)
         if self.delta_softplus:
-            v.g_delta.mul_(torch.sigmoid(v.raw, out=v.new("slope")))
+            v.g_delta.mul_(torch.sigmoid(self.load_raw(window) if v.raw is None else v.raw, out=v.new("slope")))
         if self.delta_bias is not None:
             grads["delta_bias"] += v.g_delta.sum((0, 1, 2))
         self.store(grads["delta"], window, v.g_delta)
