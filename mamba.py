@@ -868,7 +868,7 @@ class ChunkedScan:
     def load_inputs(self, window: Window, reduce: bool, gate: bool = True) -> SimpleNamespace:
         """u, delta before (raw) and after the softplus, x = delta u, and with `gate` z, each (blocks, Q, T, D).
 
-        The softplus is dear: a pass that reduces leaves it to the pass that scans the window afterwards.
+        The softplus is dear: a pass that reduces leaves it to the pass that scans afterwards, whose raw is None.
         """
         v = SimpleNamespace(u=self.load("u", self.u, window), raw=None, z=None)
         v.new = lambda name: self.buffer(name, *v.u.shape)
@@ -877,7 +877,7 @@ class ChunkedScan:
             v.delta = v.raw = self.load_raw(window)
             if self.delta_softplus:
                 out = self.deltas.setdefault(window, torch.empty_like(v.raw)) if reduce else v.new("delta")
-                v.delta = torch.ops.aten.softplus.out(v.raw, out=out)
+                v.delta = torch.ops.aten.softplus.out(v.raw, out=out)  # F.softplus, which takes no `out`
         v.x = torch.mul(v.delta, v.u, out=v.new("x"))
         if gate and self.z is not None:
             v.z = self.load("z", self.z, window)

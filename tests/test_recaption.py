@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.server
+import importlib
 import itertools
 import json
 import math
@@ -1226,3 +1227,50 @@ def test_a_server_that_speaks_no_http_is_reported(monkeypatch):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """tests/claims: better_captions.py with few arms, and report.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "claims"))
+    program, report = (importlib.import_module(name) for name in ("better_captions", "report"))
+    monkeypatch.setattr(program, "BLEND", ("ground_truth", "descriptive:95"))
+    monkeypatch.setattr(program, "ARMS", (*program.BLEND, "short:95"))
+    return program, report
+
+
+def test_the_claims_program_compares_seed_by_seed_and_keeps_what_is_done(tmp_path, monkeypatch, capsys, claims):
+    program, report = claims
+    program.main(["--smoke", "--out", str(tmp_path)])
+    files = [tmp_path / f"better_captions_{seed}" / "scores.json" for seed in (1, 2)]
+    seeds = [json.loads(file.read_text("utf-8")) for file in files]
+    for i, seed in enumerate(seeds):  # so little training leaves nothing to tell apart: what was measured is made up
+        for j, styles in enumerate(seed["arms"].values()):
+            for k, row in enumerate(styles.values()):
+                row |= {"clip": 10.0 * j + k + 3 * i * j, "binding": 0.1 * j + 0.01 * i, "count": 0.5}
+        files[i].write_text(json.dumps(seed), "utf-8")
+    stamps = [file.stat().st_mtime_ns for file in files]
+    capsys.readouterr()
+    result = program.main(["--smoke", "--out", str(tmp_path)])
+    assert stamps == [file.stat().st_mtime_ns for file in files]
+    assert program.show(result["claims"]) in capsys.readouterr().out
+    kind, up = result["claims"]["caption kind"], result["claims"]["upsampling"]
+    row = kind["descriptive:95, descriptive"]
+    assert row["clip"]["each"] == [11, 14] and row["clip"]["mean"] == 12.5
+    assert row["clip, less ground_truth"]["each"] == [10, 13]
+    assert row["clip, less ground_truth"]["half"] == pytest.approx(12.706 * np.std([10, 13], ddof=1) / math.sqrt(2))
+    assert up["descriptive:95, upsampled less brief"]["clip"]["each"] == [1, 1]
+    monkeypatch.setattr(report, "CLAIMS", tmp_path)
+    lines = {line.split(" | ")[0]: line for line in report.better_captions("kind").splitlines()}
+    assert "| 12.5 ± 19.1 | +11.5 ± 19.1 | 10.5 ± 6.4 % | +10.0 ± 0.0 % |" in lines["| descriptive:95, descriptive"]
+    assert "+" not in lines["| ground truth, descriptive"]
+    assert "| +1.0 ± 0.0 |" in report.better_captions("upsampling").splitlines()[-1]
+
+
+def test_the_claims_program_refuses_seeds_of_other_settings(tmp_path, claims):
+    program, _ = claims
+    folder = tmp_path / "better_captions_1"
+    folder.mkdir()
+    (folder / "scores.json").write_text(json.dumps({"settings": {"seed": 7}}), "utf-8")
+    with pytest.raises(r.UserError, match=r"made with other .*seed"):
+        program.main(["--smoke", "--out", str(tmp_path)])
