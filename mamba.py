@@ -1074,14 +1074,13 @@ class ChunkedScan:
 # ----- The method: fused, in C ----------------------------------------------------------------------------------------
 
 FUSED = r"""
-#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #define EACH _Pragma("omp simd") for (int w = 0; w < W; w++)  /* channel of a tile */
-#define VECTORS for (int v = 0; v < W / 16; v++)               /* the same, sixteen at a time */
 #define ROW(x, b, l) (s->x + (b) * s->x##_stride[0] + (l) * s->x##_stride[1])
-typedef float vec __attribute__((vector_size(64), may_alias));
+typedef float row[W] __attribute__((aligned(64)));
+typedef struct { row u, raw, delta, x, z, gate, y, dy, gy, dx, dd; } position;  /* gy: of y before the gate */
 typedef struct {  /* `fused_struct`; strides are of batch and time */
     int64_t threads, batch, length, channels, states, softplus;
     int64_t u_stride[2], delta_stride[2], z_stride[2], B_stride[2], C_stride[2];
@@ -1089,8 +1088,6 @@ typedef struct {  /* `fused_struct`; strides are of batch and time */
     const char *starts;
     float *y, *state, *saved, *du, *ddelta, *dz, *dA, *dB, *dC, *dD, *ddelta_bias, *dinitial;
 } scan;
-typedef float rows[T][W];
-typedef struct { rows u, raw, delta, x, z, gate, y, dx, dd; } block;
 
 #define LOG2E 1.44269504f
 static inline float exp2_(float x) {  /* the whole part becomes the exponent, the rest a polynomial; 0 or inf beyond */
@@ -1107,153 +1104,129 @@ static inline float log1p_(float e) {  /* for 0 to 1: 2 artanh(e / (2 + e)) */
     return 2.f * s * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * p))));
 }
 static inline float sigmoid_(float x) { return 1.f / (1.f + exp2_(-LOG2E * x)); }
-static inline float sum_(vec x) { float s = 0.f; for (int i = 0; i < 8; i++) s += x[i] + x[i + 8]; return s; }
-static inline void load(float *to, const float *from, int n) { EACH to[w] = w < n ? from[w] : 0.f; }
-static inline void store(float *to, const float *from, int n) { memcpy(to, from, n * sizeof *to); }
+static inline void load(float *to, const float *from, int m) { EACH to[w] = w < m ? from[w] : 0.f; }
+static inline void fetch(float *to, const float *from, int m, int64_t ahead) {  /* the next block's lies far off */
+    for (int w = 0; w < m; w += 16) __builtin_prefetch(from + ahead + w);
+    load(to, from, m);
+}
+static inline void store(float *to, const float *from, int m) { memcpy(to, from, m * sizeof *to); }
 
-/* n positions of a tile of m channels from d on: fills k, takes h (states, W) along, and keeps a and h where asked. */
-static void run(const scan *s, int64_t b, int64_t d, int m, int64_t first, int n, block *k, const float *A, float *h,
-                float *as, float *hs) {
-    float skip[W], bias[W];
+/* n positions from l on of m channels from d on: fills k, takes h along; keeps in as and hs each a_t and h_{t-1}. */
+static void run(const scan *s, int64_t b, int64_t d, int m, int64_t l, int n, position *k, row *A, row *h, row *as,
+                row *hs) {
+    row skip, bias;
     load(skip, s->D + d, m);
     load(bias, s->delta_bias + d, m);
+    int64_t ahead = hs ? -T : T;
     for (int t = 0; t < n; t++) {
-        int64_t l = first + t;
-        float *u = k->u[t], *raw = k->raw[t], *delta = k->delta[t], *x = k->x[t], *y = k->y[t];
-        int64_t next = hs ? l - T : l + T;  /* rows of the next block lie too far apart to be fetched in time */
-        for (int w = 0; w < m && next >= 0 && next < s->length; w += 16) {
-            __builtin_prefetch(ROW(u, b, next) + d + w);
-            __builtin_prefetch(ROW(delta, b, next) + d + w);
-            if (s->z) __builtin_prefetch(ROW(z, b, next) + d + w);
-            if (hs) __builtin_prefetch(s->dy + (b * s->length + next) * s->channels + d + w);
+        position *p = k + t;
+        fetch(p->u, ROW(u, b, l + t) + d, m, ahead * s->u_stride[1]);
+        fetch(p->raw, ROW(delta, b, l + t) + d, m, ahead * s->delta_stride[1]);
+        EACH {
+            float r = p->raw[w] += bias[w];
+            p->delta[w] = s->softplus ? (r > 0.f ? r : 0.f) + log1p_(exp2_(-LOG2E * __builtin_fabsf(r))) : r;
+            p->x[w] = p->delta[w] * p->u[w];
+            p->y[w] = skip[w] * p->u[w];
+            p->z[w] = p->gate[w] = 1.f;
         }
-        load(u, ROW(u, b, l) + d, m);
-        load(raw, ROW(delta, b, l) + d, m);
-        EACH raw[w] += bias[w];
-        EACH delta[w] = s->softplus ? (raw[w] > 0.f ? raw[w] : 0.f) + log1p_(exp2_(-LOG2E * fabsf(raw[w]))) : raw[w];
-        EACH { x[w] = delta[w] * u[w]; y[w] = skip[w] * u[w]; }
-        if (s->z) {
-            load(k->z[t], ROW(z, b, l) + d, m);
-            EACH k->gate[t][w] = sigmoid_(k->z[t][w]);
-        }
+        if (s->z) fetch(p->z, ROW(z, b, l + t) + d, m, ahead * s->z_stride[1]);
+        if (s->z) EACH p->gate[w] = sigmoid_(p->z[w]);
+        if (hs) fetch(p->dy, s->dy + (b * s->length + l + t) * s->channels + d, m, ahead * s->channels);
+        if (hs) EACH { p->gy[w] = p->dy[w] * p->z[w] * p->gate[w]; p->dx[w] = p->dd[w] = 0.f; }
     }
-    for (int64_t i = 0; i < s->states; i++) {  /* one state of all channels stays in registers */
-        vec now[W / 16], a[W / 16], *out = (vec *)(h + i * W);
-        VECTORS now[v] = out[v];
+    for (int64_t i = 0; i < s->states; i++) {
+        row now, a;
+        memcpy(now, h[i], sizeof now);
         for (int t = 0; t < n; t++) {
-            int64_t l = first + t, at = (i * T + t) * W;
-            float Bi = ROW(B, b, l)[i], Ci = ROW(C, b, l)[i];
-            const vec *x = (vec *)k->x[t];
-            vec *y = (vec *)k->y[t];
-            EACH ((float *)a)[w] = exp2_(k->delta[t][w] * A[i * W + w]);
-            if (s->starts && s->starts[b * s->length + l]) memset(a, 0, sizeof a), memset(now, 0, sizeof now);
-            VECTORS { now[v] = a[v] * now[v] + x[v] * Bi; y[v] += Ci * now[v]; }
-            if (hs) VECTORS { ((vec *)(as + at))[v] = a[v]; ((vec *)(hs + at))[v] = now[v]; }
+            position *p = k + t;
+            float Bi = ROW(B, b, l + t)[i], Ci = ROW(C, b, l + t)[i];
+            EACH a[w] = exp2_(p->delta[w] * A[i][w]);
+            if (hs) memcpy(hs[i * T + t], now, sizeof now);
+            if (s->starts && s->starts[b * s->length + l + t]) memset(a, 0, sizeof a), memset(now, 0, sizeof now);
+            if (hs) memcpy(as[i * T + t], a, sizeof a);
+            EACH { now[w] = a[w] * now[w] + p->x[w] * Bi; p->y[w] += Ci * now[w]; }
         }
-        VECTORS out[v] = now[v];
+        memcpy(h[i], now, sizeof now);
     }
 }
-static float *floats(size_t n) {  /* zeros that a vector may be loaded from */
-    float *p = aligned_alloc(64, n = (n * sizeof *p + 63) / 64 * 64);
-    return p ? memset(p, 0, n) : p;
-}
-#define TILES /* every (b, d) is one thread's, from the first position to the last or back; sizes in floats */ \
-    int64_t N = s->states, D = s->channels, L = s->length, size = N * W, blocks = (L + T - 1) / T; int failed = 0; \
-    _Pragma("omp parallel for collapse(2) num_threads(s->threads)") \
-    for (int64_t b = 0; b < s->batch; b++) for (int64_t d = 0; d < D; d += W)
 
-int forward(const scan *s) {
-    TILES {
-        int m = D - d < W ? (int)(D - d) : W;
-        float *A = floats(2 * size + sizeof(block) / sizeof *A), *h = A + size;
-        if (!A) { failed = 1; continue; }
-        block *k = (block *)(h + size);
-        for (int64_t i = 0; i < N; i++) {
-            load(A + i * W, s->A + i * D + d, m);
-            EACH A[i * W + w] *= LOG2E;
-            load(h + i * W, s->initial + (b * N + i) * D + d, m);
+static void forward_tile(const scan *s, int64_t b, int64_t d, int m, row *A) {
+    int64_t N = s->states, D = s->channels, blocks = (s->length + T - 1) / T;
+    position k[T];
+    row *h = A + N;
+    for (int64_t i = 0; i < N; i++) load(h[i], s->initial + (b * N + i) * D + d, m);
+    for (int64_t c = 0; c < blocks; c++) {
+        int n = s->length - c * T < T ? (int)(s->length - c * T) : T;
+        for (int64_t i = 0; i < N && s->saved; i++) store(s->saved + ((b * blocks + c) * N + i) * D + d, h[i], m);
+        run(s, b, d, m, c * T, n, k, A, h, NULL, NULL);
+        for (int t = 0; t < n; t++) {
+            EACH k[t].y[w] *= k[t].z[w] * k[t].gate[w];
+            store(s->y + (b * s->length + c * T + t) * D + d, k[t].y, m);
         }
-        for (int64_t c = 0; c < blocks; c++) {
-            int n = L - c * T < T ? (int)(L - c * T) : T;
-            float *saved = s->saved ? s->saved + (b * blocks + c) * N * D + d : NULL;
-            for (int64_t i = 0; i < N && saved; i++) store(saved + i * D, h + i * W, m);
-            run(s, b, d, m, c * T, n, k, A, h, NULL, NULL);
-            for (int t = 0; t < n; t++) {
-                if (s->z) EACH k->y[t][w] *= k->z[t][w] * k->gate[t][w];
-                store(s->y + (b * L + c * T + t) * D + d, k->y[t], m);
+    }
+    for (int64_t i = 0; i < N; i++) store(s->state + (b * N + i) * D + d, h[i], m);
+}
+
+/* g is the gradient of h: g_t = C_t gy_t + a_{t+1} g_{t+1}; dB and dC are a tile's share. */
+static void backward_tile(const scan *s, int64_t b, int64_t d, int m, row *A) {
+    int64_t N = s->states, D = s->channels, L = s->length, blocks = (L + T - 1) / T;
+    position k[T];
+    row *h = A + N, *g = h + N, *dA = g + N, *as = dA + N, *hs = as + T * N, skip, dD = {0}, dbias = {0};
+    load(skip, s->D + d, m);
+    memset(dA, 0, N * sizeof *dA);
+    for (int64_t i = 0; i < N; i++) load(g[i], s->dstate + (b * N + i) * D + d, m);
+    for (int64_t c = blocks - 1; c >= 0; c--) {
+        int n = L - c * T < T ? (int)(L - c * T) : T;
+        for (int64_t i = 0; i < N; i++) load(h[i], s->saved + ((b * blocks + c) * N + i) * D + d, m);
+        run(s, b, d, m, c * T, n, k, A, h, as, hs);
+        for (int64_t i = 0; i < N; i++) for (int t = n - 1; t >= 0; t--) {
+            position *p = k + t;
+            int64_t l = c * T + t, share = ((d / W * s->batch + b) * L + l) * N + i;
+            float Bi = ROW(B, b, l)[i], Ci = ROW(C, b, l)[i], dB = 0.f, dC = 0.f;
+            float *a = as[i * T + t], *before = hs[i * T + t], *now = t + 1 < n ? before + W : h[i];
+            _Pragma("omp simd reduction(+ : dB, dC)") for (int w = 0; w < W; w++) {
+                float e = g[i][w] + Ci * p->gy[w], q = (g[i][w] = e * a[w]) * before[w];  /* q: gradient of delta A */
+                dB += e * p->x[w]; dC += p->gy[w] * now[w];
+                p->dx[w] += e * Bi; p->dd[w] += q * A[i][w]; dA[i][w] += q * p->delta[w];
             }
+            s->dB[share] = dB; s->dC[share] = dC;
         }
-        for (int64_t i = 0; i < N; i++) store(s->state + (b * N + i) * D + d, h + i * W, m);
+        for (int t = 0; t < n; t++) {
+            position *p = k + t;
+            int64_t at = (b * L + c * T + t) * D + d;
+            EACH {
+                p->dd[w] = (p->dd[w] / LOG2E + p->dx[w] * p->u[w]) * (s->softplus ? sigmoid_(p->raw[w]) : 1.f);
+                p->dx[w] = p->dx[w] * p->delta[w] + skip[w] * p->gy[w];
+                p->y[w] *= p->dy[w] * p->gate[w] * (1.f + p->z[w] * (1.f - p->gate[w]));
+                dD[w] += p->gy[w] * p->u[w]; dbias[w] += p->dd[w];
+            }
+            store(s->du + at, p->dx, m); store(s->ddelta + at, p->dd, m);
+            if (s->z) store(s->dz + at, p->y, m);
+        }
+    }
+    for (int64_t i = 0; i < N; i++) {
+        store(s->dA + (b * N + i) * D + d, dA[i], m);
+        store(s->dinitial + (b * N + i) * D + d, g[i], m);
+    }
+    store(s->dD + b * D + d, dD, m); store(s->ddelta_bias + b * D + d, dbias, m);
+}
+
+/* Every tile of every row is one thread's, from the first position to the last or back, with `rows` rows of memory. */
+static int tiles(const scan *s, int64_t rows, void (*work)(const scan *, int64_t, int64_t, int, row *)) {
+    int failed = 0;
+    _Pragma("omp parallel for collapse(2) num_threads(s->threads)")
+    for (int64_t b = 0; b < s->batch; b++) for (int64_t d = 0; d < s->channels; d += W) {
+        int m = s->channels - d < W ? (int)(s->channels - d) : W;
+        row *A = aligned_alloc(64, rows * sizeof *A);
+        if (!A) { failed = 1; continue; }
+        for (int64_t i = 0; i < s->states; i++) load(A[i], s->A + i * s->channels + d, m);
+        work(s, b, d, m, A);
         free(A);
     }
     return failed;
 }
-
-int backward(const scan *s) {  /* g, the gradient of h: g_t = C_t gy_t + a_{t+1} g_{t+1}; dB and dC: a tile's share */
-    TILES {
-        int m = D - d < W ? (int)(D - d) : W;
-        float *A = floats((5 + 2 * T) * size + 3 * W + sizeof(block) / sizeof *A);
-        if (!A) { failed = 1; continue; }
-        float *first = A + size, *h = first + size, *g = h + size, *dA = g + size, *as = dA + size, *hs = as + T * size;
-        float *skip = hs + T * size, *dD = skip + W, *dbias = dD + W;
-        block *k = (block *)(dbias + W);
-        for (int64_t i = 0; i < N; i++) {
-            load(A + i * W, s->A + i * D + d, m);
-            EACH A[i * W + w] *= LOG2E;
-            load(g + i * W, s->dstate + (b * N + i) * D + d, m);
-        }
-        load(skip, s->D + d, m);
-        for (int64_t c = blocks - 1; c >= 0; c--) {
-            int n = L - c * T < T ? (int)(L - c * T) : T;
-            for (int64_t i = 0; i < N; i++) load(first + i * W, s->saved + ((b * blocks + c) * N + i) * D + d, m);
-            memcpy(h, first, size * sizeof *h);
-            run(s, b, d, m, c * T, n, k, A, h, as, hs);
-            for (int t = 0; t < n; t++) {  /* from here on y holds its own gradient, before the gate */
-                int64_t at = (b * L + c * T + t) * D + d;
-                float gy[W], dz[W], *z = k->z[t], *gate = k->gate[t], *y = k->y[t];
-                load(gy, s->dy + at, m);
-                if (s->z) EACH dz[w] = gy[w] * y[w] * gate[w] * (1.f + z[w] * (1.f - gate[w]));
-                if (s->z) EACH gy[w] *= z[w] * gate[w];
-                if (s->z) store(s->dz + at, dz, m);
-                memcpy(y, gy, sizeof gy);
-            }
-            memset(k->dx, 0, sizeof k->dx + sizeof k->dd);
-            for (int64_t i = 0; i < N; i++) {
-                vec gi[W / 16], dAi[W / 16], *Ai = (vec *)(A + i * W);
-                memcpy(gi, g + i * W, sizeof gi), memcpy(dAi, dA + i * W, sizeof dAi);
-                for (int t = n - 1; t >= 0; t--) {
-                    int64_t l = c * T + t, share = ((d / W * s->batch + b) * L + l) * N + i;
-                    float Bi = ROW(B, b, l)[i], Ci = ROW(C, b, l)[i];
-                    vec dBi = {0}, dCi = {0}, *a = (vec *)(as + (i * T + t) * W), *now = (vec *)(hs + (i * T + t) * W);
-                    vec *before = t ? now - W / 16 : (vec *)(first + i * W), *gy = (vec *)k->y[t], *x = (vec *)k->x[t];
-                    vec *delta = (vec *)k->delta[t], *dx = (vec *)k->dx[t], *dd = (vec *)k->dd[t];
-                    VECTORS {
-                        vec e = gi[v] + Ci * gy[v], q = (gi[v] = e * a[v]) * before[v];  /* q: gradient of delta A */
-                        dBi += e * x[v]; dCi += gy[v] * now[v];
-                        dx[v] += e * Bi; dd[v] += q * Ai[v]; dAi[v] += q * delta[v];
-                    }
-                    s->dB[share] = sum_(dBi); s->dC[share] = sum_(dCi);
-                }
-                memcpy(g + i * W, gi, sizeof gi), memcpy(dA + i * W, dAi, sizeof dAi);
-            }
-            for (int t = 0; t < n; t++) {
-                int64_t at = (b * L + c * T + t) * D + d;
-                float *gy = k->y[t], *dx = k->dx[t], *dd = k->dd[t], *u = k->u[t], *delta = k->delta[t];
-                EACH { dd[w] = dd[w] / LOG2E + dx[w] * u[w]; dx[w] = dx[w] * delta[w] + skip[w] * gy[w]; }
-                if (s->softplus) EACH dd[w] *= sigmoid_(k->raw[t][w]);
-                EACH { dD[w] += gy[w] * u[w]; dbias[w] += dd[w]; }
-                store(s->du + at, dx, m); store(s->ddelta + at, dd, m);
-            }
-        }
-        for (int64_t i = 0; i < N; i++) {
-            store(s->dA + (b * N + i) * D + d, dA + i * W, m);
-            store(s->dinitial + (b * N + i) * D + d, g + i * W, m);
-        }
-        store(s->dD + b * D + d, dD, m); store(s->ddelta_bias + b * D + d, dbias, m);
-        free(A);
-    }
-    return failed;
-}
+int forward(const scan *s) { return tiles(s, 2 * s->states, forward_tile); }
+int backward(const scan *s) { return tiles(s, (4 + 2 * T) * s->states, backward_tile); }
 """
 
 
@@ -1274,7 +1247,8 @@ class FusedScan:
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
         D, delta_bias = (A.new_zeros(len(A)) if w is None else w for w in (D, delta_bias))
-        tensors = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "A": A.t(), "D": D, "delta_bias": delta_bias}
+        tensors = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
+        tensors["A"] = A.t() / math.log(2)  # since the exponential is taken to base 2
         self.inputs = {k: None if x is None else x.float() for k, x in tensors.items()}
         for k, x in self.inputs.items():  # rows may lie apart, as the halves of a projection do
             dense = x is None or (x.stride(-1) == 1 and k in self.STRIDED) or x.is_contiguous()
@@ -1356,7 +1330,7 @@ def fused_library() -> ctypes.CDLL | str:
 
 def compile_c(command: list[str], out: str) -> None:
     """Compile `FUSED` to the shared library `out`; raises OSError with what the compiler says last."""
-    done = subprocess.run([*command, "-x", "c", "-", "-o", out, "-lm"], input=FUSED, capture_output=True, text=True)
+    done = subprocess.run([*command, "-x", "c", "-", "-o", out], input=FUSED, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
 
@@ -1688,42 +1662,13 @@ class ScanFunction(torch.autograd.Function):
 # ----- The model ------------------------------------------------------------------------------------------------------
 
 
-class ConvFunction(torch.autograd.Function):
-    """y_t = bias + sum_i weight_i x_{t-i} of padded x (B, W-1+L, E), weight (E, W), oldest first; 0 where `begun`."""
-
-    @staticmethod
-    def forward(ctx, padded, weight, bias, begun):
-        ctx.save_for_backward(padded, weight)
-        ctx.begun, taps, L = begun, weight.unbind(-1)[::-1], padded.shape[1] - weight.shape[1] + 1
-        y = torch.zeros_like(padded[:, :L]) if bias is None else bias.expand_as(padded[:, :L])
-        for back, (tap, past) in enumerate(ConvFunction.shifts(padded, taps, L)):
-            past = past if begun[back] is None else past.masked_fill(begun[back], 0.0)
-            y = torch.addcmul(y, past, tap) if back == 0 else y.addcmul_(past, tap)
-        return y
-
-    @staticmethod
-    def shifts(padded: Tensor, taps: Sequence[Tensor], L: int) -> list[tuple[Tensor, Tensor]]:
-        """Each tap with what it multiplies, newest first."""
-        return [(tap, padded[:, len(taps) - 1 - back :][:, :L]) for back, tap in enumerate(taps)]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (padded, weight), L = ctx.saved_tensors, grad.shape[1]
-        back_to, products, sums = torch.empty_like(padded), torch.empty_like(grad), []
-        back_to[:, :-L] = 0.0
-        pasts = ConvFunction.shifts(padded, weight.unbind(-1)[::-1], L)
-        for begun, (tap, past), (_, out) in zip(ctx.begun, pasts, ConvFunction.shifts(back_to, pasts, L), strict=True):
-            reached = grad if begun is None else grad.masked_fill(begun, 0.0)
-            out.addcmul_(reached, tap) if sums else torch.mul(reached, tap, out=out)
-            sums.insert(0, torch.mul(reached, past, out=products).sum((0, 1)))
-        return back_to, torch.stack(sums, -1), grad.sum((0, 1)) if ctx.needs_input_grad[2] else None, None
+X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # its convolution is fast where channels come last
 
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of x (B, L, E) with weight (E, 1, W): W shifted multiply-adds.
+    """Depthwise causal convolution of x (B, L, E) with weight (E, 1, W): y_t = bias + sum_i weight_i x_{t-W+1+i}.
 
     window (B, W-1, E) holds the inputs before x, zeros if None; past a start (B, L) bool no tap looks back.
     Returns the result (B, L, E) and the next window.
@@ -1731,13 +1676,19 @@ def causal_conv(
     L, W = x.shape[1], weight.shape[-1]
     if window is None:
         window = x.new_zeros(x.shape[0], W - 1, x.shape[2])
-    padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, W-1+L, E)
-    begun = [None] * W  # for each number of steps back: whether a document began since, (B, L, 1)
-    if starts is not None:
-        since = [F.pad(starts, (i, 0))[:, :L] for i in range(W - 1)]
-        begun[1:] = [torch.stack(since[:back]).any(0).unsqueeze(-1) for back in range(1, W)]
-    y = ConvFunction.apply(padded, weight.squeeze(1).to(x.dtype), None if bias is None else bias.to(x.dtype), begun)
-    window = padded[:, L:]
+    padded, weight = torch.cat([window.to(x.dtype), x], dim=1), weight.to(x.dtype)  # (B, W-1+L, E)
+    bias, window = 0.0 if bias is None else bias.to(x.dtype), padded[:, L:]
+    if starts is None and X86 and x.device.type == "cpu" and x.dtype == torch.float32:
+        y = F.conv2d(padded.mT.unsqueeze(2), weight.unsqueeze(2), groups=len(weight))  # (B, E, 1, L), channels last
+        return y.squeeze(2).mT + bias, window
+    y = bias + x * weight[:, 0, -1]
+    begun = starts  # whether a document began at the position or in the `back` before it
+    for back in range(1, W):
+        past = padded[:, W - 1 - back :][:, :L]
+        if starts is not None:
+            past = past.masked_fill(begun.unsqueeze(-1), 0.0)
+            begun = begun | F.pad(starts, (back, 0))[:, :L]
+        y = torch.addcmul(y, past, weight[:, 0, -1 - back])
     if starts is not None:  # nor may the next call's taps
         begun = F.pad(starts, (W - 1, 0))[:, L:].flip(1).cumsum(1).flip(1)  # starts at or after each input
         window = window.masked_fill((F.pad(begun, (0, 1))[:, 1:] > 0).unsqueeze(-1), 0.0)
