@@ -557,23 +557,31 @@ def test_the_past_does_not_see_the_future(tiny):
         assert torch.equal(again[:, :t], logits[:, :t]) and not torch.isclose(again[:, t], logits[:, t]).all()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])  # a path each
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("taps", [1, 2, 4])
-def test_causal_conv_is_conv1d(taps, bias):
-    x, weight = torch.randn(2, 11, 5).double(), torch.randn(5, 1, taps).double()
-    bias = torch.randn(5).double() if bias else None
-    before = torch.randn(2, taps - 1, 5).double()
+def test_causal_conv_is_conv1d(taps, bias, dtype, tolerance):
+    x, weight, before = torch.randn(2, 11, 21), torch.randn(21, 1, taps), torch.randn(2, taps - 1, 21)
+    x, weight, before = (v.to(dtype).requires_grad_() for v in (x, weight, before))
+    bias = torch.randn(21, dtype=dtype).requires_grad_() if bias else None
 
     def truth(x):
-        return F.conv1d(x.mT, weight, bias, groups=5).mT
+        return F.conv1d(x.double().mT, weight.double(), None if bias is None else bias.double(), groups=21).mT
 
     y, window = mamba.causal_conv(x, weight, bias, before)
-    close(y, truth(torch.cat([before, x], 1)))
+    expected = truth(torch.cat([before, x], 1))
+    assert y.dtype == dtype
+    close(y.double(), expected, tolerance)
     close(window, torch.cat([before, x], 1)[:, 11:])
+    tensors, upstream = [v for v in (x, weight, bias) if v is not None], torch.randn(2, 11, 21, dtype=dtype)
+    right = torch.autograd.grad(expected, tensors, upstream.double())
+    for ours, grad in zip(torch.autograd.grad(y, tensors, upstream), right, strict=True):
+        close(ours, grad, 10 * tolerance)
     starts = torch.zeros(2, 11, dtype=torch.bool)
     starts[:, [1, 2, 8]] = True
     pieces = [truth(F.pad(x[:, a:b], (0, 0, taps - 1, 0))) for a, b in ((1, 2), (2, 8), (8, 11))]
-    close(mamba.causal_conv(x, weight, bias, before, starts)[0][:, 1:], torch.cat(pieces, 1))
+    y = mamba.causal_conv(x, weight, bias, before, starts)[0]
+    close(y[:, 1:].double(), torch.cat(pieces, 1), tolerance)
 
 
 @pytest.mark.parametrize("cut", [True, False])
