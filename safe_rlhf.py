@@ -158,6 +158,7 @@ class Config:
             (f"--pairs {self.pairs}", own or self.pairs >= 40, "at least 40"),
             (f"--costs {self.costs}", own or {*names} <= {*COSTS}, f"of {', '.join(COSTS)}"),
             (f"costs {names}", 0 < len(names) == len({*names}), "some, each once"),
+            (f"costs {names}", "reward" not in names, "named otherwise than the reward"),
             (f"--threshold {self.threshold!r}", limits, f"a number a cost of {names}, with commas"),
             (f"--cost-model, {len(folders)} folders", len(folders) in (0, len(names)), f"one a cost of {names}"),
             (f"--rounds {self.rounds}", not (more and own), "1 with --preferences, for nobody labels new answers"),
@@ -627,7 +628,8 @@ def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0)
     for _ in range(10_000):
         before = strength
         strength = wins.sum(2) / np.maximum((met / (before[:, :, None] + before[:, None])).sum(2), 1e-300)
-        strength = np.maximum(strength, 1e-300) / np.exp(np.log(np.maximum(strength, 1e-300)).mean(1, keepdims=True))
+        strength = np.maximum(strength, 1e-300)  # of one who never wins
+        strength /= np.exp(np.log(strength).mean(1, keepdims=True))
         if np.abs(np.log(strength / before)).max() < 1e-10:
             break
     ratings = 1000 + 400 * np.log10(strength / strength[:, :1])
@@ -1061,9 +1063,9 @@ class Experiment:
         folders = [config.reward_model, *(parts(config.cost_model) or [""] * len(self.names))]
         models = [read_llama(f, True).to(self.device) if f else scorer_from(self.policy) for f in folders]
         for model, folder in zip(models, folders, strict=True):
-            sizes = self.policy.config.vocab_size, model.config.vocab_size
-            rule = f"{sizes[1]} tokens, must be the policy's {sizes[0]}; give models of one tokenizer"
-            require(sizes[0] == sizes[1], f"{folder}: {rule}")
+            count, want = model.config.vocab_size, self.policy.config.vocab_size
+            rule = f"{count} tokens, must be the policy's {want}; give models of one tokenizer"
+            require(count == want, f"{folder}: {rule}")
         skipped = FREE + (OF_METHODS if number == 1 else ("method", "rounds"))
         with saved_stage(path, config, skipped, self.device) as content:
             for model, state in zip(models, content["models"], strict=True) if content else ():

@@ -628,6 +628,7 @@ def test_the_cost_model_reads_the_labels_of_its_terms_alone(terms):
         (["--method", "sft", "--rounds", "2"], ["--rounds 2", "must be 1 with --method sft"]),
         (["--costs", "length", "--rounds", "2"], ["--rounds 2", "must be 1 without a cost of harm"]),
         (["--costs", "harm,harm"], ["['harm', 'harm']", "each once"]),
+        (["--preferences", "reward.jsonl"], ["costs ['reward']", "must be named otherwise"]),
     ],
 )
 def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, words):
