@@ -53,6 +53,7 @@ Not included: more than one device, learned reward models other than intent's, R
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -66,7 +67,7 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,6 @@ class Config:
     gamma: float = flag(0.99, "discount a token")
     lam: float = flag(0.95, "lambda of generalised advantage estimation")
     clip: float = flag(0.2, "the policy ratio stays within 1 +- clip")
-    max_norm: float = flag(1.0, "largest norm of either network's gradient")
     kl_coefficient: float = flag(0.2, "a_KL at the start of ppo, ppo_sat, all_ppo; it adapts")
     kl_target: float = flag(0.2, "nats a token that it adapts to; paper: 0.5")
     multiplier_lr: float = flag(0.5, "rate of the multipliers' SGD; paper: 0.1, in 25 times as many minibatches")
@@ -153,8 +153,7 @@ class Config:
 
     @property
     def names(self) -> list[str]:
-        """Names of the rewards."""
-        return [name for name, _ in reward_specs(self.reward)]
+        return [*reward_specs(self.reward)]
 
     @property
     def constrained(self) -> list[str]:
@@ -162,11 +161,12 @@ class Config:
         return [name for name in self.names if name != self.objective]
 
 
-def reward_specs(text: str) -> list[tuple[str, str]]:
-    """`meteor,x=module:function` -> [("meteor", ""), ("x", "module:function")]."""
-    specs = [(part.partition("=")[0].strip(), part.partition("=")[2].strip()) for part in text.split(",")]
-    fits = all(name.isidentifier() and (name in REWARDS or ":" in where) for name, where in specs)
-    fits = fits and len(dict(specs)) == len(specs) and not dict(specs).keys() & {*COLUMNS}
+def reward_specs(text: str) -> dict[str, str]:
+    """`meteor,x=module:function` -> {"meteor": "", "x": "module:function"}."""
+    pairs = [[half.strip() for half in part.partition("=")[::2]] for part in text.split(",")]
+    fits = all(name.isidentifier() and (name in REWARDS or ":" in where) for name, where in pairs)
+    specs = dict(pairs)
+    fits = fits and len(specs) == len(pairs) and not specs.keys() & {*COLUMNS}
     rule = f"must be {', '.join(REWARDS)} or NAME=MODULE:FUNCTION, each once, NAME none of {', '.join(COLUMNS)}"
     require(fits, f"--reward {text!r}: {rule}; correct it")
     return specs
@@ -329,10 +329,9 @@ def read_rows(path: str) -> tuple[list[Row], ...]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            try:
+            fields = None
+            with contextlib.suppress(ValueError):
                 fields = json.loads(line)
-            except ValueError:
-                fields = None
             require(isinstance(fields, dict), f"{where}: {line[:60]!r} must be a JSON object; correct it")
             for name in ("prompt", "response", "label"):
                 require(isinstance(fields.get(name), str), f"{where}: {name!r} is missing, must be a text; add it")
@@ -351,11 +350,9 @@ class Words:
         self.size, self.end = len(self.words), 0
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of a text."""
         return [self.ids[word] for word in text.split()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
         return " ".join(self.words[i] for i in ids)
 
 
@@ -479,13 +476,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     A reply is an episode: nothing follows its last token, so the value behind it is 0, and padding gives 0.
     """
-    values, last, T = values * mask, torch.zeros_like(rewards[:, 0]), rewards.shape[1]
-    advantages = torch.zeros_like(rewards)
-    for t in reversed(range(T)):
-        after = values[:, t + 1] if t + 1 < T else torch.zeros_like(last)
-        last = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * last) * mask[:, t]
-        advantages[:, t] = last
-    return advantages, advantages + values
+    values = F.pad(values * mask, (0, 1))  # (B, T + 1)
+    deltas = rewards + gamma * values[:, 1:] - values[:, :-1]
+    advantages, last = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(rewards.shape[1])):
+        advantages[:, t] = last = (deltas[:, t] + gamma * lam * last) * mask[:, t]
+    return advantages, advantages + values[:, :-1]
 
 
 def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
@@ -585,7 +581,8 @@ def fit_proxy_points(rewards: np.ndarray, evaluation: np.ndarray, degree: int) -
     """
     rewards, evaluation = np.asarray(rewards, float), np.asarray(evaluation, float)
     n, N = rewards.shape
-    need, spread = math.comb(N + degree, degree), rewards.std(0)
+    need = math.comb(N + degree, degree)
+    spread = rewards.std(0) * (np.ptp(rewards, 0) > 0)  # that of a constant is not always 0
     require(n >= need, f"{n} evaluations for {need} coefficients of degree {degree}: must be no fewer; lower --degree")
     require((spread > 0).all(), f"rewards that never changed, {rewards[0]}: nothing to fit; give --thresholds")
     x = (rewards - rewards.mean(0)) / spread
@@ -675,7 +672,6 @@ class Replies:
     support: Tensor | None = None  # (B, T, k) the tokens that each was drawn from; None: all
 
     def part(self, index: Tensor) -> Replies:
-        """Some of the replies."""
         return Replies(*(x if x is None else x[index] for x in vars(self).values()))
 
 
@@ -690,7 +686,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
 
     def forward(self, x: Tensor, mask: Tensor, cache: list[Tensor] | None) -> Tensor:
-        """x (B, L, D); mask (B, 1, L, S) is 0 where a query sees a key, else -inf; cache: room for keys and values."""
+        """x (B, L, D); mask (B, 1, L, S) is True where a query sees a key; cache: room for keys and values."""
         (B, L, D), S = x.shape, mask.shape[-1]
         q, k, v = self.attn["c_attn"](self.ln_1(x)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -723,14 +719,13 @@ class GPT2(nn.Module):
 
         Positions count valid tokens only, so padding in front changes nothing.
         """
-        (B, L), S = tokens.shape, valid.shape[1]
+        L, S = tokens.shape[1], valid.shape[1]
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, S - L :]
         sees = torch.ones(L, S, dtype=torch.bool, device=tokens.device).tril(S - L) & valid[:, None]
         sees |= torch.eye(S, dtype=torch.bool, device=tokens.device)[S - L :]  # no row is empty, not even padding's
         x = self.wte(tokens) + self.wpe(positions)
-        mask = torch.zeros(B, 1, L, S, dtype=x.dtype, device=x.device).masked_fill_(~sees[:, None], -math.inf)
         for i, block in enumerate(self.h):
-            x = block(x, mask, cache and cache[i])
+            x = block(x, sees[:, None], cache and cache[i])
         return self.ln_f(x)
 
     def read(self, hidden: Tensor) -> Tensor:
@@ -821,10 +816,15 @@ def read_policy(folder: str) -> GPT2:
     needed = {"model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None}
     needed |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in needed.items() if fields.get(k, v) != v]
+    usual = vars(GPT2Config(vocab_size=50257))
+    sizes = {k: fields.get(k, v) for k, v in usual.items()}
+    wrong = [k for k, v in sizes.items() if type(v) is not type(usual[k]) or v <= 0]
+    problems += [f"{k} = {sizes[k]!r}, must be above 0, such as {usual[k]}" for k in wrong]
     require(not problems, f"--policy {folder}: cannot be done here: {'; '.join(problems)}; give a plain GPT-2")
-    sizes = {f.name: fields[f.name] for f in dataclasses.fields(GPT2Config) if f.name in fields}
-    model = GPT2(GPT2Config(**{"vocab_size": 50257} | sizes))
-    tensors = {k.removeprefix("transformer."): v.float() for k, v in load_torch(path).items()}
+    model, content = GPT2(GPT2Config(**sizes)), load_torch(path)
+    fits = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    require(fits, f"{path}: must hold tensors by name; give another")
+    tensors = {k.removeprefix("transformer."): v.float() for k, v in content.items()}
     for k in list(tensors):
         if k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
             del tensors[k]  # masks of old files, and the tied embedding
@@ -858,7 +858,7 @@ class Task:
         self.classifier = nn.EmbeddingBag(vocabulary, len(self.labels)).to(device)  # a reply's act by its words alone
         self.ids = {row: self.encode(row) for row in every}
         built_in = {"meteor": meteor_reward, "diversity": diversity_reward, "intent": self.intent_reward}
-        specs = reward_specs(config.reward)
+        specs = reward_specs(config.reward).items()
         self.rewards = {n: load_function(f"--reward {n}", at) if at else built_in[n] for n, at in specs}
         self.metric = load_function("--evaluation", config.evaluation) if config.evaluation else true_metric
 
@@ -884,7 +884,6 @@ class Task:
         return [float(self.labels[i] == label) for i, label in zip(predicted, labels, strict=True)]
 
     def texts(self, replies: Replies) -> list[str]:
-        """The replies as texts, up to end-of-text."""
         rows = zip(replies.tokens.tolist(), replies.mask.sum(1).int().tolist(), strict=True)
         return [self.tokenizer.decode([i for i in row[:n] if i != self.tokenizer.end]) for row, n in rows]
 
@@ -1009,8 +1008,8 @@ class Run:
         self.critic.load_state_dict(task.policy.state_dict(), strict=False)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.raw = (0.01 * torch.randn(N, generator=self.generator, device=device)).requires_grad_(True)
-        rates = {self.policy: config.lr, self.critic: config.critic_lr}
-        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in rates.items()]
+        rates = (self.policy, config.lr), (self.critic, config.critic_lr)
+        groups = [{"params": network.parameters(), "lr": lr} for network, lr in rates]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.multiplier_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
         self.kl_coefficient = 0.0 if method == "ppo_no_kl" else config.kl_coefficient
@@ -1080,8 +1079,7 @@ class Run:
         loss = loss + sum(w * masked_mean(e, mask) for w, e in zip(self.head_weights, errors.unbind(-1), strict=True))
         self.optimizer.zero_grad()
         loss.backward()
-        networks = (self.policy, self.critic)
-        norms = [nn.utils.clip_grad_norm_(network.parameters(), self.config.max_norm).item() for network in networks]
+        norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item() for part in (self.policy, self.critic)]
         if not math.isfinite(loss.item() + sum(norms)):
             kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
             where = f"{self.name} diverged at update {self.step + 1}: loss {loss.item()}, gradient norms {norms}"
@@ -1095,13 +1093,11 @@ class Run:
         return loss.item()
 
     def log(self, row: dict) -> dict:
-        """Evaluate the policy and keep the row."""
         scores, self.texts = self.task.evaluate(self.policy)
         self.rows.append({"run": self.name, "method": self.method} | row | scores)
         return self.rows[-1]
 
     def save(self) -> None:
-        """Write the checkpoint, atomically."""
         content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.updates}
         content |= {name: getattr(self, name).state_dict() for name in STATEFUL} | {"raw": self.raw.detach()}
         content |= {name: getattr(self, name) for name in PLAIN} | {"generator": self.generator.get_state()}
@@ -1109,7 +1105,6 @@ class Run:
         write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self, content: dict) -> None:
-        """Go on from what `save` wrote."""
         for name in STATEFUL:
             getattr(self, name).load_state_dict(content[name])
         vars(self).update({name: content[name] for name in PLAIN})
@@ -1122,11 +1117,11 @@ class Run:
         """Update to the end, evaluating and saving on the way; a finished run is only loaded."""
         single = {*OF_METHODS} - {"objective"}  # which decides how many heads the critic has
         skipped = {*FREE, "method"} | (single if self.name.startswith("only_") else set())
-        content = load_stage(self.path, self.config, skipped, self.task.device)
-        if content and (content["done"] or self.config.resume):
-            self.load(content)
-        elif content:
-            say(f"{self.path}: begun again, its {content['step']} updates dropped; --resume would go on from there")
+        with saved_stage(self.path, self.config, skipped, self.task.device) as content:
+            if content and (content["done"] or self.config.resume):
+                self.load(content)
+            elif content:
+                say(f"{self.path}: begun again, its {content['step']} updates dropped; --resume would go on from there")
         if not self.rows:
             row = self.log({"update": 0})
             if self.search:
@@ -1161,8 +1156,8 @@ class ThresholdSearch:
         self.start, self.means, self.found, self.since = [], [], [], 0
 
     def begin(self, scores: list[float]) -> None:
-        """Start with the initial policy's own scores, and with one of them half as large again."""
-        self.start = [max(score, 0.02) for score in scores]
+        """Start with the initial policy's own scores, moved off 0, and with one of them half as large again."""
+        self.start = [score if abs(score) > 0.02 else 0.02 for score in scores]
         self.simplex = NelderMead(self.start * (1 + 0.5 * np.eye(len(scores) + 1, len(scores), -1)))
 
     def thresholds(self) -> list[float]:
@@ -1175,7 +1170,7 @@ class ThresholdSearch:
         theta, eighth = np.array(self.thresholds()), max(1, self.updates // 8)
         self.means.append(means)
         step, recent = len(self.means), self.means[self.since :][-3:]
-        reached = len(recent) == 3 and (np.abs(np.mean(recent, 0) - theta) <= self.tolerance * theta).all()
+        reached = len(recent) == 3 and (np.abs(np.mean(recent, 0) - theta) <= self.tolerance * np.abs(theta)).all()
         if step > self.updates - eighth or not (reached or step - self.since >= eighth):
             return
         self.found.append((theta.tolist(), evaluate()))
@@ -1199,38 +1194,45 @@ class ThresholdSearch:
 # ----- The whole story ------------------------------------------------------------------------------------------------
 
 
-def load_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> dict | None:
-    """A saved stage, or None; raises UserError naming every field in which its config differs."""
+@contextlib.contextmanager
+def saved_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> Iterator[dict | None]:
+    """A saved stage, or None; raises UserError where its config differs, or where it does not fit when put to use."""
     if not path.is_file():
-        return None
+        yield None
+        return
     content, now = load_torch(path, device), dataclasses.asdict(config)
-    fits = isinstance(content, dict) and "config" in content
-    require(fits, f"{path}: is no file of this script; move it away, or give another --out")
-    then = {k: v for k, v in content["config"].items() if k not in skipped}
-    differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
-    require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
-    return content
+    try:
+        then = {k: v for k, v in content["config"].items() if k not in skipped}
+        differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
+        require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
+        yield content
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that something else wrote leads to
+        raise UserError(f"{path}: is no file of this script ({error!r:.90}); move it away, or change --out") from None
 
 
 def prepare(config: Config, device: torch.device, say: Callable = print) -> Task:
     """Data, pi_0 and the act classifier: made and saved to OUT/start.pt, or loaded from it."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
     task, path = Task(config, device), Path(config.out) / "start.pt"
-    content, rows = load_stage(path, config, FREE + OF_METHODS, device), hashlib.sha256(repr([*task.ids]).encode())
+    rows = hashlib.sha256(repr([*task.ids]).encode()).hexdigest()
+    with saved_stage(path, config, FREE + OF_METHODS, device) as content:
+        if content:
+            rule = f"made from other rows than --data {config.data} holds now; undo that, or change --out"
+            require(content["rows"] == rows, f"{path}: {rule}")
+            task.policy.load_state_dict(content["policy"])
+            task.classifier.load_state_dict(content["classifier"])
+            task.facts = content["facts"]
     if content is None:
-        content = {"config": dataclasses.asdict(config), "rows": rows.hexdigest(), "loss": pretrain(task)}
-        content["accuracy"] = train_classifier(task) if "intent" in task.rewards else None
+        task.facts = {"parameters": sum(p.numel() for p in task.policy.parameters()), "pretrain_loss": pretrain(task)}
+        task.facts["classifier_accuracy"] = train_classifier(task) if "intent" in task.rewards else None
+        content = {"config": dataclasses.asdict(config), "rows": rows, "facts": task.facts}
         content |= {"policy": task.policy.state_dict(), "classifier": task.classifier.state_dict()}
         write_atomically(path, lambda name: torch.save(content, name))
-    fits = content.get("rows") == rows.hexdigest()
-    require(fits, f"{path}: made from other rows than --data {config.data} holds now; undo that, or change --out")
-    task.policy.load_state_dict(content["policy"])
-    task.classifier.load_state_dict(content["classifier"])
     task.policy.requires_grad_(False)
-    task.facts = {"parameters": sum(p.numel() for p in task.policy.parameters()), "pretrain_loss": content["loss"]}
-    task.facts["classifier_accuracy"] = content["accuracy"]
-    rows = f"{len(task.train):,} prompts to train on, {len(task.valid):,} held out"
-    say(f"pi_0: {task.facts['parameters']:,} parameters on {device}, loss {content['loss']:.3f} · {rows}", flush=True)
+    size = f"{task.facts['parameters']:,} parameters on {device}, loss {task.facts['pretrain_loss']:.3f}"
+    say(f"pi_0: {size} · {len(task.train):,} prompts to train on, {len(task.valid):,} held out", flush=True)
     return task
 
 
@@ -1267,31 +1269,29 @@ def story(config: Config, say: Callable = print) -> dict:
         runs.append(Run(task, name, method, updates, thresholds).go(say))
     metrics = "".join(json.dumps(row) + "\n" for run in runs for row in run.rows)
     write_atomically(out / "metrics.jsonl", lambda name: Path(name).write_text(metrics, "utf-8"))
-    say("\n".join(["", *final_table(runs, config), ""]))
-    texts = {"reference": [row.response for row in task.valid], "pi_0": task.evaluate(task.policy)[1]}
-    texts |= {run.name: run.texts for run in runs}
-    samples = [{"prompt": row.prompt} | {k: v[i] for k, v in texts.items()} for i, row in enumerate(task.valid[:4])]
-    for sample in samples:
-        say("\n".join(f"{k:>12}  {v}" for k, v in sample.items()) + "\n")
+    samples = show(task, runs, say)
     draw(runs, config, out / "runs.png")
     result = task.facts | {"thresholds": thresholds, "proxy_points": points, "samples": samples}
-    best = {run.name: max(row["evaluation"] for row in run.rows) for run in runs}
-    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": best[run.name]} for run in runs}
-    result["searched"] = runs[-1].search and runs[-1].search.found
+    result |= {"runs": {run.name: run.rows[-1] for run in runs}, "searched": runs[-1].search and runs[-1].search.found}
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
     write_json(out / "result.json", result)
     say(f"{out}: result.json, metrics.jsonl, and the runs, after {result['wall_seconds']:.0f} s")
     return result
 
 
-def final_table(runs: list[Run], config: Config) -> list[str]:
-    """Lines of the final table: a run's best and last evaluation, and its last rewards, KL and variety."""
-    columns = ("evaluation", *config.names, "kl", "distinct")
-    lines = [" " * 14 + "".join(f"{name:>12}" for name in ("best", *columns))]
+def show(task: Task, runs: list[Run], say: Callable) -> list[dict[str, str]]:
+    """Print each run's best and last evaluation, and its last rewards, KL and variety; print and return samples."""
+    columns = ("evaluation", *task.config.names, "kl", "distinct")
+    say("\n" + " " * 14 + "".join(f"{name:>12}" for name in ("best", *columns)))
     for name, rows in [("pi_0", runs[0].rows[:1]), *((run.name, run.rows) for run in runs)]:
         values = max(row["evaluation"] for row in rows), *(rows[-1][column] for column in columns)
-        lines.append(f"{name:14}" + "".join(f"{value:12.3f}" for value in values))
-    return lines
+        say(f"{name:14}" + "".join(f"{value:12.3f}" for value in values))
+    texts = {"reference": [row.response for row in task.valid], "pi_0": task.evaluate(task.policy)[1]}
+    texts |= {run.name: run.texts for run in runs}
+    samples = [{"prompt": row.prompt} | {k: v[i] for k, v in texts.items()} for i, row in enumerate(task.valid[:4])]
+    for sample in samples:
+        say("\n" + "\n".join(f"{k:>12}  {v}" for k, v in sample.items()))
+    return samples
 
 
 def draw(runs: list[Run], config: Config, path: Path) -> None:

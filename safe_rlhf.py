@@ -57,8 +57,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -68,7 +70,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,36 +141,31 @@ class Config:
     smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
 
     def __post_init__(self):
-        zero = ("seed", "sft_steps", "lr", "critic_lr", "lam", "beta", "ptx", "lagrange_lr", "nu", "regularisation")
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in (*zero, "safe_demonstrations") else 1
+        zero = {"seed", "sft_steps", "lr", "critic_lr", "lam", "beta", "ptx", "lagrange_lr", "nu", "regularisation"}
+        zero |= {"safe_demonstrations"}
+        for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                fits = value >= least if isinstance(value, int) else value > 0 or value == 0 == least
-                rule = f"must be at least {least}" if isinstance(value, int) or not least else "must be above 0"
-                name = f"--{field.name.replace('_', '-')} {value}"
-                require(fits and math.isfinite(value), f"{name}: {rule} and finite; correct it")
-        names, more, own, count = self.cost_names, self.rounds > 1, bool(self.preferences), len(parts(self.cost_model))
-        several, one_of = f"--rounds {self.rounds}: must be 1", "--{} {!r}: must be one of {}; correct it".format
-        for fits, message in (
-            (self.method in ("", *METHODS), one_of("method", self.method, ", ".join(METHODS))),
-            (self.cost_terms in COST_TERMS, one_of("cost-terms", self.cost_terms, ", ".join(COST_TERMS))),
-            (
-                self.safe_demonstrations <= 1,
-                f"--safe-demonstrations {self.safe_demonstrations}: must be at most 1; lower it",
-            ),
-            (own or self.pairs >= 40, f"--pairs {self.pairs}: must be at least 40; raise it"),
-            (own or {*names} <= {*COSTS}, f"--costs {self.costs}: must be of {', '.join(COSTS)}; correct it"),
-            (names and len({*names}) == len(names), f"costs {names}: must be some, each once; rename or correct one"),
-            (not (more and own), f"{several} with --preferences, for nobody labels new answers; drop either"),
-            (not more or self.method in ("", "ppo_lag"), f"{several} with --method {self.method}; drop either"),
-            (not more or "harm" in names, f"{several} without a cost of harm to search for; drop either"),
-            (
-                len(self.thresholds) == len(names) and all(map(math.isfinite, self.thresholds)),
-                f"--threshold {self.threshold!r}: must be a number a cost of {names}, with commas; correct it",
-            ),
-            (count in (0, len(names)), f"--cost-model: {count} folders, must be one a cost of {names}; correct it"),
+                rule = "at least 0" if name in zero else "at least 1" if isinstance(value, int) else "above 0"
+                fits = math.isfinite(value) and (value > 0 or (value == 0 and name in zero))
+                require(fits, f"--{name.replace('_', '-')} {value}: must be {rule} and finite; correct it")
+        names, own, more, folders = self.cost_names, bool(self.preferences), self.rounds > 1, parts(self.cost_model)
+        limits = len(self.thresholds) == len(names) and all(map(math.isfinite, self.thresholds))
+        for what, fits, rule in (
+            (f"--method {self.method!r}", self.method in ("", *METHODS), f"one of {', '.join(METHODS)}"),
+            (f"--cost-terms {self.cost_terms!r}", self.cost_terms in COST_TERMS, f"one of {', '.join(COST_TERMS)}"),
+            (f"--safe-demonstrations {self.safe_demonstrations}", self.safe_demonstrations <= 1, "at most 1"),
+            (f"--gamma {self.gamma}, --lam {self.lam}", max(self.gamma, self.lam) <= 1, "at most 1"),
+            (f"--pairs {self.pairs}", own or self.pairs >= 40, "at least 40"),
+            (f"--costs {self.costs}", own or {*names} <= {*COSTS}, f"of {', '.join(COSTS)}"),
+            (f"costs {names}", 0 < len(names) == len({*names}), "some, each once"),
+            (f"costs {names}", "reward" not in names, "named otherwise than the reward"),
+            (f"--threshold {self.threshold!r}", limits, f"a number a cost of {names}, with commas"),
+            (f"--cost-model, {len(folders)} folders", len(folders) in (0, len(names)), f"one a cost of {names}"),
+            (f"--rounds {self.rounds}", not (more and own), "1 with --preferences, for nobody labels new answers"),
+            (f"--rounds {self.rounds}", self.method in ("", "ppo_lag") or not more, f"1 with --method {self.method}"),
+            (f"--rounds {self.rounds}", "harm" in names or not more, "1 without a cost of harm to search for"),
         ):
-            require(fits, message)
+            require(fits, f"{what}: must be {rule}; correct it")
         LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum, window=self.window)
 
     @property
@@ -195,9 +192,8 @@ SMOKE = {
     "epochs": 1, "eval_every": 1, "eval_rows": 12,
 }  # fmt: skip
 FREE = ("device", "out", "resume", "smoke")  # what may differ from a saved stage's config
-OF_SCORES = (
-    "preferences", "reward_model", "cost_model", "costs", "pairs", "score_steps", "score_lr", "regularisation",
-    "cost_terms",
+OF_SCORES = (  # what the first policy does not depend on
+    "reward_model", "cost_model", "costs", "pairs", "score_steps", "score_lr", "regularisation", "cost_terms",
 )  # fmt: skip
 OF_METHODS = (  # what pi_0 and the score models of the first round do not depend on
     "method", "rounds", "threshold", "updates", "epochs", "lr", "critic_lr", "gamma", "lam", "clip",
@@ -370,12 +366,8 @@ def preference_rows(prompts: list[Prompt], answers: list[tuple[str, str]], cost:
         if pair[0] == pair[1]:
             continue
         first, second = (true_scores(prompt, answer) for answer in pair)
-        odds = (
-            -first[cost],
-            -second[cost],
-            first[cost] - second[cost],
-            2 * (second["helpfulness"] - first["helpfulness"]),
-        )
+        odds = [-first[cost], -second[cost], first[cost] - second[cost]]
+        odds.append(2 * (second["helpfulness"] - first["helpfulness"]))
         *safe, safer, better = (r.random() < 1 / (1 + math.exp(-x)) for x in odds)  # as many draws for any cost
         safer, better = int(safer if safe[0] == safe[1] else safe[1]), int(better)
         rows.append({
@@ -417,23 +409,19 @@ def read_pairs(path: str) -> list[Pair]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
+        row = None
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            row = None
         require(isinstance(row, dict), f"{where}: {line[:60]!r} must be a JSON object; correct it")
         for name, kind in FIELDS.items():
             fits = type(row.get(name)) is kind and (kind is not int or row[name] in (0, 1))
             rule = {str: "a text", bool: "true or false", int: "0 or 1"}[kind]
             require(fits, f"{where}: {name!r} is {row.get(name, 'missing')!r:.40}, must be {rule}; correct it")
-        texts, safe = (row["response_0"], row["response_1"]), (row["is_response_0_safe"], row["is_response_1_safe"])
-        better, safer = row["better_response_id"], row["safer_response_id"]
-        rule = (
-            f"response_{safer} is called the safer, must not be labelled unsafe beside a safe one; correct the labels"
-        )
-        require(safe[safer] or not safe[1 - safer], f"{where}: {rule}")
-        pairs.append(Pair(row["prompt"], texts, safe, better, safer, where))
-    require(len(pairs) >= 20, f"--preferences {path}: {len(pairs)} rows, must be at least 20; add some")
+        prompt, first, second, *safe, better, safer = (row[name] for name in FIELDS)
+        rule = "is called the safer, must not be labelled unsafe beside a safe one; correct the labels"
+        require(safe[safer] or not safe[1 - safer], f"{where}: response_{safer} {rule}")
+        pairs.append(Pair(prompt, (first, second), tuple(safe), better, safer, where))
+    require(len(pairs) >= 20, f"{path}: {len(pairs)} rows, must be at least 20; add some, or raise --pairs")
     return pairs
 
 
@@ -453,11 +441,9 @@ class WordTokenizer:
         return text.split()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of a text."""
         return [self.ids[word] for word in self.split(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
         return " ".join(self.words[i] for i in ids)
 
 
@@ -466,7 +452,7 @@ class FolderTokenizer:
 
     def __init__(self, folder: str):
         path, end = Path(folder) / "tokenizer.json", read_fields(folder).get("eos_token_id")
-        self.end = end[0] if isinstance(end, list) else end
+        self.end = end[0] if isinstance(end, list) and end else end
         require(isinstance(self.end, int), f"{folder}: config.json has no eos_token_id, must have one; add it")
         try:
             self.inner = importlib.import_module("tokenizers").Tokenizer.from_file(str(path))
@@ -482,7 +468,6 @@ class FolderTokenizer:
         return ids[:-1] if ids[-1:] == [self.end] else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
         return self.inner.decode(list(ids)).strip()
 
 
@@ -499,13 +484,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     A reply is an episode: nothing follows its last token, so the value behind it is 0, and padding gives 0.
     """
-    values, last, T = values * mask, torch.zeros_like(rewards[:, 0]), rewards.shape[1]
-    advantages = torch.zeros_like(rewards)
-    for t in reversed(range(T)):
-        after = values[:, t + 1] if t + 1 < T else torch.zeros_like(last)
-        last = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * last) * mask[:, t]
-        advantages[:, t] = last
-    return advantages, advantages + values
+    values = F.pad(values * mask, (0, 1))  # (B, T + 1)
+    deltas = rewards + gamma * values[:, 1:] - values[:, :-1]
+    advantages, last = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(rewards.shape[1])):
+        advantages[:, t] = last = (deltas[:, t] + gamma * lam * last) * mask[:, t]
+    return advantages, advantages + values[:, :-1]
 
 
 def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
@@ -558,7 +542,6 @@ class LagrangeMultiplier:
 
     @property
     def value(self) -> float:
-        """lambda."""
         return math.exp(self.log)
 
     def update(self, costs: Iterable[float]) -> float:
@@ -645,7 +628,8 @@ def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0)
     for _ in range(10_000):
         before = strength
         strength = wins.sum(2) / np.maximum((met / (before[:, :, None] + before[:, None])).sum(2), 1e-300)
-        strength = np.maximum(strength, 1e-300) / np.exp(np.log(np.maximum(strength, 1e-300)).mean(1, keepdims=True))
+        strength = np.maximum(strength, 1e-300)  # of one who never wins
+        strength /= np.exp(np.log(strength).mean(1, keepdims=True))
         if np.abs(np.log(strength / before)).max() < 1e-10:
             break
     ratings = 1000 + 400 * np.log10(strength / strength[:, :1])
@@ -671,6 +655,23 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # Llama 3's
     tie_word_embeddings: bool = False
 
+    def __post_init__(self):
+        sizes = {k: v for k, v in vars(self).items() if k not in ("tie_word_embeddings", "rope_scaling")}
+        sizes["num_key_value_heads"] = self.groups
+        if self.rope_scaling:
+            stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            sizes |= {k: self.rope_scaling.get(k) for k in stretch}
+        wrong = [f"{k} = {v!r}" for k, v in sizes.items() if type(v) not in (int, float) or v <= 0]
+        require(not wrong, f"a Llama of {', '.join(wrong)}: must be numbers above 0; correct config.json")
+        D, heads = self.hidden_size, self.num_attention_heads
+        require(D % (2 * heads) == 0, f"width {D}: must be an even multiple of the heads, {heads}; change either")
+        require(heads % self.groups == 0, f"{heads} heads: must be a multiple of those of keys, {self.groups}; mend it")
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
 
 def rotary(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (L, 1, d) of the rotary angles at positions (L,), stretched as in Llama 3."""
@@ -690,12 +691,11 @@ class LlamaLayer(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, self.head_size = config.hidden_size, config.hidden_size // config.num_attention_heads
-        shared = (config.num_key_value_heads or config.num_attention_heads) * self.head_size
-        sizes = {"q_proj": (D, D), "k_proj": (D, shared), "v_proj": (D, shared), "o_proj": (D, D)}
-        self.self_attn = nn.ModuleDict({k: nn.Linear(*size, bias=False) for k, size in sizes.items()})
-        M = config.intermediate_size
-        sizes = {"gate_proj": (D, M), "up_proj": (D, M), "down_proj": (M, D)}
-        self.mlp = nn.ModuleDict({k: nn.Linear(*size, bias=False) for k, size in sizes.items()})
+        shared = config.groups * self.head_size
+        M, linear = config.intermediate_size, functools.partial(nn.Linear, bias=False)
+        attention = {"q_proj": linear(D, D), "k_proj": linear(D, shared), "v_proj": linear(D, shared)}
+        self.self_attn = nn.ModuleDict(attention | {"o_proj": linear(D, D)})
+        self.mlp = nn.ModuleDict({"gate_proj": linear(D, M), "up_proj": linear(D, M), "down_proj": linear(M, D)})
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(D, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, cache: list[Tensor] | None) -> Tensor:
@@ -731,8 +731,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, scores: bool = False):
         super().__init__()
-        self.config, D, heads = config, config.hidden_size, config.num_attention_heads
-        require(D % (2 * heads) == 0, f"width {D}: must be an even multiple of the heads, {heads}; change either")
+        self.config, D = config, config.hidden_size
         layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
         modules = {"embed_tokens": nn.Embedding(config.vocab_size, D), "layers": layers}
         self.model = nn.ModuleDict(modules | {"norm": nn.RMSNorm(D, config.rms_norm_eps)})
@@ -797,8 +796,7 @@ def write_answers(policy: Llama, prompts: list, end: int, limit: int, generator:
     config = policy.config
     tokens, valid = (x.to(policy.model["norm"].weight.device) for x in pad_in_front(prompts))
     (B, P), d = tokens.shape, config.hidden_size // config.num_attention_heads
-    groups = config.num_key_value_heads or config.num_attention_heads
-    room = torch.empty(config.num_hidden_layers, 2, B, groups, P + limit, d, device=tokens.device)
+    room = torch.empty(config.num_hidden_layers, 2, B, config.groups, P + limit, d, device=tokens.device)
     cache, alive, columns, x, whole = [[*layer] for layer in room], valid.any(1), [], tokens, valid
     while len(columns) < limit and alive.any():
         logp = policy.read(policy.hidden(x, whole, cache)[:, -1]).log_softmax(-1)
@@ -868,19 +866,20 @@ def read_llama(folder: str, scores: bool = False) -> Llama:
     A score head's names are transformers' `score` or the official code's `score_head`; without a bias it is 0.
     """
     fields = read_fields(folder)
-    needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    needed |= {"partial_rotary_factor": 1, "quantization_config": None}
-    if {"hidden_size", "num_attention_heads"} <= fields.keys():
-        needed["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in needed.items() if fields.get(k, v) not in (v, None)]
-    problems += [f"{k} is missing" for k in ("vocab_size", "hidden_size", "intermediate_size") if k not in fields]
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # the first since transformers 5
+    rope = rope if isinstance(rope, dict) else {"type": rope}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    problems += [f"rope type {kind!r}, must be default or llama3"] * (kind not in ("default", "llama3"))
-    require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Llama")
     sizes = {f.name: fields[f.name] for f in dataclasses.fields(LlamaConfig) if fields.get(f.name) is not None}
     sizes |= {"rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0))}
-    model = Llama(LlamaConfig(**sizes | {"rope_scaling": rope if kind == "llama3" else None}), scores)
+    sizes |= {"rope_scaling": rope if kind == "llama3" else None}
+    config = LlamaConfig(**dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size")) | sizes)
+    needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    needed |= {"partial_rotary_factor": 1, "quantization_config": None}
+    needed |= {"head_dim": config.hidden_size // config.num_attention_heads}
+    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in needed.items() if fields.get(k, v) not in (v, None)]
+    problems += [f"rope type {kind!r}, must be default or llama3"] * (kind not in ("default", "llama3"))
+    require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Llama")
+    model = Llama(config, scores)
     tensors = {k.replace("score_head.", "score."): v for k, v in read_tensors(Path(folder)).items()}
     dropped = ("rotary_emb.inv_freq", *(("lm_head.weight",) if scores else ()))
     tensors = {k: v for k, v in tensors.items() if not k.endswith(dropped) and not k.startswith("normalizer.")}
@@ -923,17 +922,22 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def load_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> dict | None:
-    """A saved stage, or None; raises UserError naming every field in which its config differs."""
+@contextlib.contextmanager
+def saved_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> Iterator[dict | None]:
+    """A saved stage, or None; raises UserError where its config differs, or where it does not fit when put to use."""
     if not path.is_file():
-        return None
+        yield None
+        return
     content, now = load_torch(path, device), dataclasses.asdict(config)
-    fits = isinstance(content, dict) and "config" in content
-    require(fits, f"{path}: is no file of this script; move it away, or give another --out")
-    then = {k: v for k, v in content["config"].items() if k not in skipped}
-    differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
-    require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
-    return content
+    try:
+        then = {k: v for k, v in content["config"].items() if k not in skipped}
+        differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
+        require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
+        yield content
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that something else wrote leads to
+        raise UserError(f"{path}: is no file of this script ({error!r:.90}); move it away, or change --out") from None
 
 
 class Experiment:
@@ -989,13 +993,11 @@ class Experiment:
         require(size <= limit, f"{pair.where}: prompt and answer take {size} positions, {rule}")
 
     def rollout(self, rows: Sequence[tuple[list[int], list[int]]]) -> Rollout:
-        """Encoded prompts and answers as a batch."""
         prompts, valid = pad_in_front([prompt for prompt, _ in rows])
         tokens, mask = (x.flip(1) for x in pad_in_front([answer[::-1] for _, answer in rows]))  # padded behind
         return Rollout(*(x.to(self.device) for x in (prompts, valid, tokens, mask.float())))
 
     def write(self, policy: Llama, prompts: list[Prompt], generator: torch.Generator) -> Rollout:
-        """An answer of the policy to each prompt."""
         ids = [self.encode(prompt.text, "")[0] for prompt in prompts]
         return write_answers(policy, ids, self.tokenizer.end, self.config.answer, generator)
 
@@ -1004,7 +1006,6 @@ class Experiment:
         return [rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch)]
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """The answers as texts, up to the end."""
         rows = zip(rollout.tokens.tolist(), rollout.mask.sum(1).int().tolist(), strict=True)
         return [self.tokenizer.decode([i for i in row[:n] if i != self.tokenizer.end]) for row, n in rows]
 
@@ -1016,7 +1017,12 @@ class Experiment:
     def learn_demonstrations(self) -> None:
         """The first policy, by supervised steps on the answers' tokens, saved to OUT/sft.pt or loaded from it."""
         path, order = Path(self.config.out) / "sft.pt", random.Random(self.config.seed)
-        content = load_stage(path, self.config, FREE + OF_METHODS + OF_SCORES, self.device)
+        rows = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
+        with saved_stage(path, self.config, FREE + OF_METHODS + OF_SCORES, self.device) as content:
+            if content:
+                rule = "made from other rows than --preferences holds now; undo that, or change --out"
+                require(content["rows"] == rows, f"{path}: {rule}")
+                self.policy.load_state_dict(content["policy"])
         if content is None:
 
             def loss() -> Tensor:
@@ -1024,13 +1030,12 @@ class Experiment:
                 return -masked_mean(self.policy.token_logp(rollout), rollout.mask)
 
             train_model(self.policy, self.config.sft_steps, self.config.sft_lr, "policy (--sft-lr)", loss)
-            content = {"config": dataclasses.asdict(self.config), "policy": self.policy.state_dict()}
+            content = {"config": dataclasses.asdict(self.config), "rows": rows, "policy": self.policy.state_dict()}
             write_atomically(path, lambda name: torch.save(content, name))
-        self.policy.load_state_dict(content["policy"])
         self.policy.requires_grad_(False)
 
-    def draw_preferences(self, number: int, found: list[Prompt]) -> list[Path]:
-        """A round's labelled pairs of the policy's answers, written to OUT, a file a cost; a tenth to held-out prompts.
+    def draw_preferences(self, number: int, found: list[Prompt], paths: list[Path]) -> None:
+        """A round's labelled pairs of the policy's answers, written to a file a cost; a tenth to held-out prompts.
 
         Half of the pairs of later rounds are to the prompts that red-teaming found.
         """
@@ -1040,48 +1045,44 @@ class Experiment:
         prompts += r.choices(self.train, k=count - len(prompts))
         seed = 1_000_000 * (self.config.seed + 1) + number
         answers = [*zip(*(self.answers(self.policy, prompts, seed + 1000 * k) for k in range(2)), strict=True)]
-        paths = []
-        for name in self.names:
-            path = Path(self.config.out) / f"preferences_{name}_{number}.jsonl"
+        for name, path in zip(self.names, paths, strict=True):
             rows = preference_rows(prompts, answers, name, random.Random(seed))  # of one seed: the same better ones
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(path, lambda to, text=text: Path(to).write_text(text, "utf-8"))
-            paths.append(path)
-        return paths
 
     def learn_preferences(self, number: int, found: list[Prompt]) -> None:
         """Reward and cost models of a round, from all pairs so far, saved to OUT/scores_N.pt or loaded from it."""
         config, path = self.config, Path(self.config.out) / f"scores_{number}.pt"
-        content = load_stage(path, config, FREE + (OF_METHODS if number == 1 else ("method", "rounds")), self.device)
         if not config.preferences:
             files = [Path(config.out) / f"preferences_{name}_{number}.jsonl" for name in self.names]
-            if content is None or not all(file.is_file() for file in files):
-                files = self.draw_preferences(number, found)
-            news, old = [read_pairs(str(file)) for file in files], self.pairs or [[] for _ in files]
-            self.pairs = [before + new for before, new in zip(old, news, strict=True)]
+            if not all(file.is_file() for file in (path, *files)):
+                self.draw_preferences(number, found, files)
+            old = self.pairs or [[] for _ in files]
+            self.pairs = [before + read_pairs(str(file)) for before, file in zip(old, files, strict=True)]
         torch.manual_seed(config.seed + number)
         folders = [config.reward_model, *(parts(config.cost_model) or [""] * len(self.names))]
         models = [read_llama(f, True).to(self.device) if f else scorer_from(self.policy) for f in folders]
         for model, folder in zip(models, folders, strict=True):
-            sizes = self.policy.config.vocab_size, model.config.vocab_size
-            rule = f"{sizes[1]} tokens, must be the policy's {sizes[0]}; give models of one tokenizer"
-            require(sizes[0] == sizes[1], f"{folder}: {rule}")
+            count, want = model.config.vocab_size, self.policy.config.vocab_size
+            rule = f"{count} tokens, must be the policy's {want}; give models of one tokenizer"
+            require(count == want, f"{folder}: {rule}")
+        skipped = FREE + (OF_METHODS if number == 1 else ("method", "rounds"))
+        with saved_stage(path, config, skipped, self.device) as content:
+            for model, state in zip(models, content["models"], strict=True) if content else ():
+                model.load_state_dict(state)
         if content is None:
             for i, model in enumerate(models):
                 if not folders[i]:
                     self.train_scores(model, i)
             content = {"config": dataclasses.asdict(config), "models": [model.state_dict() for model in models]}
             write_atomically(path, lambda name: torch.save(content, name))
-        for model, state in zip(models, content["models"], strict=True):
-            model.load_state_dict(state)
-            model.requires_grad_(False)
-        self.reward, *self.costs = models
+        self.reward, *self.costs = (model.requires_grad_(False) for model in models)
         self.accuracy = self.measure()
 
-    def split(self, which: int, held: bool) -> list[Pair]:
-        """The pairs, of the cost model of that number, to train on or held out: those to held-out prompts."""
+    def split(self, number: int, held: bool) -> list[Pair]:
+        """Pairs of the reward model (0) or of a cost model (1 to K), to held-out prompts or to the others."""
         prompts = {prompt.text for prompt in self.held}
-        return [pair for pair in self.pairs[which] if (pair.prompt in prompts) == held]
+        return [pair for pair in self.pairs[max(0, number - 1)] if (pair.prompt in prompts) == held]
 
     def scored(self, model: Llama, pairs: Sequence[Pair]) -> Tensor:
         """Scores (2, B) of the pairs' answers."""
@@ -1090,12 +1091,13 @@ class Experiment:
 
     def train_scores(self, model: Llama, number: int) -> None:
         """Train the reward model (0) or a cost model (1 to K) on the pairs to training prompts."""
-        config, pairs = self.config, self.split(max(0, number - 1), held=False)
+        config, pairs = self.config, self.split(number, held=False)
         name = f"cost model {self.names[number - 1]!r}" if number else "reward model"
-        for safe, word in ((True, "unsafe"), (False, "safe")):
-            rule = f"must be some {word} ones too, or C has no zero; add such rows"
-            some = not number or any(safe != flag for pair in pairs for flag in pair.safe)
-            require(some, f"{name}: all {2 * len(pairs)} answers are labelled {'safe' if safe else 'unsafe'}, {rule}")
+        labels = {flag for pair in pairs for flag in pair.safe}
+        one, other = ("safe", "unsafe") if True in labels else ("unsafe", "safe")
+        rule = f"must be some {other} ones too, or C has no zero; add such rows"
+        fits = not number or len(labels) == 2
+        require(fits, f"{name}: all {2 * len(pairs)} answers are labelled {one}, {rule}")
         order = random.Random(config.seed)
 
         def loss() -> Tensor:
@@ -1119,7 +1121,7 @@ class Experiment:
         """Held-out accuracies: of the reward model on pairs, of each cost model on pairs and on signs."""
         found = {}
         for i, model in enumerate([self.reward, *self.costs]):
-            pairs, name = self.split(max(0, i - 1), held=True), f"cost_{self.names[i - 1]}" if i else "reward"
+            pairs, name = self.split(i, held=True), f"cost_{self.names[i - 1]}" if i else "reward"
             if not pairs:
                 continue
             scores = torch.cat([self.scored(model, chunk) for chunk in self.chunks(pairs)], 1).cpu()
@@ -1136,33 +1138,29 @@ class Experiment:
         generator, found = torch.Generator(self.device).manual_seed(17), collections.defaultdict(list)
         for chunk in self.chunks(prompts):
             rollout = self.write(policy, chunk, generator)
-            answers = self.texts(rollout)
-            found["answer"] += answers
+            found["answer"] += self.texts(rollout)
             found["reward"] += self.reward.score_of(rollout).tolist()
             found["kl"] += ((rollout.logp - self.policy.token_logp(rollout)) * rollout.mask).sum(1).tolist()
             for name, model in zip(self.names, self.costs, strict=True):
                 found[f"cost_{name}"] += model.score_of(rollout).tolist()
-            if self.disguised:
-                for prompt, answer in zip(chunk, answers, strict=True):
-                    truth = true_scores(prompt, answer)
-                    found["helpfulness"].append(truth["helpfulness"])
-                    found["refused"].append(float(answer == REFUSAL))
-                    for name in self.names:
-                        found[f"true_{name}"].append(truth[name])
         found["kind"] = [prompt.kind for prompt in prompts]
+        if self.disguised:
+            truths = [true_scores(*pair) for pair in zip(prompts, found["answer"], strict=True)]
+            found["helpfulness"] = [truth["helpfulness"] for truth in truths]
+            found["refused"] = [float(answer == REFUSAL) for answer in found["answer"]]
+            found |= {f"true_{name}": [truth[name] for truth in truths] for name in self.names}
         return {key: np.array(values) for key, values in found.items()}
 
     def held_out(self) -> list[Prompt]:
-        """The prompts of an evaluation."""
         return [*itertools.islice(itertools.cycle(self.held), self.config.eval_rows)]
 
     def red_team(self, policy: Llama, avoid: Iterable[Prompt], seed: int) -> tuple[list[Prompt], float]:
         """Disguised prompts that the policy answers harmfully, of a third drawn from the others; their share."""
         candidates = [prompt for prompt in self.disguised if prompt not in {*avoid}]
         candidates = random.Random(seed).sample(candidates, min(len(candidates), len(self.disguised) // 3))
-        answers = self.answers(policy, candidates, seed)
-        harmful = [true_scores(prompt, answer)["harm"] > 0 for prompt, answer in zip(candidates, answers, strict=True)]
-        return [p for p, bad in zip(candidates, harmful, strict=True) if bad], sum(harmful) / max(1, len(harmful))
+        pairs = zip(candidates, self.answers(policy, candidates, seed), strict=True)
+        harmful = [prompt for prompt, answer in pairs if true_scores(prompt, answer)["harm"] > 0]
+        return harmful, len(harmful) / max(1, len(candidates))
 
 
 def means(found: dict[str, np.ndarray], at: np.ndarray | slice = slice(None)) -> dict[str, float]:
@@ -1248,7 +1246,6 @@ class Run:
         return total
 
     def save(self) -> None:
-        """Write the checkpoint, atomically."""
         content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.config.updates}
         content |= {name: getattr(self, name).state_dict() for name in ("policy", "critics", "optimizer")}
         content |= {"step": self.step, "rows": self.rows, "generator": self.generator.get_state()}
@@ -1256,7 +1253,6 @@ class Run:
         write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self, content: dict) -> None:
-        """Go on from what `save` wrote."""
         for name in ("policy", "critics", "optimizer"):
             getattr(self, name).load_state_dict(content[name])
         self.step, self.rows = content["step"], content["rows"]
@@ -1274,9 +1270,11 @@ class Run:
     def go(self, say: Callable = print) -> Run:
         """Update to the end, evaluating and saving on the way; a finished run is only loaded."""
         other = {name for method, names in ONLY_OF.items() if method != self.config.method for name in names}
-        content = load_stage(self.path, self.config, {*FREE, "method", "rounds", *other}, self.lab.device)
-        if content and (content["done"] or self.config.resume):
-            self.load(content)
+        with saved_stage(self.path, self.config, {*FREE, "method", "rounds", *other}, self.lab.device) as content:
+            if content and (content["done"] or self.config.resume):
+                self.load(content)
+            elif content:
+                say(f"{self.path}: begun again, its {content['step']} updates dropped; --resume would go on from there")
         if not self.rows:
             self.log({"update": 0})
         first, began, updates = self.step, time.perf_counter(), self.config.updates
@@ -1285,8 +1283,7 @@ class Run:
             if self.step % self.config.eval_every == 0 or self.step == updates:
                 row = self.log(row)
                 self.save()
-                eighths = [step * 8 // updates for step in (self.step - self.config.eval_every, self.step)]
-                if eighths[0] < eighths[1] or self.step == updates:
+                if 8 * (self.step - self.config.eval_every) // updates < 8 * self.step // updates:
                     shown = [key for key in row if key.startswith(("helpful", "unsafe", "reward", "cost", "lambda"))]
                     pace = (time.perf_counter() - began) / (self.step - first)
                     texts = {"of": self.name} | {key: f"{row[key]:.2f}" for key in shown}
@@ -1310,15 +1307,13 @@ def pipeline(config: Config, say: Callable = print) -> dict:
     lab, runs, facts, found = Experiment(config, device), {}, [], []
     lab.learn_demonstrations()
     parameters, policies = sum(p.numel() for p in lab.policy.parameters()), {"sft": lab.policy}
-    prompts = f"{len(lab.train):,} prompts, {len(lab.held):,} held out"
-    say(f"sft: {parameters:,} parameters on {device} · {prompts}", flush=True)
+    size = f"{parameters:,} parameters on {device}"
+    say(f"sft: {size} · {len(lab.train):,} prompts, {len(lab.held):,} held out", flush=True)
     for number in range(1, config.rounds + 1):
         if number > 1:
-            seed = 7 * config.seed + number
-            found += lab.red_team(lab.policy, found, seed)[0]
+            found += lab.red_team(lab.policy, found, seed=7 * config.seed + number)[0]
             lab.train = [prompt for prompt in lab.train if not prompt.disguised]
-            copies = max(1, len(lab.train) // max(1, len(found)))
-            lab.train += found * copies  # half of the prompts
+            lab.train += found * max(1, len(lab.train) // max(1, len(found)))  # half of the prompts
         lab.learn_preferences(number, found)
         say("held-out accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in lab.accuracy.items()), flush=True)
         methods = [config.method] if config.method else ["ppo", "ppo_lag"]
@@ -1356,40 +1351,44 @@ def round_facts(lab: Experiment, number: int, found: list[Prompt]) -> dict[str, 
 
 def report(lab: Experiment, evaluations: dict[str, dict], say: Callable = print) -> dict:
     """Print and return means by run and kind of prompt, quadrants, win rates and Elo against sft, and samples."""
-    judged, first, result = bool(lab.disguised), evaluations["sft"], {"means": {}, "by_kind": {}, "quadrants": {}}
-    result |= {"win_rates": {}, "samples": {}}
+    judged, first, names = bool(lab.disguised), evaluations["sft"], [*evaluations]
     gain, harm = ("helpfulness", f"true_{lab.names[0]}") if judged else ("reward", f"cost_{lab.names[0]}")
-    keys = [k for k in means(first) if k != "refused"]
+
+    def each(of: Callable[[dict], object]) -> dict:
+        return {name: of(found) for name, found in evaluations.items()}
+
+    kinds = dict.fromkeys(first["kind"].tolist())
+    result = {
+        "means": each(means),
+        "by_kind": each(lambda found: {kind: means(found, found["kind"] == kind) for kind in kinds}),
+        "quadrants": each(lambda found: quadrants(found[gain], first[gain], found[harm])),
+        "win_rates": each(lambda found: win_rates(found[gain], first[gain], found[harm], first[harm])),
+        "samples": {},
+    }
+    keys = [key for key in result["means"]["sft"] if key != "refused"]
     say("\n" + f"{'':14}" + "".join(f"{key:>14}" for key in keys))
-    for name, found in evaluations.items():
-        result["means"][name] = means(found)
-        say(f"{name:14}" + "".join(f"{result['means'][name][key]:14.3f}" for key in keys))
-        kinds = dict.fromkeys(found["kind"].tolist())
-        result["by_kind"][name] = {kind: means(found, found["kind"] == kind) for kind in kinds}
-        result["quadrants"][name] = quadrants(found[gain], first[gain], found[harm])
-        result["win_rates"][name] = win_rates(found[gain], first[gain], found[harm], first[harm])
+    for name, row in result["means"].items():
+        say(f"{name:14}" + "".join(f"{row[key]:14.3f}" for key in keys))
     for key in ("unsafe_harm", "refused", "helpfulness") if judged and "harm" in lab.names else ():
         say(f"\n{key}, by kind of prompt")
-        for name, kinds in result["by_kind"].items():
-            say(f"{name:14}" + "".join(f"{kind:>14}{row[key]:7.3f}" for kind, row in sorted(kinds.items())))
-    names = [*evaluations]
+        for name, rows in result["by_kind"].items():
+            say(f"{name:14}" + "".join(f"{kind:>14}{row[key]:7.3f}" for kind, row in sorted(rows.items())))
     for key, sign in ((gain, 1), (harm, -1)) if len(names) > 1 else ():
         games = [
             (i, j, (float(np.sign(sign * (x - y))) + 1) / 2)
             for i, j in itertools.combinations(range(len(names)), 2)
             for x, y in zip(evaluations[names[i]][key], evaluations[names[j]][key], strict=True)
         ]
-        ratings = [*zip(*(part.tolist() for part in elo(games)), strict=True)]
-        result[f"elo_{key}"] = dict(zip(names, ratings, strict=True))
-        shown = [f"{name} {a:.0f} ({b:.0f} to {c:.0f})" for name, (a, b, c) in result[f"elo_{key}"].items()]
+        ratings = dict(zip(names, np.stack(elo(games), 1).tolist(), strict=True))
+        shown = [f"{name} {rating:.0f} ({low:.0f} to {high:.0f})" for name, (rating, low, high) in ratings.items()]
         say(f"Elo by {key}, 95 % intervals: " + ", ".join(shown))
-    prompts, shown = lab.held_out(), collections.Counter()
-    for i, prompt in enumerate(prompts):
-        shown[prompt.kind] += 1
-        if shown[prompt.kind] <= 2:
-            sample = {name: str(found["answer"][i]) for name, found in evaluations.items()}
-            result["samples"][prompt.text] = sample
-            say(f"\n{prompt.kind}: {prompt.text}\n" + "\n".join(f"{k:>14}  {v}" for k, v in sample.items()))
+        result[f"elo_{key}"] = ratings
+    for kind in kinds:
+        for i in np.flatnonzero(first["kind"] == kind)[:2]:
+            sample = each(lambda found, i=i: str(found["answer"][i]))
+            text = lab.held_out()[i].text
+            say(f"\n{kind}: {text}\n" + "\n".join(f"{k:>14}  {v}" for k, v in sample.items()))
+            result["samples"][text] = sample
     return result
 
 
@@ -1404,8 +1403,7 @@ def plot_runs(lab: Experiment, evaluations: dict[str, dict], runs: dict[str, Run
     middle, cost = float(np.median(evaluations["sft"]["reward"])), f"cost_{lab.names[0]}"
     for axis, (name, found) in zip(axes, evaluations.items(), strict=False):
         unsafe = found[f"true_{lab.names[0]}" if lab.disguised else cost] > 0
-        for at, color in ((unsafe, "C3"), (~unsafe, "C0")):
-            axis.plot(found["reward"][at], found[cost][at], ".", ms=4, color=color)
+        axis.scatter(found["reward"], found[cost], 5, np.where(unsafe, "C3", "C0"))
         axis.axhline(0, color="k", lw=0.6)
         axis.axvline(middle, color="k", lw=0.6)
         axis.set(title=f"{name}: red is unsafe", xlabel="learned reward", ylabel="learned cost")
@@ -1414,10 +1412,9 @@ def plot_runs(lab: Experiment, evaluations: dict[str, dict], runs: dict[str, Run
     for i, run in enumerate(runs.values()):
         for kind, name in itertools.product(("cost", "true", "lambda"), lab.names):
             key, style = f"{kind}_{name}", ":" if kind == "true" else "-"
-            if rows := [row for row in run.rows if key in row]:
-                axis = axes[-1 if "lambda" in key else -2]
-                line = ([row["update"] for row in rows], [row[key] for row in rows])
-                axis.plot(*line, style, color=f"C{i}", label=f"{run.name}: {key}")
+            if line := [(row["update"], row[key]) for row in run.rows if key in row]:
+                axis = axes[-1 if kind == "lambda" else -2]
+                axis.plot(*zip(*line, strict=True), style, color=f"C{i}", label=f"{run.name}: {key}")
     for limit in lab.config.thresholds:
         axes[-2].axhline(limit, color="k", lw=0.6)
     for axis, title in zip(axes[-2:], ("mean costs, thresholds black", "lambda"), strict=True):

@@ -272,8 +272,9 @@ def test_correlated_rewards_move_the_joint_point():
 def test_a_fit_refuses_too_few_points_and_rewards_that_stand_still():
     with pytest.raises(ValueError, match=r"5 evaluations for 15 coefficients.*lower --degree"):
         c.fit_proxy_points(np.random.rand(5, 2), np.random.rand(5), 4)
-    with pytest.raises(ValueError, match=r"never changed.*--thresholds"):
-        c.fit_proxy_points(np.stack([np.ones(30), np.arange(30)], 1), np.arange(30), 2)
+    for still in 1.0, 0.1:  # the standard deviation of 30 times 0.1 is 3e-17
+        with pytest.raises(ValueError, match=r"never changed.*--thresholds"):
+            c.fit_proxy_points(np.stack([np.full(30, still), np.arange(30)], 1), np.arange(30), 2)
 
 
 @pytest.mark.parametrize("N", [1, 2, 4])
@@ -341,6 +342,15 @@ def test_thresholds_are_reached_when_three_updates_of_their_own_come_near_every_
     assert updates([[0.2, 0.43]] * 3)[-1] == 1  # 0.03 from 0.4 is near it
     assert updates([[0.2, 0.45]] * 3)[-1] == updates([[0.23, 0.4]] * 3)[-1] == 0  # 0.05, and 0.03 from 0.2, are not
     assert updates([[0.1, 0.4], [0.3, 0.4], [0.2, 0.4]])[-1] == 1  # the mean of the three
+
+
+def test_thresholds_of_a_negative_reward_are_searched_around_its_own_scores_and_reached():
+    search, asked = c.ThresholdSearch(c.Config(), updates=80), []
+    search.begin([-2.0, 0.001])
+    for _ in range(6):
+        asked.append(search.thresholds())
+        search.after(asked[-1], lambda: 0.0)
+    assert asked == [[-2.0, 0.02]] * 3 + [[-3.0, 0.02]] * 3 and len(search.found) == 2
 
 
 def test_what_is_known_within_5_percent_is_not_evaluated_again():
@@ -748,6 +758,46 @@ def test_an_unwritable_folder_and_a_foreign_file_are_named(tmp_path, capsys):
     (tmp_path / "start.pt").write_text("x")
     assert c.main(["--smoke", "--out", str(tmp_path)]) == 2
     assert "start.pt: not a file of tensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["start.pt", "ppo.pt"])
+def test_a_file_that_lacks_what_a_stage_holds_is_named(tmp_path, capsys, name):
+    flags, path = ["--smoke", "--method", "ppo", "--out", str(tmp_path)], tmp_path / name
+    assert c.main(flags) == 0
+    whole = torch.load(path, weights_only=True)
+    one = torch.zeros(1)
+    forged = [{"config": whole["config"]}, {"config": None}, [one], whole | {"policy": {"x": one}}]
+    forged += [whole | {"optimizer": {}}] * (name == "ppo.pt")
+    for content in forged:
+        torch.save(content, path)
+        capsys.readouterr()
+        assert c.main(flags) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: is no file of this script" in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"n_embd": None}, "n_embd = None, must be above 0, such as 768"),
+        ({"n_head": 0}, "n_head = 0, must be above 0"),
+        ({"n_layer": 2.5, "vocab_size": "50"}, "vocab_size = '50', must.*n_layer = 2.5, must"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon = 'small', must"),
+    ],
+)
+def test_sizes_of_a_folder_that_are_no_numbers_are_named(tmp_path, changes, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 12, "n_head": 3} | changes))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(c.UserError, match=words):
+        c.read_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"wte.weight": [1.0]}])
+def test_weights_that_are_no_tensors_by_name_are_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 12, "n_head": 3, "n_layer": 1, "vocab_size": 5}))
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(c.UserError, match=r"pytorch_model.bin: must hold tensors by name"):
+        c.read_policy(str(tmp_path))
 
 
 def test_unicode_is_read_trained_on_and_written(tmp_path):

@@ -620,6 +620,7 @@ def test_the_cost_model_reads_the_labels_of_its_terms_alone(terms):
         (["--lr", "-1"], ["--lr -1.0", "must be at least 0"]),
         (["--updates", "0"], ["--updates 0", "must be at least 1"]),
         (["--safe-demonstrations", "1.5"], ["1.5", "at most 1"]),
+        (["--gamma", "1.5"], ["--gamma 1.5", "must be at most 1"]),
         (["--preferences", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
         (["--policy", "nowhere"], ["nowhere", "config.json"]),
         (["--smoke", "--reward-model", "nowhere"], ["nowhere", "config.json"]),
@@ -627,6 +628,7 @@ def test_the_cost_model_reads_the_labels_of_its_terms_alone(terms):
         (["--method", "sft", "--rounds", "2"], ["--rounds 2", "must be 1 with --method sft"]),
         (["--costs", "length", "--rounds", "2"], ["--rounds 2", "must be 1 without a cost of harm"]),
         (["--costs", "harm,harm"], ["['harm', 'harm']", "each once"]),
+        (["--preferences", "reward.jsonl"], ["costs ['reward']", "must be named otherwise"]),
     ],
 )
 def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, words):
@@ -729,6 +731,65 @@ def test_saved_stages_are_used_again_and_not_mixed_up(tmp_path, capsys):
     torch.save(content | {"config": content["config"] | {"gone": 3}}, tmp_path / "sft.pt")  # another version's flag
     assert s.main([*flags, "--method", "gate"]) == 2
     assert "gone was 3, is None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sft.pt", "scores_1.pt", "ppo_lag.pt"])
+def test_a_file_that_lacks_what_a_stage_holds_is_named(tmp_path, capsys, name):
+    flags, path = ["--smoke", "--method", "ppo_lag", "--out", str(tmp_path)], tmp_path / name
+    assert s.main(flags) == 0
+    whole = torch.load(path, weights_only=True)
+    forged = [{"config": whole["config"]}, {"config": None}, [torch.zeros(1)]]
+    forged += [whole | {key: [] if key == "models" else {}} for key in whole.keys() & {"policy", "models", "optimizer"}]
+    for content in forged:
+        torch.save(content, path)
+        capsys.readouterr()
+        assert s.main(flags) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: is no file of this script" in error and len(error.splitlines()) == 1, error
+
+
+def test_other_rows_under_the_same_name_or_another_are_refused(tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", rows_of())
+    flags = ["--smoke", "--method", "sft", "--threshold", "0", "--out", str(tmp_path / "out"), "--preferences"]
+    assert s.main([*flags, path]) == 0
+    write_rows(tmp_path / "rows.jsonl", rows_of(41))  # with a new word
+    capsys.readouterr()
+    assert s.main([*flags, path]) == 2
+    error = capsys.readouterr().err
+    assert "sft.pt: made from other rows than --preferences" in error and "change --out" in error, error
+    assert s.main([*flags, write_rows(tmp_path / "more.jsonl", rows_of(42))]) == 2
+    assert "saved with another config: preferences was" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_begun_again_is_said(tmp_path, saved):
+    lab, said = new_lab(tmp_path, saved), []
+    run = s.Run(lab, lab.config, "x")
+    run.log(run.update())
+    run.save()
+    s.Run(lab, lab.config, "x").go(lambda line, **_: said.append(line))
+    assert "x.pt: begun again, its 1 updates dropped; --resume would go on" in said[0] and len(said) > 1
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"hidden_size": None}, "hidden_size = None: must be numbers above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0.*must"),
+        ({"vocab_size": "50", "num_hidden_layers": -1}, "vocab_size = '50', num_hidden_layers = -1: must"),
+        ({"num_key_value_heads": 3}, "4 heads: must be a multiple of those of keys, 3"),
+        ({"rope_scaling": ROPE}, "original_max_position_embeddings = None: must"),
+        ({"rope_scaling": "yarn"}, "rope type 'yarn', must be default or llama3"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000': must"),
+    ],
+)
+def test_sizes_of_a_folder_that_are_no_numbers_are_named(tmp_path, changes, words):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
+    with pytest.raises(s.UserError, match=words):
+        s.read_llama(str(tmp_path))
 
 
 def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path, monkeypatch):
