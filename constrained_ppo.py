@@ -153,6 +153,7 @@ class Config:
 
     @property
     def names(self) -> list[str]:
+        """Names of the rewards."""
         return [*reward_specs(self.reward)]
 
     @property
@@ -350,9 +351,11 @@ class Words:
         self.size, self.end = len(self.words), 0
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the words of a text."""
         return [self.ids[word] for word in text.split()]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return " ".join(self.words[i] for i in ids)
 
 
@@ -672,6 +675,7 @@ class Replies:
     support: Tensor | None = None  # (B, T, k) the tokens that each was drawn from; None: all
 
     def part(self, index: Tensor) -> Replies:
+        """Some of the replies."""
         return Replies(*(x if x is None else x[index] for x in vars(self).values()))
 
 
@@ -884,6 +888,7 @@ class Task:
         return [float(self.labels[i] == label) for i, label in zip(predicted, labels, strict=True)]
 
     def texts(self, replies: Replies) -> list[str]:
+        """The replies as texts, up to end-of-text."""
         rows = zip(replies.tokens.tolist(), replies.mask.sum(1).int().tolist(), strict=True)
         return [self.tokenizer.decode([i for i in row[:n] if i != self.tokenizer.end]) for row, n in rows]
 
@@ -1093,11 +1098,13 @@ class Run:
         return loss.item()
 
     def log(self, row: dict) -> dict:
+        """Evaluate the policy and keep the row."""
         scores, self.texts = self.task.evaluate(self.policy)
         self.rows.append({"run": self.name, "method": self.method} | row | scores)
         return self.rows[-1]
 
     def save(self) -> None:
+        """Write the checkpoint, atomically."""
         content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.updates}
         content |= {name: getattr(self, name).state_dict() for name in STATEFUL} | {"raw": self.raw.detach()}
         content |= {name: getattr(self, name) for name in PLAIN} | {"generator": self.generator.get_state()}
@@ -1105,6 +1112,7 @@ class Run:
         write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self, content: dict) -> None:
+        """Go on from what `save` wrote."""
         for name in STATEFUL:
             getattr(self, name).load_state_dict(content[name])
         vars(self).update({name: content[name] for name in PLAIN})

@@ -441,9 +441,11 @@ class WordTokenizer:
         return text.split()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the words of a text."""
         return [self.ids[word] for word in self.split(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return " ".join(self.words[i] for i in ids)
 
 
@@ -468,6 +470,7 @@ class FolderTokenizer:
         return ids[:-1] if ids[-1:] == [self.end] else ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return self.inner.decode(list(ids)).strip()
 
 
@@ -542,6 +545,7 @@ class LagrangeMultiplier:
 
     @property
     def value(self) -> float:
+        """lambda."""
         return math.exp(self.log)
 
     def update(self, costs: Iterable[float]) -> float:
@@ -993,11 +997,13 @@ class Experiment:
         require(size <= limit, f"{pair.where}: prompt and answer take {size} positions, {rule}")
 
     def rollout(self, rows: Sequence[tuple[list[int], list[int]]]) -> Rollout:
+        """Encoded prompts and answers as a batch."""
         prompts, valid = pad_in_front([prompt for prompt, _ in rows])
         tokens, mask = (x.flip(1) for x in pad_in_front([answer[::-1] for _, answer in rows]))  # padded behind
         return Rollout(*(x.to(self.device) for x in (prompts, valid, tokens, mask.float())))
 
     def write(self, policy: Llama, prompts: list[Prompt], generator: torch.Generator) -> Rollout:
+        """An answer of the policy to each prompt."""
         ids = [self.encode(prompt.text, "")[0] for prompt in prompts]
         return write_answers(policy, ids, self.tokenizer.end, self.config.answer, generator)
 
@@ -1006,6 +1012,7 @@ class Experiment:
         return [rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch)]
 
     def texts(self, rollout: Rollout) -> list[str]:
+        """The answers as texts, up to the end."""
         rows = zip(rollout.tokens.tolist(), rollout.mask.sum(1).int().tolist(), strict=True)
         return [self.tokenizer.decode([i for i in row[:n] if i != self.tokenizer.end]) for row, n in rows]
 
@@ -1152,6 +1159,7 @@ class Experiment:
         return {key: np.array(values) for key, values in found.items()}
 
     def held_out(self) -> list[Prompt]:
+        """The prompts of an evaluation."""
         return [*itertools.islice(itertools.cycle(self.held), self.config.eval_rows)]
 
     def red_team(self, policy: Llama, avoid: Iterable[Prompt], seed: int) -> tuple[list[Prompt], float]:
@@ -1246,6 +1254,7 @@ class Run:
         return total
 
     def save(self) -> None:
+        """Write the checkpoint, atomically."""
         content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.config.updates}
         content |= {name: getattr(self, name).state_dict() for name in ("policy", "critics", "optimizer")}
         content |= {"step": self.step, "rows": self.rows, "generator": self.generator.get_state()}
@@ -1253,6 +1262,7 @@ class Run:
         write_atomically(self.path, lambda name: torch.save(content, name))
 
     def load(self, content: dict) -> None:
+        """Go on from what `save` wrote."""
         for name in ("policy", "critics", "optimizer"):
             getattr(self, name).load_state_dict(content[name])
         self.step, self.rows = content["step"], content["rows"]
