@@ -52,6 +52,7 @@ import os
 import random
 import re
 import shutil
+import string
 import sys
 import sysconfig
 import textwrap
@@ -401,30 +402,29 @@ def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
             break
     words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts]
     weights, total, places = list(counts.values()), collections.Counter(), collections.defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            total[pair] += weights[i]
+
+    def tally(i: int, sign: int) -> None:
+        for pair in itertools.pairwise(words[i]):
+            total[pair] += sign * weights[i]
             places[pair].add(i)
+
+    for i in range(len(words)):
+        tally(i, 1)
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size - 1:
         most = max(total.values(), default=0)
         require(most > 0, f"--tokenizer {name}: the text yields only {len(ranks) + 1} ids; lower N or add text")
         pair = min(pair for pair, count in total.items() if count == most)
-        joined = b"".join(pair)
-        ranks.setdefault(joined, len(ranks))
+        ranks.setdefault(b"".join(pair), len(ranks))
         for i in places.pop(pair):
-            word, merged = words[i], []
+            tally(i, -1)
+            word, words[i] = words[i], []
             for part in word:
-                if merged and (merged[-1], part) == pair:
-                    merged[-1] = joined
+                if words[i] and (words[i][-1], part) == pair:
+                    words[i][-1] += part
                 else:
-                    merged.append(part)
-            for old in itertools.pairwise(word):
-                total[old] -= weights[i]
-            for new in itertools.pairwise(merged):
-                total[new] += weights[i]
-                places[new].add(i)
-            words[i] = merged
+                    words[i].append(part)
+            tally(i, 1)
         total = +total if len(ranks) % 64 == 0 else total  # drop pairs that are gone
         total.pop(pair, None)
     return ranks
@@ -434,6 +434,9 @@ def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
 
 BUCKETS = 1 << 17  # of hashed words and pairs of words
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
+IDEOGRAPH = re.compile(  # what BERT sets apart: neither kana nor hangul
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 
 
 class TfIdf:
@@ -445,17 +448,13 @@ class TfIdf:
 
     def __init__(self, dim: int = 256, seed: int = 0):
         self.table = torch.randn(BUCKETS, dim, generator=torch.Generator().manual_seed(seed))
-        self.dim, self.document_frequency, self.count, self.cache = dim, np.zeros(BUCKETS, np.int64), 0, {}
+        self.dim, self.document_frequency, self.count = dim, np.zeros(BUCKETS, np.int64), 0
 
     def terms(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The distinct hashed terms of a text, and how often each occurs; marks count only in a text without words."""
         words = WORD.findall(text.lower())
         words = [word for word in words if word[0].isalnum()] or words
-        for word in set(words) - self.cache.keys():
-            self.cache[word] = zlib.crc32(word.encode("utf-8", "replace"))
-        codes = np.array([self.cache[word] for word in words], np.uint64)
-        if len(self.cache) > 1 << 21:  # bounded memory, whatever the corpus
-            self.cache.clear()
+        codes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], np.uint64)
         pairs = codes[:-1] * np.uint64(0x9E3779B1) + codes[1:] + np.uint64(1)
         hashed = np.concatenate([codes, pairs]) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - 17)
         return np.unique(hashed.astype(np.int64), return_counts=True)
@@ -481,10 +480,10 @@ class TfIdf:
 
 
 def embed_documents(texts: Iterable[str], dim: int = 256, seed: int = 0) -> np.ndarray:
-    """Unit rows (n, dim) float32 of hashed TF-IDF, see `TfIdf`, in two passes over `texts`."""
-    texts = texts if isinstance(texts, Iterable) and not isinstance(texts, Iterator) else list(texts)
+    """Unit rows (n, dim) float32 of hashed TF-IDF, see `TfIdf`."""
+    texts = list(texts)
+    require(len(texts) > 0, "no documents: there is nothing to embed; give at least one text")
     model = TfIdf(dim, seed).fit(texts)
-    require(model.count > 0, "no documents: there is nothing to embed; give at least one text")
     return np.concatenate([model.embed(batch) for batch in batches(texts, 512)])
 
 
@@ -535,45 +534,30 @@ class WordPiece:
         self.lower = not settings.is_file() or load_json(settings).get("do_lower_case", True)
         missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in self.ids]
         require(not missing, f"{folder}: vocabulary lacks {', '.join(missing)}; give a BERT-family encoder")
-        self.cache: dict[str, list[int]] = {}
+        self.pieces = functools.lru_cache(1 << 20)(self.pieces)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without [CLS] and [SEP]; a special token written in it is ordinary text."""
-        kept = (c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"))
-        text = "".join(f" {c} " if is_chinese(ord(c)) else " " if c.isspace() else c for c in kept)
-        if self.lower:
-            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-            text = "".join(c.lower() for c in text)  # by characters: a sigma at a word's end is a sigma
-        words = "".join(f" {c} " if is_mark(c) else c for c in text).split()
-        for word in set(words) - self.cache.keys():
-            self.cache[word] = self.pieces(word)
-        ids = [i for word in words for i in self.cache[word]]
-        if len(self.cache) > 1 << 20:
-            self.cache.clear()
-        return ids
+        kind = unicodedata.category
+        text = "".join(c for c in text if c in "\t\n\r" or (c != "\ufffd" and kind(c)[0] != "C"))
+        text = IDEOGRAPH.sub(r" \g<0> ", text)
+        if self.lower:  # by characters: a sigma at a word's end is a sigma
+            text = "".join(c.lower() for c in unicodedata.normalize("NFD", text) if kind(c) != "Mn")
+        words = "".join(f" {c} " if c in string.punctuation or kind(c)[0] == "P" else c for c in text).split()
+        return [i for word in words for i in self.pieces(word)]
 
     def pieces(self, word: str) -> list[int]:
         """Ids of the longest known pieces of a word, left to right; [UNK] where there are none or it is over 100."""
         found, start = [], 0
-        while start < len(word) <= 100:
-            names = ((end, "##" * (start > 0) + word[start:end]) for end in range(len(word), start, -1))
-            end, i = next(((end, self.ids[name]) for end, name in names if name in self.ids), (0, 0))
-            if not end:
-                break
-            found.append(i)
-            start = end
-        return found if found and start == len(word) else [self.ids["[UNK]"]]
-
-
-def is_chinese(code: int) -> bool:
-    """Whether BERT sets the character apart: CJK ideographs, not kana or hangul."""
-    blocks = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF))
-    return code >= 0x3400 and any(first <= code <= last for first, last in (*blocks, (0x2F800, 0x2FA1F)))
-
-
-def is_mark(c: str) -> bool:
-    """Whether BERT's pre-tokenizer sets the character apart: ASCII marks and Unicode punctuation."""
-    return (c.isascii() and not c.isalnum() and c > " " and c != "\x7f") or unicodedata.category(c)[0] == "P"
+        while start < len(word):
+            mark = "##" if start else ""
+            names = (mark + word[start:end] for end in range(len(word), start, -1))
+            name = next((name for name in names if name in self.ids), None)
+            if name is None or len(word) > 100:
+                return [self.ids["[UNK]"]]
+            found.append(self.ids[name])
+            start += len(name) - len(mark)
+        return found
 
 
 class Encoder:
@@ -623,10 +607,9 @@ class Encoder:
         chunks.sort(key=lambda chunk: len(chunk[1]))  # like lengths go together: less padding
         total = torch.zeros(len(texts), self.dim)
         for batch in batches(chunks, 64):
-            width = len(batch[-1][1]) + 2
-            rows = [[ids["[CLS]"], *t, ids["[SEP]"]] for _, t in batch]
-            mask = torch.tensor([[j < len(row) for j in range(width)] for row in rows], device=self.device)
-            tokens = torch.tensor([row + [ids["[PAD]"]] * (width - len(row)) for row in rows], device=self.device)
+            rows = [torch.tensor([ids["[CLS]"], *t, ids["[SEP]"]], device=self.device) for _, t in batch]
+            tokens = nn.utils.rnn.pad_sequence(rows, True, ids["[PAD]"])
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True)
             total.index_add_(0, torch.tensor([i for i, _ in batch]), self.forward(tokens, mask).float().cpu())
         return F.normalize(total, dim=1).numpy()
 
@@ -677,18 +660,14 @@ class Best:
         return similarity, index
 
 
-def falling(weights: np.ndarray) -> np.ndarray:
-    """uint32 keys whose rising order is the falling order of float32 weights."""
-    bits = (weights + np.float32(0)).view(np.uint32)  # + 0: -0 and 0 are one number
-    return np.where(bits >> 31, bits, ~(bits | np.uint32(1 << 31)))
-
-
 def stable_order(row: np.ndarray, weight: np.ndarray, tie: np.ndarray) -> np.ndarray:
     """The permutation that sorts by (row, falling weight, tie): rows below 2^32, weights float32.
 
     Row and weight share one 64-bit key, which NumPy sorts several times faster than `lexsort` sorts three arrays.
     """
-    key = row.astype(np.uint64) << np.uint64(32) | falling(weight)
+    bits = (weight + np.float32(0)).view(np.uint32)  # + 0: -0 and 0 are one number
+    falling = np.where(bits >> 31, bits, ~(bits | np.uint32(1 << 31)))
+    key = row.astype(np.uint64) << np.uint64(32) | falling
     order = np.argsort(key)
     sorted_key = key[order]
     same = sorted_key[1:] == sorted_key[:-1]
@@ -744,25 +723,28 @@ def exact_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray
             own = np.flatnonzero((chunk >= left) & (chunk < left + width))
             scores[own, chunk[own] - left] = -math.inf
             best.offer(scores, local, ids[left : left + width])
-            if left == 0:
-                best.merge()
         similarity[start : start + size], index[start : start + size] = best.merge()
         tick(start + len(chunk))
     return similarity, index
 
 
-def cluster(x: Tensor, count: int, seed: int, rounds: int = 6, per_centre: int = 32) -> Tensor:
-    """Unit centres (count, d) by spherical k-means on a sample of x (n, d)."""
+def cluster(x: Tensor, count: int, seed: int) -> Tensor:
+    """Unit centres (count, d): six rounds of spherical k-means on a sample of 32 rows of x (n, d) for each."""
     rng = np.random.default_rng(seed)
-    sample = x[torch.from_numpy(rng.choice(len(x), min(len(x), per_centre * count), replace=False))]
+    sample = x[torch.from_numpy(rng.choice(len(x), min(len(x), 32 * count), replace=False))]
     centres = sample[:count].clone()
-    for _ in range(rounds):
-        own = torch.cat([(part @ centres.T).argmax(1) for part in sample.split(4096)])
+    for _ in range(6):
+        own = nearest_centre(sample, centres)
         sums = torch.zeros_like(centres).index_add_(0, own, sample)
         empty = torch.bincount(own, minlength=count) == 0
         sums[empty] = sample[torch.from_numpy(rng.choice(len(sample), int(empty.sum()))).to(x.device)]
         centres = F.normalize(sums, dim=1)
     return centres
+
+
+def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
+    """For each row of x (n, d) the number of its nearest centre, (n,)."""
+    return torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)])
 
 
 def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
@@ -773,7 +755,7 @@ def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, 
     """
     table, size = torch.from_numpy(x).to(device), CHUNK["ivf"]
     centres = cluster(table, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
-    own = torch.cat([(part @ centres.T).argmax(1) for part in table.split(2048)]).cpu().numpy()
+    own = nearest_centre(table, centres).cpu().numpy()
     members = np.argsort(own, kind="stable")  # by list, then by number
     begin = np.searchsorted(own[members], np.arange(len(centres) + 1))
     place = np.empty(len(x), np.int64)
@@ -884,6 +866,10 @@ class Graph:
         """The kept documents, rising."""
         return np.flatnonzero(self.keep)
 
+    def row(self, i: int) -> np.ndarray:
+        """The neighbours of document i, the most similar first."""
+        return self.neighbours[self.indptr[i] : self.indptr[i + 1]]
+
 
 def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | None = None) -> Graph:
     """An edge where either of two kept documents is in the other's list (section 2.1); similarity, index (n, k).
@@ -894,15 +880,19 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
     n, k = index.shape
     keep = np.ones(n, bool) if keep is None else np.asarray(keep, bool)
     require(len(keep) == n == len(similarity), f"{len(keep)} keep, {len(similarity)} rows, must be {n}; mend the input")
-    narrow = np.int32 if n <= 1 << 31 else np.int64
-    shift = np.uint64((n * k).bit_length())
-    back = np.empty(n * k, np.uint64)  # (target, arc) of every arc, sorted: what points at a row, without a matrix
-    count, step = 0, max(1, ARCS // k)
-    for start in range(0, n, step):
+    narrow, step = np.int32 if n <= 1 << 31 else np.int64, max(1, ARCS // k)
+
+    def kept_arcs(start: int) -> np.ndarray:
+        """Which arcs of the rows from start on, (step, k) bool, join two kept documents."""
         target = index[start : start + step]
-        good = (target >= 0) & keep[start : start + step, None] & keep[target]
-        arc = np.flatnonzero(good)
-        back[count : count + len(arc)] = target[good].astype(np.uint64) << shift | (arc + start * k).astype(np.uint64)
+        return (target >= 0) & keep[start : start + step, None] & keep[target]
+
+    shift, count = np.uint64((n * k).bit_length()), 0
+    back = np.empty(n * k, np.uint64)  # (target, arc) of every arc, sorted: what points at a row, without a matrix
+    for start in range(0, n, step):
+        good = kept_arcs(start)
+        arc, target = np.flatnonzero(good) + start * k, index[start : start + step][good]
+        back[count : count + len(arc)] = target.astype(np.uint64) << shift | arc.astype(np.uint64)
         count += len(arc)
     back = back[:count]
     back.sort()
@@ -910,28 +900,21 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
     neighbours, weights = np.empty(2 * count, narrow), np.empty(2 * count, np.float32)
     degrees, filled = np.zeros(n, np.int64), 0
     for start in range(0, n, step):
-        stop = min(start + step, n)
+        stop, good = min(start + step, n), kept_arcs(start)
         arc = (back[incoming[start] : incoming[stop]] & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.int64)
-        source = arc // k
-        target = index[start:stop]
-        good = (target >= 0) & keep[start:stop, None] & keep[target]
         arriving = np.repeat(np.arange(stop - start), np.diff(incoming[start : stop + 1]))
         row = np.concatenate([np.nonzero(good)[0], arriving])
-        other = np.concatenate([target[good], source])
-        weight = np.concatenate([similarity[start:stop][good], similarity[source, arc - source * k]])
-        order = np.argsort(row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64))  # mutual arcs meet
-        row, other, weight = row[order], other[order], weight[order]
-        again = np.zeros(len(row), bool)
-        again[1:] = (row[1:] == row[:-1]) & (other[1:] == other[:-1])
-        second = np.flatnonzero(again)
-        weight[second - 1] = np.maximum(weight[second - 1], weight[second])
-        row, other, weight = row[~again], other[~again], weight[~again]
+        other = np.concatenate([index[start:stop][good], arc // k])
+        weight = np.concatenate([similarity[start:stop][good], similarity[arc // k, arc % k]])
+        pair = row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64)
+        order = np.argsort(pair)  # mutual arcs meet
+        first = np.flatnonzero(np.diff(pair[order], prepend=~pair[order[:1]]))
+        row, other, weight = row[order[first]], other[order[first]], np.maximum.reduceat(weight[order], first)
         order = stable_order(row, weight, other)
         neighbours[filled : filled + len(row)], weights[filled : filled + len(row)] = other[order], weight[order]
         degrees[start:stop] = np.bincount(row, minlength=stop - start)
         filled += len(row)
-    indptr = np.concatenate([[0], degrees.cumsum()])
-    return Graph(indptr, neighbours[:filled], weights[:filled], keep)
+    return Graph(np.append(0, degrees.cumsum()), neighbours[:filled], weights[:filled], keep)
 
 
 DEGREES = ("static", "remaining")
@@ -959,13 +942,11 @@ def traverse(
     if order == "edge":
         return chain_edges(graph, embeddings, rng)
     if order == "knn":
-        rows = ((i, graph.indptr[i]) for i in rng.permutation(nodes))
-        ends = graph.indptr[1:]
-        return np.concatenate([[i, *graph.neighbours[a : min(a + repeats, ends[i])]] for i, a in rows]).astype(np.int64)
+        return np.concatenate([[i, *graph.row(i)[:repeats]] for i in rng.permutation(nodes)])
     if order == "cluster":
         x = torch.from_numpy(np.ascontiguousarray(embeddings[nodes], np.float32))
         centres = cluster(x, -(-len(nodes) // 32), seed)
-        group = torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)]).numpy()
+        group = nearest_centre(x, centres).numpy()
         return nodes[np.lexsort((rng.permutation(len(nodes)), rng.permutation(len(centres))[group]))]
     return rng.permutation(nodes)
 
@@ -1048,17 +1029,14 @@ def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Gene
     far = array.array("q", range(n))  # of a fragment's end, the other end
     row = np.repeat(np.arange(n, dtype=graph.neighbours.dtype), np.diff(graph.indptr))
     once = np.flatnonzero(row < graph.neighbours)
-    once = once[by_falling(graph.weights[once])]
-    joined = link_edges(row[once], graph.neighbours[once], links, far)
-    method = "auto"
+    once = once[np.argsort(-graph.weights[once], kind="stable")]
+    joined = added = link_edges(row[once], graph.neighbours[once], links, far)
     while embeddings is not None and joined < len(nodes) - 1:
         ends = nodes[np.frombuffer(links[1], np.int64)[nodes] < 0]
-        k = min(10, len(ends) - 1)
-        method = ("exact" if len(ends) <= 20_000 else "ivf") if method == "auto" else method
-        similarity, index = nearest_neighbours(embeddings[ends], k, method)
-        order = by_falling(similarity.ravel())
+        k, exact = min(10, len(ends) - 1), len(ends) <= 20_000 or not added  # exact lists always yield an edge:
+        similarity, index = nearest_neighbours(embeddings[ends], k, "exact" if exact else "ivf")  # of the nearest ends
+        order = np.argsort(-similarity.ravel(), kind="stable")
         added = link_edges(np.repeat(ends, k)[order], ends[index.ravel()[order]], links, far)
-        method = "auto" if added else "exact"  # the nearest two ends of different fragments see each other in it
         joined += added
     first, second = links
     path, seen = array.array("q"), bytearray(n)
@@ -1089,13 +1067,6 @@ def link_edges(a: np.ndarray, b: np.ndarray, links: tuple[array.array, array.arr
     return count
 
 
-def by_falling(weights: np.ndarray) -> np.ndarray:
-    """Stable permutation that sorts fewer than 2^32 float32 weights, the largest first."""
-    key = falling(weights).astype(np.uint64) << np.uint64(32) | np.arange(len(weights), dtype=np.uint64)
-    key.sort()
-    return (key & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
 # ----- The method: contexts and what an order is worth ----------------------------------------------------------------
 
 
@@ -1119,11 +1090,12 @@ def pack(tokens, order: np.ndarray, context_length: int, separator: int | None) 
     return contexts.reshape(count, -1), starts.reshape(count, -1)
 
 
+@dataclass(frozen=True)
 class Ragged:
     """Documents' ids in one flat array: item i is flat[offsets[i]:offsets[i + 1]]."""
 
-    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
-        self.flat, self.offsets = flat, offsets
+    flat: np.ndarray
+    offsets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -1576,7 +1548,7 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
     for n, i in enumerate(rng.permutation(chosen)[:most]):
         wanted = [separator, *done.tokens[i][:target].tolist()]
         rows["alone"].append(wanted)
-        best = graph.neighbours[graph.indptr[i] : graph.indptr[i + 1]]
+        best = graph.row(i)
         apart = np.roll(others, -n)
         apart = apart[~np.isin(apart, [i, *best])]
         for name, sources in (("related", [*best, *apart]), ("unrelated", apart)):
