@@ -328,10 +328,6 @@ class Vocabulary:
     name: str  # as train.json gives it
     file: bytes = b""  # what a file of that name beside train.json holds, if there is one
 
-    @property
-    def dtype(self):
-        return np.uint16 if self.size <= 1 << 16 else np.uint32
-
 
 def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
     """Tokenizer `byte`, `bpe:N` (learnt from the first 20 MB of documents), a file's, or one named by tiktoken."""
@@ -706,26 +702,34 @@ def nearest_neighbours(
     require(method in METHODS, f"method {method!r}: must be one of {', '.join(METHODS)}; choose one")
     x = np.require(x, np.float32, ["C", "W"])  # torch wants it writable: a read-only memory map is copied
     rows = np.arange(len(x)) if rows is None else np.asarray(rows)
-    return METHODS[method](x, k, rows, recall, seed, torch.device(device), tick or (lambda done: None))
-
-
-def exact_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair, a tile of the product at a time."""
-    size, width = TILE if device.type == "cpu" else (1 << 14, 1 << 16)
-    width = max(width, 2 * k)
-    table, ids = torch.from_numpy(x).to(device), np.arange(len(x))
+    search, size = METHODS[method](torch.from_numpy(x).to(device), k, recall, seed)
     similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        best, queries, local = Best(len(chunk), k), table[chunk], np.arange(len(chunk))
-        for left in range(0, len(x), width):
-            scores = queries @ table[left : left + width].T
-            own = np.flatnonzero((chunk >= left) & (chunk < left + width))
-            scores[own, chunk[own] - left] = -math.inf
-            best.offer(scores, local, ids[left : left + width])
-        similarity[start : start + size], index[start : start + size] = best.merge()
-        tick(start + len(chunk))
+        part = slice(start, start + size)
+        similarity[part], index[part] = search(rows[part])
+        if tick:
+            tick(min(start + size, len(rows)))
     return similarity, index
+
+
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # numbers of rows (r,) -> similarity, index (r, k)
+
+
+def exact_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
+    """Every pair, a tile of the product at a time. Returns the search, and for how many rows at a time."""
+    size, width = TILE if x.device.type == "cpu" else (1 << 14, 1 << 16)
+    width, ids = max(width, 2 * k), np.arange(len(x))
+
+    def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        best, queries, local = Best(len(rows), k), x[rows], np.arange(len(rows))
+        for left in range(0, len(x), width):
+            scores = queries @ x[left : left + width].T
+            own = np.flatnonzero((rows >= left) & (rows < left + width))
+            scores[own, rows[own] - left] = -math.inf
+            best.offer(scores, local, ids[left : left + width])
+        return best.merge()
+
+    return search, size
 
 
 def cluster(x: Tensor, count: int, seed: int) -> Tensor:
@@ -747,33 +751,30 @@ def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
     return torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)])
 
 
-def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+def ivf_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
     """Inverted lists in one big batch: one product for each list, of all the queries that look into it.
 
     A row's own list comes first and sets its floor, so that of the further lists few scores pass. The number of lists
     looked into is the least that holds `recall` of the true neighbours of 256 rows.
     """
-    table, size = torch.from_numpy(x).to(device), CHUNK["ivf"]
-    centres = cluster(table, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
-    own = nearest_centre(table, centres).cpu().numpy()
+    centres = cluster(x, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
+    own, exact = nearest_centre(x, centres).cpu().numpy(), exact_neighbours(x, k, recall, seed)[0]
     members = np.argsort(own, kind="stable")  # by list, then by number
     begin = np.searchsorted(own[members], np.arange(len(centres) + 1))
     place = np.empty(len(x), np.int64)
     place[members] = np.arange(len(x)) - begin[own[members]]
     sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
-    true = exact_neighbours(x, k, sample, recall, seed, device, lambda done: None)[1]
-    scores = (table[sample] @ centres.T).cpu().numpy()
-    theirs = np.take_along_axis(scores, own[true], 1)[:, :, None]  # of the true neighbours' lists
+    scores = (x[sample] @ centres.T).cpu().numpy()
+    theirs = np.take_along_axis(scores, own[exact(sample)[1]], 1)[:, :, None]  # of the true neighbours' lists
     rank = (scores[:, None] >= theirs).sum(2)  # of these lists among all, equals before: (sample, k)
     probes = int(np.quantile(rank, recall, method="inverted_cdf"))
-    table = table[torch.from_numpy(members).to(device)]
-    similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        queries, best = torch.from_numpy(x[chunk]).to(device), Best(len(chunk), k)
+    by_list = x[members]
+
+    def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        queries, best = x[rows], Best(len(rows), k)
         lists = torch.cat([(part @ centres.T).topk(probes).indices for part in queries.split(2048)]).cpu().numpy()
-        lists = np.where(lists == own[chunk, None], lists[:, :1], lists)  # products of other sizes round otherwise:
-        lists[:, 0] = own[chunk]  # the own list stays the first one
+        lists = np.where(lists == own[rows, None], lists[:, :1], lists)  # products of other sizes round otherwise:
+        lists[:, 0] = own[rows]  # the own list stays the first one
         for first, last in ((0, 1), (1, min(4, probes)), (min(4, probes), probes)):
             visits = lists[:, first:last].ravel()
             order = np.argsort(visits, kind="stable")
@@ -781,25 +782,25 @@ def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, 
             for number in np.flatnonzero(np.diff(edges)):
                 asking = order[edges[number] : edges[number + 1]] // (last - first)
                 part = slice(begin[number], begin[number + 1])
-                scores = queries[asking] @ table[part].T
+                scores = queries[asking] @ by_list[part].T
                 if first == 0:
-                    scores[np.arange(len(asking)), place[chunk[asking]]] = -math.inf
+                    scores[np.arange(len(asking)), place[rows[asking]]] = -math.inf
                 best.offer(scores, asking, members[part])
-            found = best.merge()
-        similarity[start : start + size], index[start : start + size] = found
-        tick(start + len(chunk))
-    short = np.flatnonzero(np.isneginf(similarity[:, -1]))  # all its lists together hold fewer than k
-    if len(short):
-        similarity[short], index[short] = exact_neighbours(x, k, rows[short], recall, seed, device, lambda done: None)
-    return similarity, index
+            similarity, index = best.merge()
+        short = np.flatnonzero(np.isneginf(similarity[:, -1]))  # all its lists together hold fewer than k
+        similarity[short], index[short] = exact(rows[short]) if len(short) else (0, 0)
+        return similarity, index
+
+    return search, CHUNK["ivf"]
 
 
-def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+def faiss_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
     """The same by faiss: a flat index for few documents, else inverted lists with probes enough for `recall`."""
     try:
         faiss = importlib.import_module("faiss")
     except ImportError:
         raise UserError("--method faiss: the package is not installed; pip install faiss-cpu") from None
+    exact, x = exact_neighbours(x, k, recall, seed)[0], x.cpu().numpy()
     index = faiss.IndexFlatIP(x.shape[1])
     if len(x) > 20_000:
         index = faiss.IndexIVFFlat(index, x.shape[1], round(4 * math.sqrt(len(x))), faiss.METRIC_INNER_PRODUCT)
@@ -807,22 +808,25 @@ def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray
         index.train(x)
     index.add(x)
     sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
-    true = exact_neighbours(x, k, sample, recall, seed, torch.device("cpu"), lambda done: None)[1]
+    true = exact(sample)[1]
     while len(x) > 20_000 and index.nprobe < index.nlist:
         found = index.search(x[sample], k + 1)[1]
         if (true[:, :, None] == found[:, None, :]).any(2).mean() >= recall:
             break
         index.nprobe *= 2
-    similarity, found = index.search(x[rows], k + 1)
-    similarity[found == rows[:, None]] = -np.inf  # itself, or with equals before it nobody
-    order = np.lexsort((found, -similarity))[:, :k]
-    tick(len(rows))
-    return np.take_along_axis(similarity, order, 1), np.take_along_axis(found, order, 1)
+
+    def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        similarity, found = index.search(x[rows], k + 1)
+        similarity[found == rows[:, None]] = -np.inf  # itself, or with equals before it nobody
+        order = np.lexsort((found, -similarity))[:, :k]
+        return np.take_along_axis(similarity, order, 1), np.take_along_axis(found, order, 1)
+
+    return search, CHUNK["faiss"]
 
 
 METHODS = {"exact": exact_neighbours, "ivf": ivf_neighbours, "faiss": faiss_neighbours}
 TILE = (1024, 2048)  # rows and columns of the product that is formed at a time
-CHUNK = {"exact": TILE[0], "ivf": 1 << 16}  # queries that go together: in one process or in many, the same sums
+CHUNK = {"exact": TILE[0], "ivf": 1 << 16, "faiss": 1 << 16}  # queries together, in one process or in many
 LISTS = 4  # times the root of the number of documents: inverted lists
 
 
@@ -1030,7 +1034,7 @@ def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Gene
     row = np.repeat(np.arange(n, dtype=graph.neighbours.dtype), np.diff(graph.indptr))
     once = np.flatnonzero(row < graph.neighbours)
     once = once[np.argsort(-graph.weights[once], kind="stable")]
-    joined = added = link_edges(row[once], graph.neighbours[once], links, far)
+    joined, added = link_edges(row[once], graph.neighbours[once], links, far), True
     while embeddings is not None and joined < len(nodes) - 1:
         ends = nodes[np.frombuffer(links[1], np.int64)[nodes] < 0]
         k, exact = min(10, len(ends) - 1), len(ends) <= 20_000 or not added  # exact lists always yield an edge:
@@ -1170,18 +1174,17 @@ NEEDS = {  # what each stage depends on, beside the stages before it
 
 
 class Progress:
-    """A line for a stage at most every five seconds, and one at its end."""
+    """A line every five seconds while a stage is under way."""
 
     def __init__(self, stage: str, total: int):
-        self.stage, self.total, self.began = stage, total, time.perf_counter()
-        self.shown = self.began
+        self.stage, self.total = stage, total
+        self.began = self.shown = time.perf_counter()
 
     def __call__(self, done: int) -> None:
         now = time.perf_counter()
-        if done >= self.total or now - self.shown > 5:
-            self.shown, seconds = now, now - self.began
-            parts = {"stage": self.stage, "took": f"{seconds:.1f} s"}
-            print(progress_line(done, self.total, parts, seconds / max(1, done)), flush=True)
+        if now - self.shown > 5:
+            self.shown, pace = now, (now - self.began) / max(1, done)
+            print(progress_line(done, self.total, {"stage": self.stage}, pace), flush=True)
 
 
 class Stages:
@@ -1199,45 +1202,47 @@ class Stages:
         file = self.folder / stage / "key"
         return self.config.resume and file.is_file() and file.read_text("utf-8") == self.key
 
-    def make(self, stage: str, write: Callable[[Path], object], kept: bool | None = None) -> dict[str, np.ndarray]:
-        """The stage's arrays, memory-mapped: those there, or those that `write(folder)` writes, all or none of them."""
-        folder, half = self.folder / stage, self.folder / f"{stage}.tmp"
+    def make(self, stage: str, write: Callable[[Path], dict | None], kept: bool | None = None) -> dict[str, np.ndarray]:
+        """The stage's arrays, memory-mapped: those there, or those that `write(folder)` writes or returns."""
+        began, folder, half = time.perf_counter(), self.folder / stage, self.folder / f"{stage}.tmp"
         if self.kept(stage) if kept is None else kept:
             print(f"{stage}: kept from the run before", flush=True)
         else:
             for old in (half, folder):
                 shutil.rmtree(old, ignore_errors=True)
             half.mkdir(parents=True)
-            write(half)
+            for name, rows in (write(half) or {}).items():
+                np.save(half / f"{name}.npy", rows)
             (half / "key").write_text(self.key, "utf-8")
-            os.replace(half, folder)
+            os.replace(half, folder)  # all of a stage, or nothing
+            print(f"{stage}: {time.perf_counter() - began:.1f} s", flush=True)
         return self.open(stage)
 
     def open(self, stage: str) -> dict[str, np.ndarray]:
         """A stage's arrays, memory-mapped."""
-        return {path.stem: np.load(path, mmap_mode="r") for path in sorted((self.folder / stage).glob("*.npy"))}
+        return {path.stem: np.load(path, mmap_mode="r") for path in (self.folder / stage).glob("*.npy")}
 
 
-def read_stage(source: Source, config: Config, folder: Path) -> None:
+def read_stage(source: Source, config: Config, folder: Path) -> dict[str, np.ndarray]:
     """Tokenise: flat ids, offsets (n + 1,), documents.jsonl (id and label), tokenizer.json-like settings."""
     where = config.input or "the standard library"
     require(next(iter(source), None) is not None, f"--input {where}: holds no documents; give one with text")
     vocabulary = open_vocabulary(config.tokenizer, (document.text for document in source))
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
     offsets, tick = array.array("q", [0]), Progress("read", source.total)
     with open(folder / "ids.bin", "wb") as ids, open(folder / "documents.jsonl", "w", encoding="utf-8") as names:
         for batch in batches(source, 256):
             for document, found in zip(batch, vocabulary.encode([document.text for document in batch]), strict=True):
-                ids.write(np.array(found, vocabulary.dtype).tobytes())
+                ids.write(np.array(found, dtype).tobytes())
                 offsets.append(offsets[-1] + len(found))
                 names.write(json.dumps([document.id, document.label]) + "\n")
-            tick(min(source.done, source.total - 1))
-    tick(source.total)
-    np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
+            tick(source.done)
     if vocabulary.file:
         (folder / vocabulary.name).write_bytes(vocabulary.file)
-    about = {"dtype": np.dtype(vocabulary.dtype).name, "vocab_size": vocabulary.size, "tokenizer": vocabulary.name}
+    about = {"dtype": dtype.name, "vocab_size": vocabulary.size, "tokenizer": vocabulary.name}
     write_json(folder / "vocabulary.json", about | {"document_separator": vocabulary.separator})
     write_json(folder / "left_out.json", dict(source.counts))
+    return {"offsets": np.frombuffer(offsets, np.int64)}
 
 
 def embed_stage(source: Source, config: Config, count: int, device: torch.device, folder: Path) -> None:
@@ -1270,15 +1275,13 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
     x.flush()
 
 
-def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> None:
+def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> dict | None:
     """Similarity and index (n, k); of torchrun's processes each searches for its part, and the first has the folder."""
     count, method = len(x), config.method
     if method == "auto":
         method = "exact" if count <= config.exact_limit else "ivf"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = CHUNK.get(method, count)
-    chunks = [np.arange(start, min(start + size, count)) for start in range(0, count, size)][rank::world]
-    rows = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+    rows = np.flatnonzero(np.arange(count) // CHUNK[method] % world == rank)
     tick = Progress(f"neighbours ({method})", len(rows)) if rank == 0 else None
     similarity, index = np.zeros((count, config.k), np.float32), np.zeros((count, config.k), np.int64)
     found = nearest_neighbours(x, config.k, method, config.recall, config.seed, device, rows, tick)
@@ -1286,26 +1289,24 @@ def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder
     for part in (similarity, index) if world > 1 else ():
         dist.all_reduce(torch.from_numpy(part))  # the other rows are 0
     if folder is None:
-        return
-    np.save(folder / "similarity.npy", similarity)
-    np.save(folder / "index.npy", index)
+        return None
     recall = 1.0
     if method != "exact":
         sample = np.random.default_rng(config.seed + 1).choice(count, min(count, 256), replace=False)
-        true = nearest_neighbours(x, config.k, "exact", device=device, rows=sample)[1]
+        true = nearest_neighbours(x, config.k, device=device, rows=sample)[1]
         recall = float((true[:, :, None] == index[sample][:, None, :]).any(2).mean())
         print(f"recall@{config.k} against exact search on {len(sample)} documents: {recall:.3f}")
     write_json(folder / "recall.json", {"method": method, "recall": recall})
+    return {"similarity": similarity, "index": index}
 
 
-def graph_stage(similarity: np.ndarray, index: np.ndarray, config: Config, folder: Path) -> None:
+def graph_stage(similarity: np.ndarray, index: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
     """The graph's arrays."""
-    keep = drop_duplicates(similarity, index, config.threshold)
+    keep = drop_duplicates(similarity, index, threshold)
     graph = build_graph(similarity, index, keep)
-    for field in dataclasses.fields(Graph):
-        np.save(folder / f"{field.name}.npy", getattr(graph, field.name))
     dropped, edges = len(keep) - int(keep.sum()), len(graph.neighbours) // 2
     print(f"graph: {len(keep) - dropped:,} documents, {dropped:,} duplicates dropped, {edges:,} edges", flush=True)
+    return vars(graph)
 
 
 @dataclass
@@ -1325,11 +1326,10 @@ class Sorted:
 def run_stages(config: Config, device: torch.device) -> Sorted | None:
     """All stages up to the order; None in the processes that torchrun started only to search for neighbours."""
     main, source = not dist.is_initialized() or dist.get_rank() == 0, Source(config)
-    stages = Stages(config, source.fingerprint())
-    folder, kept = stages.folder, [False]
+    stages, kept = Stages(config, source.fingerprint()), [False]
     if main:
-        stages.make("read", lambda half: read_stage(source, config, half))
-        count = len(stages.open("read")["offsets"]) - 1
+        offsets = stages.make("read", lambda half: read_stage(source, config, half))["offsets"]
+        count = len(offsets) - 1
         require(count > config.k, f"--k {config.k}: must be below the {count} documents; lower it or add documents")
         stages.make("embed", lambda half: embed_stage(source, config, count, device, half))
         kept = [stages.kept("neighbours")]
@@ -1339,21 +1339,14 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
     if not main:
         return None if kept[0] else neighbours_stage(x, config, device, None)
     found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half), kept[0])
-    graph = Graph(**stages.make("graph", lambda half: graph_stage(**found, config=config, folder=half)))
-
-    def order_stage(half: Path) -> None:
-        tick = Progress(f"order ({config.order})", int(graph.keep.sum()))
-        order = traverse(graph, config.order, config.degree, config.seed, x)
-        np.save(half / "order.npy", order)
-        tick(len(order))
-
-    order = stages.make("order", order_stage)["order"]
-    vocabulary = json.loads((folder / "read" / "vocabulary.json").read_text("utf-8"))
-    ids = np.memmap(folder / "read" / "ids.bin", vocabulary["dtype"], "r")
-    with open(folder / "read" / "documents.jsonl", encoding="utf-8") as names:
-        labels = [json.loads(line)[1] for line in names]
-    tokens = Ragged(ids, stages.open("read")["offsets"])
-    return Sorted(tokens, vocabulary, labels, x, found["similarity"], found["index"], graph, order)
+    graph = Graph(**stages.make("graph", lambda half: graph_stage(**found, threshold=config.threshold)))
+    path = (graph, config.order, config.degree, config.seed, x)
+    order = stages.make("order", lambda half: {"order": traverse(*path)})["order"]
+    read = stages.folder / "read"
+    vocabulary = json.loads((read / "vocabulary.json").read_text("utf-8"))
+    tokens = Ragged(np.memmap(read / "ids.bin", vocabulary["dtype"], "r"), offsets)
+    labels = [json.loads(line)[1] for line in (read / "documents.jsonl").read_text("utf-8").splitlines()]
+    return Sorted(tokens, vocabulary, labels, x, **found, graph=graph, order=order)
 
 
 def sort(config: Config) -> dict | None:
@@ -1383,10 +1376,9 @@ def sort(config: Config) -> dict | None:
 
 def write_contexts(name: str, contexts: np.ndarray, shuffle: np.ndarray) -> None:
     """Raw little-endian ids of the contexts in shuffled order."""
+    dtype = contexts.dtype.newbyteorder("<")
     with open(name, "wb") as file:
-        for start in range(0, len(shuffle), 1024):
-            part = contexts[shuffle[start : start + 1024]]
-            file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
+        file.writelines(contexts[i].astype(dtype).tobytes() for i in shuffle)
 
 
 def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
@@ -1405,17 +1397,14 @@ def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
 
 
 def table(columns: dict[str, dict]) -> str:
-    """A line for each value, a column for each dictionary of them; a dictionary among the values is set in."""
-    rows = dict.fromkeys(name for values in columns.values() for name in values)
-    lines = [" " * 26 + "".join(f"{name:>12}" for name in columns)]
-    for name in rows:
-        cells = [values.get(name, "-") for values in columns.values()]
-        if isinstance(cells[0], dict):
-            inner = [{f"  {name} {at}": value for at, value in cell.items()} for cell in cells]
-            lines += table(dict(zip(columns, inner, strict=True))).splitlines()[1:]
-        else:
-            lines.append(f"{name:26}" + "".join(f"{f'{c:.4f}' if isinstance(c, float) else str(c):>12}" for c in cells))
-    return "\n".join(lines)
+    """A line for each value, a column for each dictionary of them; a dictionary among the values has several lines."""
+    rows = {"": list(columns)}
+    for i, values in enumerate(columns.values()):
+        for name, value in values.items():
+            for at, cell in value.items() if isinstance(value, dict) else [("", value)]:
+                cells = rows.setdefault(f"{name} {at}", ["-"] * len(columns))
+                cells[i] = f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    return "\n".join(f"{name:26}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows.items())
 
 
 # ----- The experiment: does the order teach a model to use its context? -----------------------------------------------
@@ -1546,10 +1535,8 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
     chosen = [i for i in graph.nodes() if degrees[i] and sizes[i] >= target]
     require(len(chosen) > 0, f"held-out documents: none has a neighbour and {target} tokens; give more text")
     for n, i in enumerate(rng.permutation(chosen)[:most]):
-        wanted = [separator, *done.tokens[i][:target].tolist()]
+        wanted, best, apart = [separator, *done.tokens[i][:target].tolist()], graph.row(i), np.roll(others, -n)
         rows["alone"].append(wanted)
-        best = graph.row(i)
-        apart = np.roll(others, -n)
         apart = apart[~np.isin(apart, [i, *best])]
         for name, sources in (("related", [*best, *apart]), ("unrelated", apart)):
             before = []
@@ -1557,7 +1544,7 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
                 before = [*done.tokens[j].tolist(), *[separator] * bool(before), *before]
                 if len(before) >= past:
                     break
-            rows[name].append([separator] * (past - len(before)) + before[max(0, len(before) - past) :] + wanted)
+            rows[name].append(([separator] * past + before)[-past:] + wanted)
     found = {name: torch.tensor(part, device=device) for name, part in rows.items()}
     return HeldOut(**sets, alone=found.pop("alone"), after=found)
 
@@ -1572,8 +1559,7 @@ def judge(model: CausalLM, held: HeldOut) -> dict:
     for name, rows in held.after.items():
         loss = model.losses(rows, alone.shape[1])
         scores |= {f"{name}_context_loss": loss.mean().item(), f"{name}_context_gain": (alone - loss).mean().item()}
-    edges = [0, 4, 8, 16, 32, 64]
-    cuts = [(a, b) for a, b in itertools.pairwise(edges) if a < alone.shape[1]]
+    cuts = [(a, b) for a, b in itertools.pairwise([0, 4, 8, 16, 32, 64]) if a < alone.shape[1]]
     return scores | {"no_context_loss_at": {f"{a}-{b - 1}": alone[:, a:b].mean().item() for a, b in cuts}}
 
 
