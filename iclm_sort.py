@@ -348,6 +348,9 @@ def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
             except ValueError as error:
                 rule = f"each line must be a base64 token and its rank, but {error}"
                 raise UserError(f"--tokenizer {name}: {rule}; correct it") from None
+            fits = ranks.keys() >= {bytes([b]) for b in range(256)} and len(set(ranks.values())) == len(ranks)
+            rule = "must rank all 256 single bytes, and no two tokens alike, from 0"
+            require(fits and min(ranks.values()) >= 0, f"--tokenizer {name}: {rule}; correct it")
         file = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items() if name != "byte")
         special = {END: max(ranks.values()) + 1}
         encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -429,7 +432,7 @@ def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
 # ----- The method: embeddings -----------------------------------------------------------------------------------------
 
 BUCKETS = 1 << 17  # of hashed words and pairs of words
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]|_")
 IDEOGRAPH = re.compile(  # what BERT sets apart: neither kana nor hangul
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
@@ -509,11 +512,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             tensors = importlib.import_module("safetensors.torch").load_file(path)
         else:
             tensors = torch.load(path, "cpu", weights_only=True)
+        return {name.removeprefix("bert."): tensor.float() for name, tensor in tensors.items()}
     except ImportError:
         raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
     except Exception as error:  # each format has its own kinds
         raise UserError(f"{path}: not a file of tensors ({str(error)[:80]}); give another") from None
-    return {name.removeprefix("bert."): tensor.float() for name, tensor in tensors.items()}
 
 
 class WordPiece:
@@ -565,9 +568,16 @@ class Encoder:
         self.config, self.device = load_json(path / "config.json"), device
         fits = (self.config.get("model_type"), self.config.get("hidden_act")) == ("bert", "gelu")
         require(fits, f"--encoder {folder}: must be model_type bert with hidden_act gelu; give a BERT-family encoder")
-        self.tokenizer, self.dim = WordPiece(path), self.config["hidden_size"]
+        self.tokenizer = WordPiece(path)
         self.weights = {name: tensor.to(device) for name, tensor in read_weights(path).items()}
-        settings, length = path / "sentence_bert_config.json", self.config["max_position_embeddings"]
+        token = torch.tensor([[max(self.tokenizer.ids.values())]], device=device)
+        try:
+            self.dim = self.forward(token, token == token).shape[1]
+        except (KeyError, IndexError, RuntimeError) as error:
+            rule = f"config.json, vocabulary and weights must fit each other ({str(error)[:80]})"
+            raise UserError(f"--encoder {folder}: {rule}; give one model's files") from None
+        length = len(self.weights["embeddings.position_embeddings.weight"])
+        settings = path / "sentence_bert_config.json"
         own = load_json(settings).get("max_seq_length") if settings.is_file() else length
         self.length = min(own or length, length)
 
@@ -1530,6 +1540,7 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
         contexts = contexts[: max(1, min(len(contexts) - 1, 65536 // config.context_length))]
         sets[name] = torch.from_numpy(contexts.astype(np.int64)).to(device)
     target = min(target, config.context_length // 4)
+    require(target > 0, f"--context-length {config.context_length}: must be at least 4 to train on; raise it")
     sizes, degrees, rows = np.diff(done.tokens.offsets), np.diff(graph.indptr), collections.defaultdict(list)
     others, past = rng.permutation(graph.nodes()), config.context_length - target - 1
     chosen = [i for i in graph.nodes() if degrees[i] and sizes[i] >= target]
@@ -1568,10 +1579,11 @@ def split(done: Sorted, share: int = 10) -> tuple[Graph, Graph]:
 
     Duplicates were dropped over all documents together, so none parts training from held-out text.
     """
-    names = np.unique(done.labels, return_inverse=True)[1] if any(done.labels) else np.arange(len(done.labels))
+    names = np.unique(done.labels, return_inverse=True)[1]
+    if names.max() == 0:  # one label for all is none
+        names = np.arange(len(names))
     names = np.random.default_rng(0).permutation(names.max() + 1)[names]
-    keep = done.graph.keep
-    part = names % share == 0
+    keep, part = done.graph.keep, names % share == 0
     return build_graph(done.similarity, done.index, keep & ~part), build_graph(done.similarity, done.index, keep & part)
 
 
