@@ -126,7 +126,7 @@ class Config:
         require(not both, "--encoder and --embeddings: one of them must do; leave one out")
 
 
-SMOKE = dict(steps=3, batch=2, d_model=16, n_layer=2, n_head=2, context_length=64, tokenizer="byte", k=5)
+SMOKE = dict(steps=3, batch=2, d_model=16, n_head=2, context_length=64, tokenizer="byte", k=5)
 
 
 # ----- Shared block: the same text in every script --------------------------------------------------------------------
@@ -286,8 +286,9 @@ class Source:
             fits = self.root.is_dir() or self.config.skip_bad
             require(fits, f"{file}: must be UTF-8, but byte {error.start} is not; convert it")
             self.counts["files that are not UTF-8"] += 1
-            return
-        yield Document(text, str(file.relative_to(self.root)) if self.root.is_dir() else file.name, file.parent.name)
+        else:
+            name = file.relative_to(self.root) if self.root.is_dir() else file.name
+            yield Document(text, str(name), file.parent.name)
 
     def read_lines(self, file: Path) -> Iterator[Document]:
         """The documents of a .jsonl file."""
@@ -308,8 +309,8 @@ class Source:
                     fix = "correct it, name the field by --text-field, or give --skip-bad"
                     require(self.config.skip_bad, f"{file}, line {number}: {line[:60]!r} {rule}; {fix}")
                     self.counts["bad lines"] += 1
-                    continue
-                yield document
+                else:
+                    yield document
 
     def fingerprint(self) -> list:
         """What tells this input from another one."""
@@ -919,11 +920,13 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
         arriving = np.repeat(np.arange(stop - start), np.diff(incoming[start : stop + 1]))
         row = np.concatenate([np.nonzero(good)[0], arriving])
         other = np.concatenate([index[start:stop][good], arc // k])
-        weight = np.concatenate([similarity[start:stop][good], similarity[arc // k, arc % k]])
+        weight = np.concatenate([similarity[start:stop][good], similarity.take(arc)])
         pair = row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64)
         order = np.argsort(pair)  # mutual arcs meet
-        first = np.flatnonzero(np.diff(pair[order], prepend=~pair[order[:1]]))
-        row, other, weight = row[order[first]], other[order[first]], np.maximum.reduceat(weight[order], first)
+        row, other, weight, pair = row[order], other[order], weight[order], pair[order]
+        again = np.flatnonzero(pair[1:] == pair[:-1]) + 1
+        weight[again - 1] = np.maximum(weight[again - 1], weight[again])
+        row, other, weight = (np.delete(part, again) for part in (row, other, weight))
         order = stable_order(row, weight, other)
         neighbours[filled : filled + len(row)], weights[filled : filled + len(row)] = other[order], weight[order]
         degrees[start:stop] = np.bincount(row, minlength=stop - start)
@@ -1353,7 +1356,7 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
     path = (graph, config.order, config.degree, config.seed, x)
     order = stages.make("order", lambda half: {"order": traverse(*path)})["order"]
     read = stages.folder / "read"
-    vocabulary = json.loads((read / "vocabulary.json").read_text("utf-8"))
+    vocabulary = load_json(read / "vocabulary.json")
     tokens = Ragged(np.memmap(read / "ids.bin", vocabulary["dtype"], "r"), offsets)
     labels = [json.loads(line)[1] for line in (read / "documents.jsonl").read_text("utf-8").splitlines()]
     return Sorted(tokens, vocabulary, labels, x, **found, graph=graph, order=order)
@@ -1368,7 +1371,8 @@ def sort(config: Config) -> dict | None:
     contexts, _ = pack(done.tokens, done.order, config.context_length, done.vocabulary["document_separator"])
     shuffle = np.random.default_rng(config.seed).permutation(len(contexts))
     np.save(out / "order.npy", done.order)
-    write_atomically(out / "train.bin", lambda name: write_contexts(name, contexts, shuffle))
+    ids = contexts[shuffle].astype(contexts.dtype.newbyteorder("<"), copy=False)
+    write_atomically(out / "train.bin", ids.tofile)
     name = done.vocabulary["tokenizer"]
     if (out / "stages" / "read" / name).is_file():
         shutil.copyfile(out / "stages" / "read" / name, out / name)
@@ -1384,13 +1388,6 @@ def sort(config: Config) -> dict | None:
     return report
 
 
-def write_contexts(name: str, contexts: np.ndarray, shuffle: np.ndarray) -> None:
-    """Raw little-endian ids of the contexts in shuffled order."""
-    dtype = contexts.dtype.newbyteorder("<")
-    with open(name, "wb") as file:
-        file.writelines(contexts[i].astype(dtype).tobytes() for i in shuffle)
-
-
 def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
     """`ordering_report` of the order as it came, shuffled and sorted; what was left out, and the search's recall."""
     read = Path(config.out) / "stages" / "read"
@@ -1400,9 +1397,9 @@ def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
     for name, order in (orders | {config.order: done.order}).items():
         permutation = shuffle if order is done.order else None
         each[name] = ordering_report(done.x, order, done.graph, labels, lengths, config.context_length, permutation)
-    report = {"orders": each, "left_out": json.loads((read / "left_out.json").read_text("utf-8"))}
+    report = {"orders": each, "left_out": load_json(read / "left_out.json")}
     report |= {"documents": len(done.tokens), "duplicates": float(1 - done.graph.keep.mean())}
-    report |= {"neighbours": json.loads((read.parent / "neighbours" / "recall.json").read_text("utf-8"))}
+    report |= {"neighbours": load_json(read.parent / "neighbours" / "recall.json")}
     return report | {"documents_longer_than_a_context": int((lengths > config.context_length).sum())}
 
 
@@ -1640,10 +1637,10 @@ def picture(done: Sorted, paths: dict[str, np.ndarray], arms: dict, path: Path) 
     axes[1].scatter(*place.T, s=1, color="0.6")
     axes[1].add_collection(lines)
     axes[1].set(xlabel=f"first principal component ({len(order):,} documents, {name})", ylabel="second")
-    names = [n for n in next(iter(arms.values())) if n.endswith("loss")] if arms else []
-    for i, (arm, scores) in enumerate(arms.items()):
-        axes[2].barh(np.arange(len(names)) + 0.35 * i, [scores[n] for n in names], 0.33, label=arm)
     if arms:
+        names = [n for n in next(iter(arms.values())) if n.endswith("loss")]
+        for i, (arm, scores) in enumerate(arms.items()):
+            axes[2].barh(np.arange(len(names)) + 0.35 * i, [scores[n] for n in names], 0.33, label=arm)
         axes[2].set_yticks(np.arange(len(names)) + 0.17, [n.replace("_", " ") for n in names])
         axes[2].set(xlabel="nats a token, held-out text")
         axes[2].legend()
