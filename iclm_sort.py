@@ -277,6 +277,10 @@ class Source:
                 else:
                     self.counts["empty documents"] += 1
 
+    def texts(self) -> Iterator[str]:
+        """The documents without their names."""
+        return (document.text for document in self)
+
     def read_text(self, file: Path) -> Iterator[Document]:
         """The one document of a text file, labelled by its folder."""
         self.done += file.stat().st_size
@@ -332,39 +336,45 @@ class Vocabulary:
 
 def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
     """Tokenizer `byte`, `bpe:N` (learnt from the first 20 MB of documents), a file's, or one named by tiktoken."""
+    named, file, pattern = tiktoken.list_encoding_names(), b"", CL100K
     if name.endswith((".json", ".tiktoken")):
         require(Path(name).is_file(), f"--tokenizer {name}: no such file; correct the path")
     if name.endswith(".json"):
         return read_tokenizer_json(name)
-    if name == "byte" or name.startswith("bpe:") or name.endswith(".tiktoken"):
-        pattern, ranks = CL100K, {bytes([b]): b for b in range(256)}
-        if name == "byte":
-            pattern = r"(?s:.{1,99})"
-        elif name.startswith("bpe:"):
-            ranks = learn_bpe(name, documents)
-        else:
-            try:
-                rows = [line.split() for line in Path(name).read_bytes().splitlines()]
-                ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-            except ValueError as error:
-                rule = f"each line must be a base64 token and its rank, but {error}"
-                raise UserError(f"--tokenizer {name}: {rule}; correct it") from None
-            fits = ranks.keys() >= {bytes([b]) for b in range(256)} and len(set(ranks.values())) == len(ranks)
-            rule = "must rank all 256 single bytes, and no two tokens alike, from 0"
-            require(fits and min(ranks.values()) >= 0, f"--tokenizer {name}: {rule}; correct it")
-        file = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items() if name != "byte")
-        special = {END: max(ranks.values()) + 1}
-        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        name = "tokenizer.tiktoken" if file else name
-        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, special[END], name, file)
-    choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(tiktoken.list_encoding_names())}"
-    require(name in tiktoken.list_encoding_names(), f"--tokenizer {name}: unknown; choose from {choices}")
+    if name in named:
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except OSError as error:  # requests' errors are among these
+            fix = "connect once (TIKTOKEN_CACHE_DIR keeps the file), or give a local file, byte or bpe:N"
+            raise UserError(f"--tokenizer {name}: the download failed ({type(error).__name__}); {fix}") from None
+        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, encoding._special_tokens.get(END), name)
+    if name == "byte":
+        pattern, ranks = r"(?s:.{1,99})", {bytes([b]): b for b in range(256)}
+    elif name.startswith("bpe:"):
+        ranks = learn_bpe(name, documents)
+    else:
+        choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(named)}"
+        require(name.endswith(".tiktoken"), f"--tokenizer {name}: unknown; choose from {choices}")
+        ranks = read_ranks(name)
+    end = max(ranks.values()) + 1
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: end})
+    if name != "byte":
+        name, file = "tokenizer.tiktoken", b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in ranks.items())
+    return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, end, name, file)
+
+
+def read_ranks(path: str) -> dict[bytes, int]:
+    """The tokens of a .tiktoken file and their ranks."""
     try:
-        encoding = tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are among these
-        fix = "connect once (TIKTOKEN_CACHE_DIR keeps the file), or give a local file, byte or bpe:N"
-        raise UserError(f"--tokenizer {name}: the download failed ({type(error).__name__}); {fix}") from None
-    return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, encoding._special_tokens.get(END), name)
+        rows = [line.split() for line in Path(path).read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+    except ValueError as error:
+        rule = f"each line must be a base64 token and its rank, but {error}"
+        raise UserError(f"--tokenizer {path}: {rule}; correct it") from None
+    fits = ranks.keys() >= {bytes([b]) for b in range(256)} and len(set(ranks.values())) == len(ranks)
+    rule = "must rank all 256 single bytes, and no two tokens alike, from 0"
+    require(fits and min(ranks.values()) >= 0, f"--tokenizer {path}: {rule}; correct it")
+    return ranks
 
 
 def read_tokenizer_json(path: str) -> Vocabulary:
@@ -616,8 +626,8 @@ class Encoder:
         for batch in batches(chunks, 64):
             rows = [torch.tensor([ids["[CLS]"], *t, ids["[SEP]"]], device=self.device) for _, t in batch]
             tokens = nn.utils.rnn.pad_sequence(rows, True, ids["[PAD]"])
-            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True)
-            total.index_add_(0, torch.tensor([i for i, _ in batch]), self.forward(tokens, mask).float().cpu())
+            found = self.forward(tokens, tokens != ids["[PAD]"]).cpu()  # no text has this id
+            total.index_add_(0, torch.tensor([i for i, _ in batch]), found)
         return F.normalize(total, dim=1).numpy()
 
 
@@ -656,10 +666,8 @@ class Best:
         row, score, ids = (np.concatenate(part) for part in zip(*self.parts, strict=True))
         order = stable_order(row, score, ids)
         row, score, ids = row[order], score[order], ids[order]
-        first = np.searchsorted(row, np.arange(len(self.floor)))
-        place = np.arange(len(row)) - first[row]
-        kept = place < self.k
-        row, score, ids, place = row[kept], score[kept], ids[kept], place[kept]
+        place = np.arange(len(row)) - np.searchsorted(row, np.arange(len(self.floor)))[row]
+        row, score, ids, place = (part[place < self.k] for part in (row, score, ids, place))
         similarity = np.full((len(self.floor), self.k), -np.inf, np.float32)
         index = np.full((len(self.floor), self.k), -1, np.int64)
         similarity[row, place], index[row, place] = score, ids
@@ -999,8 +1007,8 @@ class Pool:
 
     def __init__(self, nodes: np.ndarray, degrees: np.ndarray, rng: np.random.Generator):
         self.degree, self.place = array.array("q", degrees.tobytes()), array.array("q", bytes(8 * len(degrees)))
-        self.buckets, self.random = collections.defaultdict(list), random.Random(int(rng.integers(1 << 62)))
-        self.lowest, self.left = 0, len(nodes)
+        self.buckets, self.lowest = [[] for _ in range(degrees.max() + 1)], 0
+        self.random = random.Random(int(rng.integers(1 << 62)))
         for node in memoryview(nodes):
             self.put(node)
 
@@ -1019,7 +1027,6 @@ class Pool:
     def remove(self, node: int, row: Iterable[int], visited: bytearray) -> None:
         """Take a document out: its neighbours lose one."""
         self.take(node)
-        self.left -= 1
         for other in row:
             if not visited[other]:
                 self.take(other)
@@ -1029,10 +1036,11 @@ class Pool:
 
     def draw(self) -> Iterator[int]:
         """A random one of those of least degree, as long as any are left."""
-        while self.left:
-            while not self.buckets[self.lowest]:
+        while self.lowest < len(self.buckets):
+            if self.buckets[self.lowest]:
+                yield self.random.choice(self.buckets[self.lowest])
+            else:
                 self.lowest += 1
-            yield self.random.choice(self.buckets[self.lowest])
 
 
 def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -1229,18 +1237,14 @@ class Stages:
             (half / "key").write_text(self.key, "utf-8")
             os.replace(half, folder)  # all of a stage, or nothing
             print(f"{stage}: {time.perf_counter() - began:.1f} s", flush=True)
-        return self.open(stage)
-
-    def open(self, stage: str) -> dict[str, np.ndarray]:
-        """A stage's arrays, memory-mapped."""
-        return {path.stem: np.load(path, mmap_mode="r") for path in (self.folder / stage).glob("*.npy")}
+        return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
 def read_stage(source: Source, config: Config, folder: Path) -> dict[str, np.ndarray]:
     """Tokenise: flat ids, offsets (n + 1,), documents.jsonl (id and label), tokenizer.json-like settings."""
     where = config.input or "the standard library"
     require(next(iter(source), None) is not None, f"--input {where}: holds no documents; give one with text")
-    vocabulary = open_vocabulary(config.tokenizer, (document.text for document in source))
+    vocabulary = open_vocabulary(config.tokenizer, source.texts())
     dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
     offsets, tick = array.array("q", [0]), Progress("read", source.total)
     with open(folder / "ids.bin", "wb") as ids, open(folder / "documents.jsonl", "w", encoding="utf-8") as names:
@@ -1273,12 +1277,9 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
         rows = (np.asarray(given[i : i + 4096], np.float32) for i in range(0, count, 4096))
         blocks, dim = (block / np.linalg.norm(block, axis=1, keepdims=True) for block in rows), given.shape[1]
     else:
-        if config.encoder:
-            model = Encoder(config.encoder, device)
-        else:
-            model = TfIdf(config.dim, config.seed).fit(document.text for document in source)
-        dim, texts = model.dim, (document.text for document in source)
-        blocks = (model.embed(batch) for batch in batches(texts, 256))
+        encoder = Encoder(config.encoder, device) if config.encoder else None
+        model = encoder or TfIdf(config.dim, config.seed).fit(source.texts())
+        blocks, dim = map(model.embed, batches(source.texts(), 256)), model.dim
     x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, dim))
     done = 0
     for block in blocks:
@@ -1348,7 +1349,7 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
         kept = [stages.kept("neighbours")]
     if dist.is_initialized():
         dist.broadcast_object_list(kept)
-    x = stages.open("embed")["x"]
+    x = np.load(stages.folder / "embed" / "x.npy", mmap_mode="r")
     if not main:
         return None if kept[0] else neighbours_stage(x, config, device, None)
     found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half), kept[0])
@@ -1390,17 +1391,20 @@ def sort(config: Config) -> dict | None:
 
 def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
     """`ordering_report` of the order as it came, shuffled and sorted; what was left out, and the search's recall."""
-    read = Path(config.out) / "stages" / "read"
     lengths = np.diff(done.tokens.offsets) + (done.vocabulary["document_separator"] is not None)
-    labels = done.labels if any(done.labels) else None
+    labels, stages = done.labels if any(done.labels) else None, Path(config.out) / "stages"
     orders, each = {name: traverse(done.graph, name, seed=config.seed) for name in ("file", "random")}, {}
     for name, order in (orders | {config.order: done.order}).items():
         permutation = shuffle if order is done.order else None
         each[name] = ordering_report(done.x, order, done.graph, labels, lengths, config.context_length, permutation)
-    report = {"orders": each, "left_out": load_json(read / "left_out.json")}
-    report |= {"documents": len(done.tokens), "duplicates": float(1 - done.graph.keep.mean())}
-    report |= {"neighbours": load_json(read.parent / "neighbours" / "recall.json")}
-    return report | {"documents_longer_than_a_context": int((lengths > config.context_length).sum())}
+    return {
+        "orders": each,
+        "documents": len(done.tokens),
+        "duplicates": float(1 - done.graph.keep.mean()),
+        "documents_longer_than_a_context": int((lengths > config.context_length).sum()),
+        "left_out": load_json(stages / "read" / "left_out.json"),
+        "neighbours": load_json(stages / "neighbours" / "recall.json"),
+    }
 
 
 def table(columns: dict[str, dict]) -> str:
