@@ -1058,8 +1058,9 @@ def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Gene
     joined, added = link_edges(row[once], graph.neighbours[once], links, far), True
     while embeddings is not None and joined < len(nodes) - 1:
         ends = nodes[np.frombuffer(links[1], np.int64)[nodes] < 0]
-        k, exact = min(10, len(ends) - 1), len(ends) <= 20_000 or not added  # exact lists always yield an edge:
-        similarity, index = nearest_neighbours(embeddings[ends], k, "exact" if exact else "ivf")  # of the nearest ends
+        # Exact lists always yield an edge: the nearest two ends of different fragments see each other in them.
+        k, exact = min(10, len(ends) - 1), len(ends) <= 20_000 or not added
+        similarity, index = nearest_neighbours(embeddings[ends], k, "exact" if exact else "ivf")
         order = np.argsort(-similarity.ravel(), kind="stable")
         added = link_edges(np.repeat(ends, k)[order], ends[index.ravel()[order]], links, far)
         joined += added
