@@ -52,6 +52,7 @@ import os
 import random
 import re
 import shutil
+import string
 import sys
 import sysconfig
 import textwrap
@@ -125,7 +126,7 @@ class Config:
         require(not both, "--encoder and --embeddings: one of them must do; leave one out")
 
 
-SMOKE = dict(steps=3, batch=2, d_model=16, n_layer=2, n_head=2, context_length=64, tokenizer="byte", k=5)
+SMOKE = dict(steps=3, batch=2, d_model=16, n_head=2, context_length=64, tokenizer="byte", k=5)
 
 
 # ----- Shared block: the same text in every script --------------------------------------------------------------------
@@ -276,6 +277,10 @@ class Source:
                 else:
                     self.counts["empty documents"] += 1
 
+    def texts(self) -> Iterator[str]:
+        """The documents without their names."""
+        return (document.text for document in self)
+
     def read_text(self, file: Path) -> Iterator[Document]:
         """The one document of a text file, labelled by its folder."""
         self.done += file.stat().st_size
@@ -285,8 +290,9 @@ class Source:
             fits = self.root.is_dir() or self.config.skip_bad
             require(fits, f"{file}: must be UTF-8, but byte {error.start} is not; convert it")
             self.counts["files that are not UTF-8"] += 1
-            return
-        yield Document(text, str(file.relative_to(self.root)) if self.root.is_dir() else file.name, file.parent.name)
+        else:
+            name = file.relative_to(self.root) if self.root.is_dir() else file.name
+            yield Document(text, str(name), file.parent.name)
 
     def read_lines(self, file: Path) -> Iterator[Document]:
         """The documents of a .jsonl file."""
@@ -307,8 +313,8 @@ class Source:
                     fix = "correct it, name the field by --text-field, or give --skip-bad"
                     require(self.config.skip_bad, f"{file}, line {number}: {line[:60]!r} {rule}; {fix}")
                     self.counts["bad lines"] += 1
-                    continue
-                yield document
+                else:
+                    yield document
 
     def fingerprint(self) -> list:
         """What tells this input from another one."""
@@ -327,43 +333,48 @@ class Vocabulary:
     name: str  # as train.json gives it
     file: bytes = b""  # what a file of that name beside train.json holds, if there is one
 
-    @property
-    def dtype(self):
-        return np.uint16 if self.size <= 1 << 16 else np.uint32
-
 
 def open_vocabulary(name: str, documents: Iterable[str]) -> Vocabulary:
     """Tokenizer `byte`, `bpe:N` (learnt from the first 20 MB of documents), a file's, or one named by tiktoken."""
+    named, file, pattern = tiktoken.list_encoding_names(), b"", CL100K
     if name.endswith((".json", ".tiktoken")):
         require(Path(name).is_file(), f"--tokenizer {name}: no such file; correct the path")
     if name.endswith(".json"):
         return read_tokenizer_json(name)
-    if name == "byte" or name.startswith("bpe:") or name.endswith(".tiktoken"):
-        pattern, ranks = CL100K, {bytes([b]): b for b in range(256)}
-        if name == "byte":
-            pattern = r"(?s:.{1,99})"
-        elif name.startswith("bpe:"):
-            ranks = learn_bpe(name, documents)
-        else:
-            try:
-                rows = [line.split() for line in Path(name).read_bytes().splitlines()]
-                ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-            except ValueError as error:
-                rule = f"each line must be a base64 token and its rank, but {error}"
-                raise UserError(f"--tokenizer {name}: {rule}; correct it") from None
-        file = b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items() if name != "byte")
-        special = {END: max(ranks.values()) + 1}
-        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        name = "tokenizer.tiktoken" if file else name
-        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, special[END], name, file)
-    choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(tiktoken.list_encoding_names())}"
-    require(name in tiktoken.list_encoding_names(), f"--tokenizer {name}: unknown; choose from {choices}")
+    if name in named:
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except OSError as error:  # requests' errors are among these
+            fix = "connect once (TIKTOKEN_CACHE_DIR keeps the file), or give a local file, byte or bpe:N"
+            raise UserError(f"--tokenizer {name}: the download failed ({type(error).__name__}); {fix}") from None
+        return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, encoding._special_tokens.get(END), name)
+    if name == "byte":
+        pattern, ranks = r"(?s:.{1,99})", {bytes([b]): b for b in range(256)}
+    elif name.startswith("bpe:"):
+        ranks = learn_bpe(name, documents)
+    else:
+        choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(named)}"
+        require(name.endswith(".tiktoken"), f"--tokenizer {name}: unknown; choose from {choices}")
+        ranks = read_ranks(name)
+    end = max(ranks.values()) + 1
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: end})
+    if name != "byte":
+        name, file = "tokenizer.tiktoken", b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in ranks.items())
+    return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, end, name, file)
+
+
+def read_ranks(path: str) -> dict[bytes, int]:
+    """The tokens of a .tiktoken file and their ranks."""
     try:
-        encoding = tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are among these
-        fix = "connect once (TIKTOKEN_CACHE_DIR keeps the file), or give a local file, byte or bpe:N"
-        raise UserError(f"--tokenizer {name}: the download failed ({type(error).__name__}); {fix}") from None
-    return Vocabulary(encoding.encode_ordinary_batch, encoding.n_vocab, encoding._special_tokens.get(END), name)
+        rows = [line.split() for line in Path(path).read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+    except ValueError as error:
+        rule = f"each line must be a base64 token and its rank, but {error}"
+        raise UserError(f"--tokenizer {path}: {rule}; correct it") from None
+    fits = ranks.keys() >= {bytes([b]) for b in range(256)} and len(set(ranks.values())) == len(ranks)
+    rule = "must rank all 256 single bytes, and no two tokens alike, from 0"
+    require(fits and min(ranks.values()) >= 0, f"--tokenizer {path}: {rule}; correct it")
+    return ranks
 
 
 def read_tokenizer_json(path: str) -> Vocabulary:
@@ -401,30 +412,29 @@ def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
             break
     words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts]
     weights, total, places = list(counts.values()), collections.Counter(), collections.defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            total[pair] += weights[i]
+
+    def tally(i: int, sign: int) -> None:
+        for pair in itertools.pairwise(words[i]):
+            total[pair] += sign * weights[i]
             places[pair].add(i)
+
+    for i in range(len(words)):
+        tally(i, 1)
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size - 1:
         most = max(total.values(), default=0)
         require(most > 0, f"--tokenizer {name}: the text yields only {len(ranks) + 1} ids; lower N or add text")
         pair = min(pair for pair, count in total.items() if count == most)
-        joined = b"".join(pair)
-        ranks.setdefault(joined, len(ranks))
+        ranks.setdefault(b"".join(pair), len(ranks))
         for i in places.pop(pair):
-            word, merged = words[i], []
+            tally(i, -1)
+            word, words[i] = words[i], []
             for part in word:
-                if merged and (merged[-1], part) == pair:
-                    merged[-1] = joined
+                if words[i] and (words[i][-1], part) == pair:
+                    words[i][-1] += part
                 else:
-                    merged.append(part)
-            for old in itertools.pairwise(word):
-                total[old] -= weights[i]
-            for new in itertools.pairwise(merged):
-                total[new] += weights[i]
-                places[new].add(i)
-            words[i] = merged
+                    words[i].append(part)
+            tally(i, 1)
         total = +total if len(ranks) % 64 == 0 else total  # drop pairs that are gone
         total.pop(pair, None)
     return ranks
@@ -433,7 +443,10 @@ def learn_bpe(name: str, documents: Iterable[str]) -> dict[bytes, int]:
 # ----- The method: embeddings -----------------------------------------------------------------------------------------
 
 BUCKETS = 1 << 17  # of hashed words and pairs of words
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]|_")
+IDEOGRAPH = re.compile(  # what BERT sets apart: neither kana nor hangul
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 
 
 class TfIdf:
@@ -445,17 +458,13 @@ class TfIdf:
 
     def __init__(self, dim: int = 256, seed: int = 0):
         self.table = torch.randn(BUCKETS, dim, generator=torch.Generator().manual_seed(seed))
-        self.dim, self.document_frequency, self.count, self.cache = dim, np.zeros(BUCKETS, np.int64), 0, {}
+        self.dim, self.document_frequency, self.count = dim, np.zeros(BUCKETS, np.int64), 0
 
     def terms(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The distinct hashed terms of a text, and how often each occurs; marks count only in a text without words."""
         words = WORD.findall(text.lower())
         words = [word for word in words if word[0].isalnum()] or words
-        for word in set(words) - self.cache.keys():
-            self.cache[word] = zlib.crc32(word.encode("utf-8", "replace"))
-        codes = np.array([self.cache[word] for word in words], np.uint64)
-        if len(self.cache) > 1 << 21:  # bounded memory, whatever the corpus
-            self.cache.clear()
+        codes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], np.uint64)
         pairs = codes[:-1] * np.uint64(0x9E3779B1) + codes[1:] + np.uint64(1)
         hashed = np.concatenate([codes, pairs]) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - 17)
         return np.unique(hashed.astype(np.int64), return_counts=True)
@@ -481,10 +490,10 @@ class TfIdf:
 
 
 def embed_documents(texts: Iterable[str], dim: int = 256, seed: int = 0) -> np.ndarray:
-    """Unit rows (n, dim) float32 of hashed TF-IDF, see `TfIdf`, in two passes over `texts`."""
-    texts = texts if isinstance(texts, Iterable) and not isinstance(texts, Iterator) else list(texts)
+    """Unit rows (n, dim) float32 of hashed TF-IDF, see `TfIdf`."""
+    texts = list(texts)
+    require(len(texts) > 0, "no documents: there is nothing to embed; give at least one text")
     model = TfIdf(dim, seed).fit(texts)
-    require(model.count > 0, "no documents: there is nothing to embed; give at least one text")
     return np.concatenate([model.embed(batch) for batch in batches(texts, 512)])
 
 
@@ -514,11 +523,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             tensors = importlib.import_module("safetensors.torch").load_file(path)
         else:
             tensors = torch.load(path, "cpu", weights_only=True)
+        return {name.removeprefix("bert."): tensor.float() for name, tensor in tensors.items()}
     except ImportError:
         raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
     except Exception as error:  # each format has its own kinds
         raise UserError(f"{path}: not a file of tensors ({str(error)[:80]}); give another") from None
-    return {name.removeprefix("bert."): tensor.float() for name, tensor in tensors.items()}
 
 
 class WordPiece:
@@ -535,45 +544,30 @@ class WordPiece:
         self.lower = not settings.is_file() or load_json(settings).get("do_lower_case", True)
         missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in self.ids]
         require(not missing, f"{folder}: vocabulary lacks {', '.join(missing)}; give a BERT-family encoder")
-        self.cache: dict[str, list[int]] = {}
+        self.pieces = functools.lru_cache(1 << 20)(self.pieces)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without [CLS] and [SEP]; a special token written in it is ordinary text."""
-        kept = (c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"))
-        text = "".join(f" {c} " if is_chinese(ord(c)) else " " if c.isspace() else c for c in kept)
-        if self.lower:
-            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-            text = "".join(c.lower() for c in text)  # by characters: a sigma at a word's end is a sigma
-        words = "".join(f" {c} " if is_mark(c) else c for c in text).split()
-        for word in set(words) - self.cache.keys():
-            self.cache[word] = self.pieces(word)
-        ids = [i for word in words for i in self.cache[word]]
-        if len(self.cache) > 1 << 20:
-            self.cache.clear()
-        return ids
+        kind = unicodedata.category
+        text = "".join(c for c in text if c in "\t\n\r" or (c != "\ufffd" and kind(c)[0] != "C"))
+        text = IDEOGRAPH.sub(r" \g<0> ", text)
+        if self.lower:  # by characters: a sigma at a word's end is a sigma
+            text = "".join(c.lower() for c in unicodedata.normalize("NFD", text) if kind(c) != "Mn")
+        words = "".join(f" {c} " if c in string.punctuation or kind(c)[0] == "P" else c for c in text).split()
+        return [i for word in words for i in self.pieces(word)]
 
     def pieces(self, word: str) -> list[int]:
         """Ids of the longest known pieces of a word, left to right; [UNK] where there are none or it is over 100."""
         found, start = [], 0
-        while start < len(word) <= 100:
-            names = ((end, "##" * (start > 0) + word[start:end]) for end in range(len(word), start, -1))
-            end, i = next(((end, self.ids[name]) for end, name in names if name in self.ids), (0, 0))
-            if not end:
-                break
-            found.append(i)
-            start = end
-        return found if found and start == len(word) else [self.ids["[UNK]"]]
-
-
-def is_chinese(code: int) -> bool:
-    """Whether BERT sets the character apart: CJK ideographs, not kana or hangul."""
-    blocks = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF))
-    return code >= 0x3400 and any(first <= code <= last for first, last in (*blocks, (0x2F800, 0x2FA1F)))
-
-
-def is_mark(c: str) -> bool:
-    """Whether BERT's pre-tokenizer sets the character apart: ASCII marks and Unicode punctuation."""
-    return (c.isascii() and not c.isalnum() and c > " " and c != "\x7f") or unicodedata.category(c)[0] == "P"
+        while start < len(word):
+            mark = "##" if start else ""
+            names = (mark + word[start:end] for end in range(len(word), start, -1))
+            name = next((name for name in names if name in self.ids), None)
+            if name is None or len(word) > 100:
+                return [self.ids["[UNK]"]]
+            found.append(self.ids[name])
+            start += len(name) - len(mark)
+        return found
 
 
 class Encoder:
@@ -585,9 +579,16 @@ class Encoder:
         self.config, self.device = load_json(path / "config.json"), device
         fits = (self.config.get("model_type"), self.config.get("hidden_act")) == ("bert", "gelu")
         require(fits, f"--encoder {folder}: must be model_type bert with hidden_act gelu; give a BERT-family encoder")
-        self.tokenizer, self.dim = WordPiece(path), self.config["hidden_size"]
+        self.tokenizer = WordPiece(path)
         self.weights = {name: tensor.to(device) for name, tensor in read_weights(path).items()}
-        settings, length = path / "sentence_bert_config.json", self.config["max_position_embeddings"]
+        token = torch.tensor([[max(self.tokenizer.ids.values())]], device=device)
+        try:
+            self.dim = self.forward(token, token == token).shape[1]
+        except (KeyError, IndexError, RuntimeError) as error:
+            rule = f"config.json, vocabulary and weights must fit each other ({str(error)[:80]})"
+            raise UserError(f"--encoder {folder}: {rule}; give one model's files") from None
+        length = len(self.weights["embeddings.position_embeddings.weight"])
+        settings = path / "sentence_bert_config.json"
         own = load_json(settings).get("max_seq_length") if settings.is_file() else length
         self.length = min(own or length, length)
 
@@ -623,11 +624,10 @@ class Encoder:
         chunks.sort(key=lambda chunk: len(chunk[1]))  # like lengths go together: less padding
         total = torch.zeros(len(texts), self.dim)
         for batch in batches(chunks, 64):
-            width = len(batch[-1][1]) + 2
-            rows = [[ids["[CLS]"], *t, ids["[SEP]"]] for _, t in batch]
-            mask = torch.tensor([[j < len(row) for j in range(width)] for row in rows], device=self.device)
-            tokens = torch.tensor([row + [ids["[PAD]"]] * (width - len(row)) for row in rows], device=self.device)
-            total.index_add_(0, torch.tensor([i for i, _ in batch]), self.forward(tokens, mask).float().cpu())
+            rows = [torch.tensor([ids["[CLS]"], *t, ids["[SEP]"]], device=self.device) for _, t in batch]
+            tokens = nn.utils.rnn.pad_sequence(rows, True, ids["[PAD]"])
+            found = self.forward(tokens, tokens != ids["[PAD]"]).cpu()  # no text has this id
+            total.index_add_(0, torch.tensor([i for i, _ in batch]), found)
         return F.normalize(total, dim=1).numpy()
 
 
@@ -666,10 +666,8 @@ class Best:
         row, score, ids = (np.concatenate(part) for part in zip(*self.parts, strict=True))
         order = stable_order(row, score, ids)
         row, score, ids = row[order], score[order], ids[order]
-        first = np.searchsorted(row, np.arange(len(self.floor)))
-        place = np.arange(len(row)) - first[row]
-        kept = place < self.k
-        row, score, ids, place = row[kept], score[kept], ids[kept], place[kept]
+        place = np.arange(len(row)) - np.searchsorted(row, np.arange(len(self.floor)))[row]
+        row, score, ids, place = (part[place < self.k] for part in (row, score, ids, place))
         similarity = np.full((len(self.floor), self.k), -np.inf, np.float32)
         index = np.full((len(self.floor), self.k), -1, np.int64)
         similarity[row, place], index[row, place] = score, ids
@@ -677,18 +675,14 @@ class Best:
         return similarity, index
 
 
-def falling(weights: np.ndarray) -> np.ndarray:
-    """uint32 keys whose rising order is the falling order of float32 weights."""
-    bits = (weights + np.float32(0)).view(np.uint32)  # + 0: -0 and 0 are one number
-    return np.where(bits >> 31, bits, ~(bits | np.uint32(1 << 31)))
-
-
 def stable_order(row: np.ndarray, weight: np.ndarray, tie: np.ndarray) -> np.ndarray:
     """The permutation that sorts by (row, falling weight, tie): rows below 2^32, weights float32.
 
     Row and weight share one 64-bit key, which NumPy sorts several times faster than `lexsort` sorts three arrays.
     """
-    key = row.astype(np.uint64) << np.uint64(32) | falling(weight)
+    bits = (weight + np.float32(0)).view(np.uint32)  # + 0: -0 and 0 are one number
+    falling = np.where(bits >> 31, bits, ~(bits | np.uint32(1 << 31)))
+    key = row.astype(np.uint64) << np.uint64(32) | falling
     order = np.argsort(key)
     sorted_key = key[order]
     same = sorted_key[1:] == sorted_key[:-1]
@@ -727,37 +721,43 @@ def nearest_neighbours(
     require(method in METHODS, f"method {method!r}: must be one of {', '.join(METHODS)}; choose one")
     x = np.require(x, np.float32, ["C", "W"])  # torch wants it writable: a read-only memory map is copied
     rows = np.arange(len(x)) if rows is None else np.asarray(rows)
-    return METHODS[method](x, k, rows, recall, seed, torch.device(device), tick or (lambda done: None))
-
-
-def exact_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair, a tile of the product at a time."""
-    size, width = TILE if device.type == "cpu" else (1 << 14, 1 << 16)
-    width = max(width, 2 * k)
-    table, ids = torch.from_numpy(x).to(device), np.arange(len(x))
+    search, size = METHODS[method](torch.from_numpy(x).to(device), k, recall, seed)
     similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        best, queries, local = Best(len(chunk), k), table[chunk], np.arange(len(chunk))
-        for left in range(0, len(x), width):
-            scores = queries @ table[left : left + width].T
-            own = np.flatnonzero((chunk >= left) & (chunk < left + width))
-            scores[own, chunk[own] - left] = -math.inf
-            best.offer(scores, local, ids[left : left + width])
-            if left == 0:
-                best.merge()
-        similarity[start : start + size], index[start : start + size] = best.merge()
-        tick(start + len(chunk))
+        part = slice(start, start + size)
+        similarity[part], index[part] = search(rows[part])
+        if tick:
+            tick(min(start + size, len(rows)))
     return similarity, index
 
 
-def cluster(x: Tensor, count: int, seed: int, rounds: int = 6, per_centre: int = 32) -> Tensor:
-    """Unit centres (count, d) by spherical k-means on a sample of x (n, d)."""
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # numbers of rows (r,) -> similarity, index (r, k)
+
+
+def exact_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
+    """Every pair, a tile of the product at a time. Returns the search, and for how many rows at a time."""
+    size, width = TILE if x.device.type == "cpu" else (1 << 14, 1 << 16)
+    width, ids = max(width, 2 * k), np.arange(len(x))
+
+    def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        best, queries, local = Best(len(rows), k), x[rows], np.arange(len(rows))
+        for left in range(0, len(x), width):
+            scores = queries @ x[left : left + width].T
+            own = np.flatnonzero((rows >= left) & (rows < left + width))
+            scores[own, rows[own] - left] = -math.inf
+            best.offer(scores, local, ids[left : left + width])
+        return best.merge()
+
+    return search, size
+
+
+def cluster(x: Tensor, count: int, seed: int) -> Tensor:
+    """Unit centres (count, d): six rounds of spherical k-means on a sample of 32 rows of x (n, d) for each."""
     rng = np.random.default_rng(seed)
-    sample = x[torch.from_numpy(rng.choice(len(x), min(len(x), per_centre * count), replace=False))]
+    sample = x[torch.from_numpy(rng.choice(len(x), min(len(x), 32 * count), replace=False))]
     centres = sample[:count].clone()
-    for _ in range(rounds):
-        own = torch.cat([(part @ centres.T).argmax(1) for part in sample.split(4096)])
+    for _ in range(6):
+        own = nearest_centre(sample, centres)
         sums = torch.zeros_like(centres).index_add_(0, own, sample)
         empty = torch.bincount(own, minlength=count) == 0
         sums[empty] = sample[torch.from_numpy(rng.choice(len(sample), int(empty.sum()))).to(x.device)]
@@ -765,33 +765,35 @@ def cluster(x: Tensor, count: int, seed: int, rounds: int = 6, per_centre: int =
     return centres
 
 
-def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
+    """For each row of x (n, d) the number of its nearest centre, (n,)."""
+    return torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)])
+
+
+def ivf_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
     """Inverted lists in one big batch: one product for each list, of all the queries that look into it.
 
     A row's own list comes first and sets its floor, so that of the further lists few scores pass. The number of lists
     looked into is the least that holds `recall` of the true neighbours of 256 rows.
     """
-    table, size = torch.from_numpy(x).to(device), CHUNK["ivf"]
-    centres = cluster(table, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
-    own = torch.cat([(part @ centres.T).argmax(1) for part in table.split(2048)]).cpu().numpy()
+    centres = cluster(x, min(len(x), round(LISTS * math.sqrt(len(x)))), seed)
+    own, exact = nearest_centre(x, centres).cpu().numpy(), exact_neighbours(x, k, recall, seed)[0]
     members = np.argsort(own, kind="stable")  # by list, then by number
     begin = np.searchsorted(own[members], np.arange(len(centres) + 1))
     place = np.empty(len(x), np.int64)
     place[members] = np.arange(len(x)) - begin[own[members]]
     sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
-    true = exact_neighbours(x, k, sample, recall, seed, device, lambda done: None)[1]
-    scores = (table[sample] @ centres.T).cpu().numpy()
-    theirs = np.take_along_axis(scores, own[true], 1)[:, :, None]  # of the true neighbours' lists
+    scores = (x[sample] @ centres.T).cpu().numpy()
+    theirs = np.take_along_axis(scores, own[exact(sample)[1]], 1)[:, :, None]  # of the true neighbours' lists
     rank = (scores[:, None] >= theirs).sum(2)  # of these lists among all, equals before: (sample, k)
     probes = int(np.quantile(rank, recall, method="inverted_cdf"))
-    table = table[torch.from_numpy(members).to(device)]
-    similarity, index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        queries, best = torch.from_numpy(x[chunk]).to(device), Best(len(chunk), k)
+    by_list = x[members]
+
+    def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        queries, best = x[rows], Best(len(rows), k)
         lists = torch.cat([(part @ centres.T).topk(probes).indices for part in queries.split(2048)]).cpu().numpy()
-        lists = np.where(lists == own[chunk, None], lists[:, :1], lists)  # products of other sizes round otherwise:
-        lists[:, 0] = own[chunk]  # the own list stays the first one
+        lists = np.where(lists == own[rows, None], lists[:, :1], lists)  # products of other sizes round otherwise:
+        lists[:, 0] = own[rows]  # the own list stays the first one
         for first, last in ((0, 1), (1, min(4, probes)), (min(4, probes), probes)):
             visits = lists[:, first:last].ravel()
             order = np.argsort(visits, kind="stable")
@@ -799,25 +801,25 @@ def ivf_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, 
             for number in np.flatnonzero(np.diff(edges)):
                 asking = order[edges[number] : edges[number + 1]] // (last - first)
                 part = slice(begin[number], begin[number + 1])
-                scores = queries[asking] @ table[part].T
+                scores = queries[asking] @ by_list[part].T
                 if first == 0:
-                    scores[np.arange(len(asking)), place[chunk[asking]]] = -math.inf
+                    scores[np.arange(len(asking)), place[rows[asking]]] = -math.inf
                 best.offer(scores, asking, members[part])
-            found = best.merge()
-        similarity[start : start + size], index[start : start + size] = found
-        tick(start + len(chunk))
-    short = np.flatnonzero(np.isneginf(similarity[:, -1]))  # all its lists together hold fewer than k
-    if len(short):
-        similarity[short], index[short] = exact_neighbours(x, k, rows[short], recall, seed, device, lambda done: None)
-    return similarity, index
+            similarity, index = best.merge()
+        short = np.flatnonzero(np.isneginf(similarity[:, -1]))  # all its lists together hold fewer than k
+        similarity[short], index[short] = exact(rows[short]) if len(short) else (0, 0)
+        return similarity, index
+
+    return search, CHUNK["ivf"]
 
 
-def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray, np.ndarray]:
+def faiss_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
     """The same by faiss: a flat index for few documents, else inverted lists with probes enough for `recall`."""
     try:
         faiss = importlib.import_module("faiss")
     except ImportError:
         raise UserError("--method faiss: the package is not installed; pip install faiss-cpu") from None
+    exact, x = exact_neighbours(x, k, recall, seed)[0], x.cpu().numpy()
     index = faiss.IndexFlatIP(x.shape[1])
     if len(x) > 20_000:
         index = faiss.IndexIVFFlat(index, x.shape[1], round(4 * math.sqrt(len(x))), faiss.METRIC_INNER_PRODUCT)
@@ -825,22 +827,25 @@ def faiss_neighbours(x, k, rows, recall, seed, device, tick) -> tuple[np.ndarray
         index.train(x)
     index.add(x)
     sample = np.random.default_rng(seed).choice(len(x), min(len(x), 256), replace=False)
-    true = exact_neighbours(x, k, sample, recall, seed, torch.device("cpu"), lambda done: None)[1]
+    true = exact(sample)[1]
     while len(x) > 20_000 and index.nprobe < index.nlist:
         found = index.search(x[sample], k + 1)[1]
         if (true[:, :, None] == found[:, None, :]).any(2).mean() >= recall:
             break
         index.nprobe *= 2
-    similarity, found = index.search(x[rows], k + 1)
-    similarity[found == rows[:, None]] = -np.inf  # itself, or with equals before it nobody
-    order = np.lexsort((found, -similarity))[:, :k]
-    tick(len(rows))
-    return np.take_along_axis(similarity, order, 1), np.take_along_axis(found, order, 1)
+
+    def search(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        similarity, found = index.search(x[rows], k + 1)
+        similarity[found == rows[:, None]] = -np.inf  # itself, or with equals before it nobody
+        order = np.lexsort((found, -similarity))[:, :k]
+        return np.take_along_axis(similarity, order, 1), np.take_along_axis(found, order, 1)
+
+    return search, CHUNK["faiss"]
 
 
 METHODS = {"exact": exact_neighbours, "ivf": ivf_neighbours, "faiss": faiss_neighbours}
 TILE = (1024, 2048)  # rows and columns of the product that is formed at a time
-CHUNK = {"exact": TILE[0], "ivf": 1 << 16}  # queries that go together: in one process or in many, the same sums
+CHUNK = {"exact": TILE[0], "ivf": 1 << 16, "faiss": 1 << 16}  # queries together, in one process or in many
 LISTS = 4  # times the root of the number of documents: inverted lists
 
 
@@ -884,6 +889,10 @@ class Graph:
         """The kept documents, rising."""
         return np.flatnonzero(self.keep)
 
+    def row(self, i: int) -> np.ndarray:
+        """The neighbours of document i, the most similar first."""
+        return self.neighbours[self.indptr[i] : self.indptr[i + 1]]
+
 
 def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | None = None) -> Graph:
     """An edge where either of two kept documents is in the other's list (section 2.1); similarity, index (n, k).
@@ -894,15 +903,19 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
     n, k = index.shape
     keep = np.ones(n, bool) if keep is None else np.asarray(keep, bool)
     require(len(keep) == n == len(similarity), f"{len(keep)} keep, {len(similarity)} rows, must be {n}; mend the input")
-    narrow = np.int32 if n <= 1 << 31 else np.int64
-    shift = np.uint64((n * k).bit_length())
-    back = np.empty(n * k, np.uint64)  # (target, arc) of every arc, sorted: what points at a row, without a matrix
-    count, step = 0, max(1, ARCS // k)
-    for start in range(0, n, step):
+    narrow, step = np.int32 if n <= 1 << 31 else np.int64, max(1, ARCS // k)
+
+    def kept_arcs(start: int) -> np.ndarray:
+        """Which arcs of the rows from start on, (step, k) bool, join two kept documents."""
         target = index[start : start + step]
-        good = (target >= 0) & keep[start : start + step, None] & keep[target]
-        arc = np.flatnonzero(good)
-        back[count : count + len(arc)] = target[good].astype(np.uint64) << shift | (arc + start * k).astype(np.uint64)
+        return (target >= 0) & keep[start : start + step, None] & keep[target]
+
+    shift, count = np.uint64((n * k).bit_length()), 0
+    back = np.empty(n * k, np.uint64)  # (target, arc) of every arc, sorted: what points at a row, without a matrix
+    for start in range(0, n, step):
+        good = kept_arcs(start)
+        arc, target = np.flatnonzero(good) + start * k, index[start : start + step][good]
+        back[count : count + len(arc)] = target.astype(np.uint64) << shift | arc.astype(np.uint64)
         count += len(arc)
     back = back[:count]
     back.sort()
@@ -910,28 +923,23 @@ def build_graph(similarity: np.ndarray, index: np.ndarray, keep: np.ndarray | No
     neighbours, weights = np.empty(2 * count, narrow), np.empty(2 * count, np.float32)
     degrees, filled = np.zeros(n, np.int64), 0
     for start in range(0, n, step):
-        stop = min(start + step, n)
+        stop, good = min(start + step, n), kept_arcs(start)
         arc = (back[incoming[start] : incoming[stop]] & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.int64)
-        source = arc // k
-        target = index[start:stop]
-        good = (target >= 0) & keep[start:stop, None] & keep[target]
         arriving = np.repeat(np.arange(stop - start), np.diff(incoming[start : stop + 1]))
         row = np.concatenate([np.nonzero(good)[0], arriving])
-        other = np.concatenate([target[good], source])
-        weight = np.concatenate([similarity[start:stop][good], similarity[source, arc - source * k]])
-        order = np.argsort(row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64))  # mutual arcs meet
-        row, other, weight = row[order], other[order], weight[order]
-        again = np.zeros(len(row), bool)
-        again[1:] = (row[1:] == row[:-1]) & (other[1:] == other[:-1])
-        second = np.flatnonzero(again)
-        weight[second - 1] = np.maximum(weight[second - 1], weight[second])
-        row, other, weight = row[~again], other[~again], weight[~again]
+        other = np.concatenate([index[start:stop][good], arc // k])
+        weight = np.concatenate([similarity[start:stop][good], similarity.take(arc)])
+        pair = row.astype(np.uint64) << np.uint64(32) | other.astype(np.uint64)
+        order = np.argsort(pair)  # mutual arcs meet
+        row, other, weight, pair = row[order], other[order], weight[order], pair[order]
+        again = np.flatnonzero(pair[1:] == pair[:-1]) + 1
+        weight[again - 1] = np.maximum(weight[again - 1], weight[again])
+        row, other, weight = (np.delete(part, again) for part in (row, other, weight))
         order = stable_order(row, weight, other)
         neighbours[filled : filled + len(row)], weights[filled : filled + len(row)] = other[order], weight[order]
         degrees[start:stop] = np.bincount(row, minlength=stop - start)
         filled += len(row)
-    indptr = np.concatenate([[0], degrees.cumsum()])
-    return Graph(indptr, neighbours[:filled], weights[:filled], keep)
+    return Graph(np.append(0, degrees.cumsum()), neighbours[:filled], weights[:filled], keep)
 
 
 DEGREES = ("static", "remaining")
@@ -959,13 +967,11 @@ def traverse(
     if order == "edge":
         return chain_edges(graph, embeddings, rng)
     if order == "knn":
-        rows = ((i, graph.indptr[i]) for i in rng.permutation(nodes))
-        ends = graph.indptr[1:]
-        return np.concatenate([[i, *graph.neighbours[a : min(a + repeats, ends[i])]] for i, a in rows]).astype(np.int64)
+        return np.concatenate([[i, *graph.row(i)[:repeats]] for i in rng.permutation(nodes)])
     if order == "cluster":
         x = torch.from_numpy(np.ascontiguousarray(embeddings[nodes], np.float32))
         centres = cluster(x, -(-len(nodes) // 32), seed)
-        group = torch.cat([(part @ centres.T).argmax(1) for part in x.split(4096)]).numpy()
+        group = nearest_centre(x, centres).numpy()
         return nodes[np.lexsort((rng.permutation(len(nodes)), rng.permutation(len(centres))[group]))]
     return rng.permutation(nodes)
 
@@ -1001,8 +1007,8 @@ class Pool:
 
     def __init__(self, nodes: np.ndarray, degrees: np.ndarray, rng: np.random.Generator):
         self.degree, self.place = array.array("q", degrees.tobytes()), array.array("q", bytes(8 * len(degrees)))
-        self.buckets, self.random = collections.defaultdict(list), random.Random(int(rng.integers(1 << 62)))
-        self.lowest, self.left = 0, len(nodes)
+        self.buckets, self.lowest = [[] for _ in range(degrees.max() + 1)], 0
+        self.random = random.Random(int(rng.integers(1 << 62)))
         for node in memoryview(nodes):
             self.put(node)
 
@@ -1021,7 +1027,6 @@ class Pool:
     def remove(self, node: int, row: Iterable[int], visited: bytearray) -> None:
         """Take a document out: its neighbours lose one."""
         self.take(node)
-        self.left -= 1
         for other in row:
             if not visited[other]:
                 self.take(other)
@@ -1031,10 +1036,11 @@ class Pool:
 
     def draw(self) -> Iterator[int]:
         """A random one of those of least degree, as long as any are left."""
-        while self.left:
-            while not self.buckets[self.lowest]:
+        while self.lowest < len(self.buckets):
+            if self.buckets[self.lowest]:
+                yield self.random.choice(self.buckets[self.lowest])
+            else:
                 self.lowest += 1
-            yield self.random.choice(self.buckets[self.lowest])
 
 
 def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -1048,17 +1054,15 @@ def chain_edges(graph: Graph, embeddings: np.ndarray | None, rng: np.random.Gene
     far = array.array("q", range(n))  # of a fragment's end, the other end
     row = np.repeat(np.arange(n, dtype=graph.neighbours.dtype), np.diff(graph.indptr))
     once = np.flatnonzero(row < graph.neighbours)
-    once = once[by_falling(graph.weights[once])]
-    joined = link_edges(row[once], graph.neighbours[once], links, far)
-    method = "auto"
+    once = once[np.argsort(-graph.weights[once], kind="stable")]
+    joined, added = link_edges(row[once], graph.neighbours[once], links, far), True
     while embeddings is not None and joined < len(nodes) - 1:
         ends = nodes[np.frombuffer(links[1], np.int64)[nodes] < 0]
-        k = min(10, len(ends) - 1)
-        method = ("exact" if len(ends) <= 20_000 else "ivf") if method == "auto" else method
-        similarity, index = nearest_neighbours(embeddings[ends], k, method)
-        order = by_falling(similarity.ravel())
+        # Exact lists always yield an edge: the nearest two ends of different fragments see each other in them.
+        k, exact = min(10, len(ends) - 1), len(ends) <= 20_000 or not added
+        similarity, index = nearest_neighbours(embeddings[ends], k, "exact" if exact else "ivf")
+        order = np.argsort(-similarity.ravel(), kind="stable")
         added = link_edges(np.repeat(ends, k)[order], ends[index.ravel()[order]], links, far)
-        method = "auto" if added else "exact"  # the nearest two ends of different fragments see each other in it
         joined += added
     first, second = links
     path, seen = array.array("q"), bytearray(n)
@@ -1089,13 +1093,6 @@ def link_edges(a: np.ndarray, b: np.ndarray, links: tuple[array.array, array.arr
     return count
 
 
-def by_falling(weights: np.ndarray) -> np.ndarray:
-    """Stable permutation that sorts fewer than 2^32 float32 weights, the largest first."""
-    key = falling(weights).astype(np.uint64) << np.uint64(32) | np.arange(len(weights), dtype=np.uint64)
-    key.sort()
-    return (key & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
 # ----- The method: contexts and what an order is worth ----------------------------------------------------------------
 
 
@@ -1119,11 +1116,12 @@ def pack(tokens, order: np.ndarray, context_length: int, separator: int | None) 
     return contexts.reshape(count, -1), starts.reshape(count, -1)
 
 
+@dataclass(frozen=True)
 class Ragged:
     """Documents' ids in one flat array: item i is flat[offsets[i]:offsets[i + 1]]."""
 
-    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
-        self.flat, self.offsets = flat, offsets
+    flat: np.ndarray
+    offsets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -1198,18 +1196,17 @@ NEEDS = {  # what each stage depends on, beside the stages before it
 
 
 class Progress:
-    """A line for a stage at most every five seconds, and one at its end."""
+    """A line every five seconds while a stage is under way."""
 
     def __init__(self, stage: str, total: int):
-        self.stage, self.total, self.began = stage, total, time.perf_counter()
-        self.shown = self.began
+        self.stage, self.total = stage, total
+        self.began = self.shown = time.perf_counter()
 
     def __call__(self, done: int) -> None:
         now = time.perf_counter()
-        if done >= self.total or now - self.shown > 5:
-            self.shown, seconds = now, now - self.began
-            parts = {"stage": self.stage, "took": f"{seconds:.1f} s"}
-            print(progress_line(done, self.total, parts, seconds / max(1, done)), flush=True)
+        if now - self.shown > 5:
+            self.shown, pace = now, (now - self.began) / max(1, done)
+            print(progress_line(done, self.total, {"stage": self.stage}, pace), flush=True)
 
 
 class Stages:
@@ -1227,45 +1224,43 @@ class Stages:
         file = self.folder / stage / "key"
         return self.config.resume and file.is_file() and file.read_text("utf-8") == self.key
 
-    def make(self, stage: str, write: Callable[[Path], object], kept: bool | None = None) -> dict[str, np.ndarray]:
-        """The stage's arrays, memory-mapped: those there, or those that `write(folder)` writes, all or none of them."""
-        folder, half = self.folder / stage, self.folder / f"{stage}.tmp"
+    def make(self, stage: str, write: Callable[[Path], dict | None], kept: bool | None = None) -> dict[str, np.ndarray]:
+        """The stage's arrays, memory-mapped: those there, or those that `write(folder)` writes or returns."""
+        began, folder, half = time.perf_counter(), self.folder / stage, self.folder / f"{stage}.tmp"
         if self.kept(stage) if kept is None else kept:
             print(f"{stage}: kept from the run before", flush=True)
         else:
             for old in (half, folder):
                 shutil.rmtree(old, ignore_errors=True)
             half.mkdir(parents=True)
-            write(half)
+            for name, rows in (write(half) or {}).items():
+                np.save(half / f"{name}.npy", rows)
             (half / "key").write_text(self.key, "utf-8")
-            os.replace(half, folder)
-        return self.open(stage)
-
-    def open(self, stage: str) -> dict[str, np.ndarray]:
-        """A stage's arrays, memory-mapped."""
-        return {path.stem: np.load(path, mmap_mode="r") for path in sorted((self.folder / stage).glob("*.npy"))}
+            os.replace(half, folder)  # all of a stage, or nothing
+            print(f"{stage}: {time.perf_counter() - began:.1f} s", flush=True)
+        return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
-def read_stage(source: Source, config: Config, folder: Path) -> None:
+def read_stage(source: Source, config: Config, folder: Path) -> dict[str, np.ndarray]:
     """Tokenise: flat ids, offsets (n + 1,), documents.jsonl (id and label), tokenizer.json-like settings."""
     where = config.input or "the standard library"
     require(next(iter(source), None) is not None, f"--input {where}: holds no documents; give one with text")
-    vocabulary = open_vocabulary(config.tokenizer, (document.text for document in source))
+    vocabulary = open_vocabulary(config.tokenizer, source.texts())
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
     offsets, tick = array.array("q", [0]), Progress("read", source.total)
     with open(folder / "ids.bin", "wb") as ids, open(folder / "documents.jsonl", "w", encoding="utf-8") as names:
         for batch in batches(source, 256):
             for document, found in zip(batch, vocabulary.encode([document.text for document in batch]), strict=True):
-                ids.write(np.array(found, vocabulary.dtype).tobytes())
+                ids.write(np.array(found, dtype).tobytes())
                 offsets.append(offsets[-1] + len(found))
                 names.write(json.dumps([document.id, document.label]) + "\n")
-            tick(min(source.done, source.total - 1))
-    tick(source.total)
-    np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
+            tick(source.done)
     if vocabulary.file:
         (folder / vocabulary.name).write_bytes(vocabulary.file)
-    about = {"dtype": np.dtype(vocabulary.dtype).name, "vocab_size": vocabulary.size, "tokenizer": vocabulary.name}
+    about = {"dtype": dtype.name, "vocab_size": vocabulary.size, "tokenizer": vocabulary.name}
     write_json(folder / "vocabulary.json", about | {"document_separator": vocabulary.separator})
     write_json(folder / "left_out.json", dict(source.counts))
+    return {"offsets": np.frombuffer(offsets, np.int64)}
 
 
 def embed_stage(source: Source, config: Config, count: int, device: torch.device, folder: Path) -> None:
@@ -1283,12 +1278,9 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
         rows = (np.asarray(given[i : i + 4096], np.float32) for i in range(0, count, 4096))
         blocks, dim = (block / np.linalg.norm(block, axis=1, keepdims=True) for block in rows), given.shape[1]
     else:
-        if config.encoder:
-            model = Encoder(config.encoder, device)
-        else:
-            model = TfIdf(config.dim, config.seed).fit(document.text for document in source)
-        dim, texts = model.dim, (document.text for document in source)
-        blocks = (model.embed(batch) for batch in batches(texts, 256))
+        encoder = Encoder(config.encoder, device) if config.encoder else None
+        model = encoder or TfIdf(config.dim, config.seed).fit(source.texts())
+        blocks, dim = map(model.embed, batches(source.texts(), 256)), model.dim
     x = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (count, dim))
     done = 0
     for block in blocks:
@@ -1298,15 +1290,13 @@ def embed_stage(source: Source, config: Config, count: int, device: torch.device
     x.flush()
 
 
-def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> None:
+def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder: Path | None) -> dict | None:
     """Similarity and index (n, k); of torchrun's processes each searches for its part, and the first has the folder."""
     count, method = len(x), config.method
     if method == "auto":
         method = "exact" if count <= config.exact_limit else "ivf"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = CHUNK.get(method, count)
-    chunks = [np.arange(start, min(start + size, count)) for start in range(0, count, size)][rank::world]
-    rows = np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+    rows = np.flatnonzero(np.arange(count) // CHUNK[method] % world == rank)
     tick = Progress(f"neighbours ({method})", len(rows)) if rank == 0 else None
     similarity, index = np.zeros((count, config.k), np.float32), np.zeros((count, config.k), np.int64)
     found = nearest_neighbours(x, config.k, method, config.recall, config.seed, device, rows, tick)
@@ -1314,26 +1304,24 @@ def neighbours_stage(x: np.ndarray, config: Config, device: torch.device, folder
     for part in (similarity, index) if world > 1 else ():
         dist.all_reduce(torch.from_numpy(part))  # the other rows are 0
     if folder is None:
-        return
-    np.save(folder / "similarity.npy", similarity)
-    np.save(folder / "index.npy", index)
+        return None
     recall = 1.0
     if method != "exact":
         sample = np.random.default_rng(config.seed + 1).choice(count, min(count, 256), replace=False)
-        true = nearest_neighbours(x, config.k, "exact", device=device, rows=sample)[1]
+        true = nearest_neighbours(x, config.k, device=device, rows=sample)[1]
         recall = float((true[:, :, None] == index[sample][:, None, :]).any(2).mean())
         print(f"recall@{config.k} against exact search on {len(sample)} documents: {recall:.3f}")
     write_json(folder / "recall.json", {"method": method, "recall": recall})
+    return {"similarity": similarity, "index": index}
 
 
-def graph_stage(similarity: np.ndarray, index: np.ndarray, config: Config, folder: Path) -> None:
+def graph_stage(similarity: np.ndarray, index: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
     """The graph's arrays."""
-    keep = drop_duplicates(similarity, index, config.threshold)
+    keep = drop_duplicates(similarity, index, threshold)
     graph = build_graph(similarity, index, keep)
-    for field in dataclasses.fields(Graph):
-        np.save(folder / f"{field.name}.npy", getattr(graph, field.name))
     dropped, edges = len(keep) - int(keep.sum()), len(graph.neighbours) // 2
     print(f"graph: {len(keep) - dropped:,} documents, {dropped:,} duplicates dropped, {edges:,} edges", flush=True)
+    return vars(graph)
 
 
 @dataclass
@@ -1353,35 +1341,27 @@ class Sorted:
 def run_stages(config: Config, device: torch.device) -> Sorted | None:
     """All stages up to the order; None in the processes that torchrun started only to search for neighbours."""
     main, source = not dist.is_initialized() or dist.get_rank() == 0, Source(config)
-    stages = Stages(config, source.fingerprint())
-    folder, kept = stages.folder, [False]
+    stages, kept = Stages(config, source.fingerprint()), [False]
     if main:
-        stages.make("read", lambda half: read_stage(source, config, half))
-        count = len(stages.open("read")["offsets"]) - 1
+        offsets = stages.make("read", lambda half: read_stage(source, config, half))["offsets"]
+        count = len(offsets) - 1
         require(count > config.k, f"--k {config.k}: must be below the {count} documents; lower it or add documents")
         stages.make("embed", lambda half: embed_stage(source, config, count, device, half))
         kept = [stages.kept("neighbours")]
     if dist.is_initialized():
         dist.broadcast_object_list(kept)
-    x = stages.open("embed")["x"]
+    x = np.load(stages.folder / "embed" / "x.npy", mmap_mode="r")
     if not main:
         return None if kept[0] else neighbours_stage(x, config, device, None)
     found = stages.make("neighbours", lambda half: neighbours_stage(x, config, device, half), kept[0])
-    graph = Graph(**stages.make("graph", lambda half: graph_stage(**found, config=config, folder=half)))
-
-    def order_stage(half: Path) -> None:
-        tick = Progress(f"order ({config.order})", int(graph.keep.sum()))
-        order = traverse(graph, config.order, config.degree, config.seed, x)
-        np.save(half / "order.npy", order)
-        tick(len(order))
-
-    order = stages.make("order", order_stage)["order"]
-    vocabulary = json.loads((folder / "read" / "vocabulary.json").read_text("utf-8"))
-    ids = np.memmap(folder / "read" / "ids.bin", vocabulary["dtype"], "r")
-    with open(folder / "read" / "documents.jsonl", encoding="utf-8") as names:
-        labels = [json.loads(line)[1] for line in names]
-    tokens = Ragged(ids, stages.open("read")["offsets"])
-    return Sorted(tokens, vocabulary, labels, x, found["similarity"], found["index"], graph, order)
+    graph = Graph(**stages.make("graph", lambda half: graph_stage(**found, threshold=config.threshold)))
+    path = (graph, config.order, config.degree, config.seed, x)
+    order = stages.make("order", lambda half: {"order": traverse(*path)})["order"]
+    read = stages.folder / "read"
+    vocabulary = load_json(read / "vocabulary.json")
+    tokens = Ragged(np.memmap(read / "ids.bin", vocabulary["dtype"], "r"), offsets)
+    labels = [json.loads(line)[1] for line in (read / "documents.jsonl").read_text("utf-8").splitlines()]
+    return Sorted(tokens, vocabulary, labels, x, **found, graph=graph, order=order)
 
 
 def sort(config: Config) -> dict | None:
@@ -1393,7 +1373,8 @@ def sort(config: Config) -> dict | None:
     contexts, _ = pack(done.tokens, done.order, config.context_length, done.vocabulary["document_separator"])
     shuffle = np.random.default_rng(config.seed).permutation(len(contexts))
     np.save(out / "order.npy", done.order)
-    write_atomically(out / "train.bin", lambda name: write_contexts(name, contexts, shuffle))
+    ids = contexts[shuffle].astype(contexts.dtype.newbyteorder("<"), copy=False)
+    write_atomically(out / "train.bin", ids.tofile)
     name = done.vocabulary["tokenizer"]
     if (out / "stages" / "read" / name).is_file():
         shutil.copyfile(out / "stages" / "read" / name, out / name)
@@ -1409,41 +1390,33 @@ def sort(config: Config) -> dict | None:
     return report
 
 
-def write_contexts(name: str, contexts: np.ndarray, shuffle: np.ndarray) -> None:
-    """Raw little-endian ids of the contexts in shuffled order."""
-    with open(name, "wb") as file:
-        for start in range(0, len(shuffle), 1024):
-            part = contexts[shuffle[start : start + 1024]]
-            file.write(part.astype(part.dtype.newbyteorder("<")).tobytes())
-
-
 def reports(done: Sorted, config: Config, shuffle: np.ndarray) -> dict:
     """`ordering_report` of the order as it came, shuffled and sorted; what was left out, and the search's recall."""
-    read = Path(config.out) / "stages" / "read"
     lengths = np.diff(done.tokens.offsets) + (done.vocabulary["document_separator"] is not None)
-    labels = done.labels if any(done.labels) else None
+    labels, stages = done.labels if any(done.labels) else None, Path(config.out) / "stages"
     orders, each = {name: traverse(done.graph, name, seed=config.seed) for name in ("file", "random")}, {}
     for name, order in (orders | {config.order: done.order}).items():
         permutation = shuffle if order is done.order else None
         each[name] = ordering_report(done.x, order, done.graph, labels, lengths, config.context_length, permutation)
-    report = {"orders": each, "left_out": json.loads((read / "left_out.json").read_text("utf-8"))}
-    report |= {"documents": len(done.tokens), "duplicates": float(1 - done.graph.keep.mean())}
-    report |= {"neighbours": json.loads((read.parent / "neighbours" / "recall.json").read_text("utf-8"))}
-    return report | {"documents_longer_than_a_context": int((lengths > config.context_length).sum())}
+    return {
+        "orders": each,
+        "documents": len(done.tokens),
+        "duplicates": float(1 - done.graph.keep.mean()),
+        "documents_longer_than_a_context": int((lengths > config.context_length).sum()),
+        "left_out": load_json(stages / "read" / "left_out.json"),
+        "neighbours": load_json(stages / "neighbours" / "recall.json"),
+    }
 
 
 def table(columns: dict[str, dict]) -> str:
-    """A line for each value, a column for each dictionary of them; a dictionary among the values is set in."""
-    rows = dict.fromkeys(name for values in columns.values() for name in values)
-    lines = [" " * 26 + "".join(f"{name:>12}" for name in columns)]
-    for name in rows:
-        cells = [values.get(name, "-") for values in columns.values()]
-        if isinstance(cells[0], dict):
-            inner = [{f"  {name} {at}": value for at, value in cell.items()} for cell in cells]
-            lines += table(dict(zip(columns, inner, strict=True))).splitlines()[1:]
-        else:
-            lines.append(f"{name:26}" + "".join(f"{f'{c:.4f}' if isinstance(c, float) else str(c):>12}" for c in cells))
-    return "\n".join(lines)
+    """A line for each value, a column for each dictionary of them; a dictionary among the values has several lines."""
+    rows = {"": list(columns)}
+    for i, values in enumerate(columns.values()):
+        for name, value in values.items():
+            for at, cell in value.items() if isinstance(value, dict) else [("", value)]:
+                cells = rows.setdefault(f"{name} {at}", ["-"] * len(columns))
+                cells[i] = f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+    return "\n".join(f"{name:26}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows.items())
 
 
 # ----- The experiment: does the order teach a model to use its context? -----------------------------------------------
@@ -1569,15 +1542,14 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
         contexts = contexts[: max(1, min(len(contexts) - 1, 65536 // config.context_length))]
         sets[name] = torch.from_numpy(contexts.astype(np.int64)).to(device)
     target = min(target, config.context_length // 4)
+    require(target > 0, f"--context-length {config.context_length}: must be at least 4 to train on; raise it")
     sizes, degrees, rows = np.diff(done.tokens.offsets), np.diff(graph.indptr), collections.defaultdict(list)
     others, past = rng.permutation(graph.nodes()), config.context_length - target - 1
     chosen = [i for i in graph.nodes() if degrees[i] and sizes[i] >= target]
     require(len(chosen) > 0, f"held-out documents: none has a neighbour and {target} tokens; give more text")
     for n, i in enumerate(rng.permutation(chosen)[:most]):
-        wanted = [separator, *done.tokens[i][:target].tolist()]
+        wanted, best, apart = [separator, *done.tokens[i][:target].tolist()], graph.row(i), np.roll(others, -n)
         rows["alone"].append(wanted)
-        best = graph.neighbours[graph.indptr[i] : graph.indptr[i + 1]]
-        apart = np.roll(others, -n)
         apart = apart[~np.isin(apart, [i, *best])]
         for name, sources in (("related", [*best, *apart]), ("unrelated", apart)):
             before = []
@@ -1585,7 +1557,7 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
                 before = [*done.tokens[j].tolist(), *[separator] * bool(before), *before]
                 if len(before) >= past:
                     break
-            rows[name].append([separator] * (past - len(before)) + before[max(0, len(before) - past) :] + wanted)
+            rows[name].append(([separator] * past + before)[-past:] + wanted)
     found = {name: torch.tensor(part, device=device) for name, part in rows.items()}
     return HeldOut(**sets, alone=found.pop("alone"), after=found)
 
@@ -1600,8 +1572,7 @@ def judge(model: CausalLM, held: HeldOut) -> dict:
     for name, rows in held.after.items():
         loss = model.losses(rows, alone.shape[1])
         scores |= {f"{name}_context_loss": loss.mean().item(), f"{name}_context_gain": (alone - loss).mean().item()}
-    edges = [0, 4, 8, 16, 32, 64]
-    cuts = [(a, b) for a, b in itertools.pairwise(edges) if a < alone.shape[1]]
+    cuts = [(a, b) for a, b in itertools.pairwise([0, 4, 8, 16, 32, 64]) if a < alone.shape[1]]
     return scores | {"no_context_loss_at": {f"{a}-{b - 1}": alone[:, a:b].mean().item() for a, b in cuts}}
 
 
@@ -1610,10 +1581,11 @@ def split(done: Sorted, share: int = 10) -> tuple[Graph, Graph]:
 
     Duplicates were dropped over all documents together, so none parts training from held-out text.
     """
-    names = np.unique(done.labels, return_inverse=True)[1] if any(done.labels) else np.arange(len(done.labels))
+    names = np.unique(done.labels, return_inverse=True)[1]
+    if names.max() == 0:  # one label for all is none
+        names = np.arange(len(names))
     names = np.random.default_rng(0).permutation(names.max() + 1)[names]
-    keep = done.graph.keep
-    part = names % share == 0
+    keep, part = done.graph.keep, names % share == 0
     return build_graph(done.similarity, done.index, keep & ~part), build_graph(done.similarity, done.index, keep & part)
 
 
@@ -1670,10 +1642,10 @@ def picture(done: Sorted, paths: dict[str, np.ndarray], arms: dict, path: Path) 
     axes[1].scatter(*place.T, s=1, color="0.6")
     axes[1].add_collection(lines)
     axes[1].set(xlabel=f"first principal component ({len(order):,} documents, {name})", ylabel="second")
-    names = [n for n in next(iter(arms.values())) if n.endswith("loss")] if arms else []
-    for i, (arm, scores) in enumerate(arms.items()):
-        axes[2].barh(np.arange(len(names)) + 0.35 * i, [scores[n] for n in names], 0.33, label=arm)
     if arms:
+        names = [n for n in next(iter(arms.values())) if n.endswith("loss")]
+        for i, (arm, scores) in enumerate(arms.items()):
+            axes[2].barh(np.arange(len(names)) + 0.35 * i, [scores[n] for n in names], 0.33, label=arm)
         axes[2].set_yticks(np.arange(len(names)) + 0.17, [n.replace("_", " ") for n in names])
         axes[2].set(xlabel="nats a token, held-out text")
         axes[2].legend()

@@ -1,5 +1,6 @@
 """iclm_sort.py by slow loops in float64, by hand-made cases, and as a user runs it."""
 
+import base64
 import itertools
 import json
 import math
@@ -80,6 +81,12 @@ def test_embeddings_are_projected_tf_idf():
 def test_there_must_be_text_to_embed(texts):
     with pytest.raises(ValueError, match=r"no documents|neither words nor marks"):
         iclm_sort.embed_documents(texts)
+
+
+def test_what_is_not_blank_can_be_embedded():
+    """An underscore is neither a word nor blank: a mark, then."""
+    x = iclm_sort.embed_documents(["fine", "____", "_!_"])
+    assert np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
 
 
 # ----- Neighbours -----------------------------------------------------------------------------------------------------
@@ -500,6 +507,24 @@ def test_unknown_tokenizers(name):
         iclm_sort.open_vocabulary(name, ["text"])
 
 
+BAD_RANKS = {
+    "empty": [],
+    "words only": [(b"a", 0), (b"b", 1)],
+    "twice": [(bytes([b]), b // 2) for b in range(256)],
+    "negative": [(bytes([b]), b - 1) for b in range(256)],
+    "no base64": [],
+}
+
+
+@pytest.mark.parametrize("case", BAD_RANKS)
+def test_bad_tiktoken_files(tmp_path, case):
+    path = tmp_path / "x.tiktoken"
+    rows = [base64.b64encode(token) + b" %d\n" % rank for token, rank in BAD_RANKS[case]]
+    path.write_bytes(b"".join(rows) + b"?? 1\n" * (case == "no base64"))
+    with pytest.raises(iclm_sort.UserError, match=r"x.tiktoken: (must rank all 256|each line must be).*correct it"):
+        iclm_sort.open_vocabulary(str(path), [])
+
+
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
@@ -619,6 +644,14 @@ def test_held_out_documents_are_not_trained_on(sorted_documents):
         assert graph.keep[graph.neighbours].all()
     done.labels = [""] * 240
     assert 20 <= iclm_sort.split(done)[1].keep.sum() <= 24  # every tenth document
+    done.labels = ["the folder of all files"] * 240
+    train, held = iclm_sort.split(done)
+    assert 20 <= held.keep.sum() <= 24 and train.keep.sum() + held.keep.sum() == done.graph.keep.sum()
+
+
+def test_a_context_too_short_to_judge_by(sorted_documents):
+    with pytest.raises(iclm_sort.UserError, match="--context-length 3: must be at least 4 to train on; raise it"):
+        iclm_sort.hold_out(sorted_documents, Config(context_length=3, device="cpu"), sorted_documents.graph)
 
 
 def test_what_stands_before_the_targets(sorted_documents):
@@ -819,6 +852,39 @@ def test_a_file_that_holds_no_embeddings(tmp_path, kind):
 def test_a_damaged_encoder_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(iclm_sort.UserError, match=r"config.json: must (be JSON|hold a JSON object)"):
+        iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("case", ["weight", "shape", "setting", "words", "list"])
+def test_an_encoder_whose_files_do_not_fit(tmp_path, case):
+    """Refused by name before any text is read; whole, the same files are an encoder."""
+    config = {"model_type": "bert", "hidden_act": "gelu", "hidden_size": 8, "max_position_embeddings": 5}
+    config |= {"num_attention_heads": 2, "num_hidden_layers": 1}
+    shapes = {f"embeddings.{n}_embeddings": (5, 8) for n in ("word", "position", "token_type")}
+    parts = ("self.query", "self.key", "self.value", "output.dense")
+    shapes |= {f"encoder.layer.0.attention.{n}": (8, 8) for n in parts}
+    shapes |= {"encoder.layer.0.intermediate.dense": (32, 8), "encoder.layer.0.output.dense": (8, 32)}
+    norms = ("embeddings.", "encoder.layer.0.attention.output.", "encoder.layer.0.output.")
+    weights = {f"{n}LayerNorm.{part}": torch.ones(8) for n in norms for part in ("weight", "bias")}
+    weights |= {f"{n}.weight": torch.randn(shape) for n, shape in shapes.items()}
+    weights |= {f"{n}.bias": torch.zeros(shape[0]) for n, shape in shapes.items() if "encoder" in n}
+
+    def save(settings, tensors):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nword")
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+
+    save(config | {"layer_norm_eps": 1e-12}, weights)
+    assert iclm_sort.Encoder(str(tmp_path), torch.device("cpu")).embed(["word", "a word"]).shape == (2, 8)
+    if case == "weight":
+        del weights["encoder.layer.0.output.dense.bias"]
+    elif case == "shape":
+        weights["encoder.layer.0.output.dense.bias"] = torch.zeros(9)
+    elif case == "words":
+        weights["embeddings.word_embeddings.weight"] = torch.randn(4, 8)
+    settings = config if case == "setting" else config | {"layer_norm_eps": 1e-12}
+    save(settings, [weights] if case == "list" else weights)
+    with pytest.raises(iclm_sort.UserError, match=r"must fit each other .*; give one|not a file of tensors"):
         iclm_sort.Encoder(str(tmp_path), torch.device("cpu"))
 
 
