@@ -25,7 +25,7 @@ THIRD_PARTY = {"torch", "numpy", "tiktoken"}  # what a script may import at its 
 # safe_rlhf.py holds a Llama with logits and with scores, a judged world, and from it SFT, score models, five methods.
 # recaption.py holds the seven stages that the report joins, their six models, and the tool for one's own images.
 LINE_LIMIT = {
-    "mamba.py": 2597,
+    "mamba.py": 2595,
     "transformer.py": 1600,
     "constrained_ppo.py": 1347,
     "iclm_sort.py": 1696,
