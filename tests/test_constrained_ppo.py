@@ -912,14 +912,12 @@ def test_saved_stages_are_used_again_and_not_mixed_up(tmp_path, capsys):
 
 
 def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path):
-    """The same metrics with and without a stop, run as a user runs it."""
+    """The same metrics with and without a stop, and from another process."""
 
-    def command(out, *more):
-        words = [sys.executable, str(SCRIPT), "--smoke", "--method", "ppo", "--out", str(tmp_path / out), *more]
-        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
-        return subprocess.run(words, env=threads, capture_output=True, text=True, timeout=120)
+    def words(out, *more):
+        return ["--smoke", "--method", "ppo", "--out", str(tmp_path / out), *more]
 
-    assert command("whole").returncode == 0
+    assert c.main(words("whole")) == 0
     task = c.prepare(
         c.Config(**c.SMOKE, smoke=True, method="ppo", out=str(tmp_path / "half")), torch.device("cpu"), quiet
     )
@@ -927,7 +925,9 @@ def test_a_run_is_stopped_and_resumed_from_the_command_line(tmp_path):
     run.log({"update": 0})
     run.log(run.update())
     run.save()
-    done = command("half", "--resume")
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+    command = [sys.executable, str(SCRIPT), *words("half", "--resume")]
+    done = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     texts = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("whole", "half")]
     whole, half = ([json.loads(line) for line in lines] for lines in texts)

@@ -768,12 +768,10 @@ def test_stages_are_kept_where_nothing_changed(tmp_path, here):
     assert "neighbours: kept" in words and "graph: kept" not in words
 
 
-def test_two_processes_find_the_same(tmp_path):
-    first, launcher = (
-        corpus(tmp_path, 1500),
-        ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"),
-    )
-    run("sort", "--input", first, "--out", tmp_path / "one", *SORT)
+def test_two_processes_find_the_same(tmp_path, here):
+    first = corpus(tmp_path, 1500)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    here("sort", "--input", first, "--out", tmp_path / "one", *SORT)
     run("sort", "--input", first, "--out", tmp_path / "two", *SORT, launcher=launcher)
     for name in ("order.npy", "train.bin", "stages/neighbours/similarity.npy", "stages/neighbours/index.npy"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

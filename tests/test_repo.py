@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ MAY_DIFFER = {  # functions and classes with one name and another text in each s
 }
 RULE, SHARED = "# -----", "# ----- Shared block"
 COMMON_FLAGS = {"--seed", "--device", "--out", "--resume", "--smoke"}
+
+CAPTURED = {"capture_output": True, "text": True, "timeout": 300}
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
@@ -280,22 +283,28 @@ def test_help_and_unknown_flags(
 # ----- Running
 
 
-@each_script
-def test_smoke_run_without_matplotlib(script: Path, tmp_path: Path) -> None:
-    """As a user without matplotlib and without a network would: it ends well, draws nothing and says why, once."""
-    (blocked := tmp_path / "blocked" / "matplotlib").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future]]:
+    """A smoke run of each script, as one without matplotlib and without a network has it; two at a time."""
+    folder = tmp_path_factory.mktemp("smoke")
+    (blocked := folder / "blocked" / "matplotlib").mkdir(parents=True)
     (blocked / "__init__.py").write_text('raise ModuleNotFoundError("No module named matplotlib", name="matplotlib")\n')
-    (cwd := tmp_path / "cwd").mkdir()
     nowhere = dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9")
-    done = subprocess.run(
-        [sys.executable, script, "--smoke", "--out", "run"],
-        cwd=cwd,
-        env=os.environ | nowhere | {"PYTHONPATH": str(blocked.parent)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = os.environ | nowhere | {"PYTHONPATH": str(blocked.parent), "OMP_NUM_THREADS": "1"}
+
+    def smoke(script: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
+        (cwd := folder / script.stem).mkdir()
+        command = [sys.executable, script, "--smoke", "--out", "run"]
+        return subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, **CAPTURED), cwd
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {script: pool.submit(smoke, script) for script in SCRIPTS}
+
+
+@each_script
+def test_smoke_run_without_matplotlib(script: Path, smoke_runs: dict[Path, Future]) -> None:
+    """It ends well, draws nothing and says why, once."""
+    done, cwd = smoke_runs[script].result()
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     hints = [line for line in output.splitlines() if "matplotlib" in line]
