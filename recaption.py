@@ -986,12 +986,14 @@ def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
         raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
 
 
-def load_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> dict | None:
-    """A saved stage, or None; raises UserError naming every field in which its config differs."""
+def load_stage(
+    path: Path, config: Config, skipped: Iterable[str], device: torch.device, holds: Iterable[str] = ()
+) -> dict | None:
+    """A saved stage, or None; raises UserError naming every field in which its config differs, or if it lacks a key."""
     if not path.is_file():
         return None
     content, now = load_torch(path, device), dataclasses.asdict(config)
-    fits = isinstance(content, dict) and "config" in content
+    fits = isinstance(content, dict) and {"config", *holds} <= content.keys() and isinstance(content["config"], dict)
     require(fits, f"{path}: is no file of this script; move it away, or give another --out")
     then = {k: v for k, v in content["config"].items() if k not in skipped}
     differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
@@ -1038,11 +1040,11 @@ class Pipeline:
             torch.manual_seed(self.generator(name).initial_seed())
             return make().to(self.device)
 
-    def load(self, name: str, needs: str) -> dict | None:
+    def load(self, name: str, needs: str, *holds: str) -> dict | None:
         """The saved stage of that name, or None; UserError where a field that it depends on has changed."""
         skipped = {field.name for field in dataclasses.fields(Config)} - set(NEEDS[needs])
         path = self.out / f"{name}.pt"
-        content = load_stage(path, self.config, skipped, self.device)
+        content = load_stage(path, self.config, skipped, self.device, holds)
         fits = content is None or content.get("source") == self.source
         require(fits, f"{path}: --data had another captions.jsonl then; undo that, or change --out")
         return content
@@ -1064,7 +1066,7 @@ class Pipeline:
         lr, generator = self.config.lr if lr is None else lr, self.generator("train", same or name)
         optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         average, rows = copy.deepcopy(module).requires_grad_(False), []
-        step, content = 0, self.load(name, needs)
+        step, content = 0, self.load(name, needs, "step", "rows", "generator", "module", "average", "optimizer")
         if content and (content["step"] == steps or self.config.resume):
             for part, state in ((module, "module"), (average, "average"), (optimizer, "optimizer")):
                 take_state(part, content[state], self.out / f"{name}.pt")
@@ -1100,12 +1102,12 @@ class Pipeline:
         c = self.config
         if c.data:
             return read_pictures(Path(c.data), c.size)
-        content = self.load("data", "data")
+        names = ("images", "alt", "short", "descriptive")
+        content = self.load("data", "data", *names, "scenes")
         if content is None:
             drawn = draw_pictures(c.scenes, c.clean, c.size, self.generator("data"))
             content = self.save("data", vars(drawn) | {"scenes": [dataclasses.asdict(s) for s in drawn.scenes]})
         scenes = [Scene(tuple(Thing(**t) for t in s["things"]), s["background"]) for s in content["scenes"]]
-        names = ("images", "alt", "short", "descriptive")
         return Pictures(*(content[name] for name in names), scenes)
 
     @functools.cached_property
@@ -1117,8 +1119,13 @@ class Pipeline:
     @functools.cached_property
     def pieces(self) -> Pieces:
         """The tokenizer of the training texts."""
-        p = self.pictures
-        return Pieces.learn([*p.alt, *p.short.values(), *p.descriptive.values()], self.config.vocabulary)
+        c, p = self.config, self.pictures
+        texts = [*p.alt, *p.short.values(), *p.descriptive.values()]
+        pieces = Pieces.learn(texts, c.vocabulary)
+        lengths = [len(pieces.encode(text)) + 2 for text in texts]
+        if cut := sum(n > c.length for n in lengths):
+            self.say(f"{cut} of {len(texts)} captions are cut to --length {c.length}; whole, they need {max(lengths)}")
+        return pieces
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Tokens (B, T) of texts, on the device."""
@@ -1530,6 +1537,7 @@ def caption_folder(config: Config) -> int:
     models = {style: model for style, model in models.items() if style != "base"} or {"caption": models["base"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["file"] for row in kept_rows(out, config.resume, models.keys())}
+    end = out.stat().st_size if out.exists() else 0
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     files = sorted(p.relative_to(folder).as_posix() for p in found)
     require(bool(files), f"--images {folder}: has no images ({' '.join(sorted(SUFFIXES))}); give another")
@@ -1553,7 +1561,9 @@ def caption_folder(config: Config) -> int:
             rows = [{"file": name} | {style: t[i] for style, t in texts.items()} for i, name in enumerate(good)]
             try:  # a file's name that is not UTF-8 is written as JSON escapes
                 with open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
+                    require(file.tell() == end, f"--out {out}: another run writes to it; stop one, go on with --resume")
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                    end = file.tell()
             except OSError as error:
                 raise OSError(f"{out}: not written ({error.strerror}); mend that and go on with --resume") from None
         written += len(images)

@@ -623,6 +623,28 @@ def test_a_stage_of_another_shape_and_a_captioner_of_another_run_are_refused(tmp
         _ = work.captioners
 
 
+@pytest.mark.parametrize("content", [{}, {"config": None}, {"config": {}}, [1]])
+def test_files_of_another_script_under_a_stages_name_are_refused(tmp_path, content):
+    for name, stage in ("data", "pictures"), ("autoencoder", "autoencoder"):
+        (tmp_path / name).mkdir()
+        torch.save(content, tmp_path / name / f"{name}.pt")
+        work = r.Pipeline(r.Config(**r.SMOKE, resume=True, out=str(tmp_path / name)), quiet)
+        with pytest.raises(ValueError, match=rf"{name}\.pt: is no file of this script; move it away"):
+            getattr(work, stage)
+
+
+def test_captions_that_the_length_cuts_are_counted(tmp_path):
+    said = []
+    for length in 99, 20:
+        work = r.Pipeline(r.Config(**r.SMOKE | {"length": length}, out=str(tmp_path / str(length))), said.append)
+        p, pieces = work.pictures, work.pieces
+    texts = [*p.alt, *p.short.values(), *p.descriptive.values()]
+    needed = [len(pieces.encode(text)) + 2 for text in texts]
+    cut = sum(pieces.decode(row) != text for text, row in zip(texts, pieces.batch(texts, 20).tolist(), strict=True))
+    assert 0 < cut < len(texts)
+    assert said == [f"{cut} of {len(texts)} captions are cut to --length 20; whole, they need {max(needed)}"]
+
+
 def test_the_rate_rises_and_falls_and_gradients_are_clipped(tmp_path):
     work, norms = r.Pipeline(r.Config(**r.SMOKE, out=str(tmp_path)), quiet), []
 
@@ -1022,6 +1044,23 @@ def test_files_of_others_are_left_as_they_are(folder, captioner, tmp_path, capsy
     file.write_text(json.dumps({"file": "1.png", "short": "x"}) + "\n" + json.dumps({"file": "2.png"})[:7])
     assert r.main([*captioner, "--out", str(file), "--resume"]) == 0
     assert file.read_text().count("1.png") == 1 == file.read_text().count("2.png")
+
+
+def test_two_runs_do_not_write_to_one_file(folder, captioner, tmp_path, monkeypatch, capsys):
+    """A second run begins and ends while the first has one batch written: each file has one row all the same."""
+    file, usual, statuses = tmp_path / "o.jsonl", r.caption_images, []
+
+    def caption(*given):
+        if file.exists() and not statuses:
+            statuses.append(None)
+            statuses[0] = r.main([*captioner, "--out", str(file), "--resume"])
+        return usual(*given)
+
+    monkeypatch.setattr(r, "caption_images", caption)
+    assert r.main([*captioner, "--out", str(file)]) == 2 and statuses == [0]
+    assert "o.jsonl: another run writes to it; stop one, go on with --resume" in capsys.readouterr().err
+    names = [json.loads(line)["file"] for line in file.read_text().splitlines()]
+    assert len(names) == 7 == len(set(names))
 
 
 def test_batches_have_draws_of_their_own(folder, captioner, tmp_path, monkeypatch):
