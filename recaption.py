@@ -135,15 +135,13 @@ class Config:
                 fits = math.isfinite(value) and (value > 0 or (value == 0 and field.name in zero))
                 rule = "0 or more" if field.name in zero else "above 0"
                 require(fits, f"{name} {value}: must be {rule} and finite; correct it")
-        for name in ("drop", "ema", "top_p"):
-            value = getattr(self, name)
-            fits = value <= 1 and (value < 1 or name == "top_p")
-            require(fits, f"--{name.replace('_', '-')} {value}: must be below 1; lower it")
+        require(self.top_p <= 1, f"--top-p {self.top_p}: must be at most 1; lower it")
+        for name in ("drop", "ema"):
+            require(getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be below 1; lower it")
         require(self.size % 8 == 0, f"--size {self.size}: must be a multiple of 8; change it")
         for name in ("width", "paint_width"):
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            fits = value % (2 * self.heads) == 0
-            require(fits, f"{flag} {value}: must be a multiple of twice the heads, {self.heads}; change either")
+            value, rule = getattr(self, name), f"must be a multiple of twice the heads, {self.heads}"
+            require(value % (2 * self.heads) == 0, f"--{name.replace('_', '-')} {value}: {rule}; change either")
         for name, least in (("length", 3), ("prompts", 2)):
             require(getattr(self, name) >= least, f"--{name} {getattr(self, name)}: must be {least} or more; raise it")
         require(self.clean <= self.scenes, f"--clean {self.clean}: must be at most --scenes {self.scenes}; lower it")

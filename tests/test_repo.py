@@ -31,7 +31,7 @@ LINE_LIMIT = {
     "constrained_ppo.py": 1347,
     "iclm_sort.py": 1696,
     "safe_rlhf.py": 1458,
-    "recaption.py": 1657,
+    "recaption.py": 1665,
 }
 MAY_DIFFER = {  # functions and classes with one name and another text in each script, and why
     "Config",  # flags of the script
