@@ -1635,7 +1635,7 @@ def picture(done: Sorted, paths: dict[str, np.ndarray], arms: dict, path: Path) 
     axes[0].set(xlabel="cosine of adjacent documents", ylabel="steps")
     axes[0].legend()
     order = np.asarray(paths[name][:5000])
-    x = torch.from_numpy(np.array(done.x[order]))
+    x = F.pad(torch.from_numpy(np.array(done.x[order])), (0, 1))  # embeddings of one number have two components too
     place = ((x - x.mean(0)) @ torch.pca_lowrank(x, 2)[2]).numpy()
     lines = LineCollection(np.stack([place[:-1], place[1:]], 1), cmap="viridis", lw=0.3, alpha=0.5)
     lines.set_array(np.arange(len(place)))

@@ -665,8 +665,9 @@ class LlamaConfig:
         if self.rope_scaling:
             stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             sizes |= {k: self.rope_scaling.get(k) for k in stretch}
-        wrong = [f"{k} = {v!r}" for k, v in sizes.items() if type(v) not in (int, float) or v <= 0]
-        require(not wrong, f"a Llama of {', '.join(wrong)}: must be numbers above 0; correct config.json")
+        real = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+        wrong = [f"{k} = {v!r}" for k, v in sizes.items() if type(v) not in (int, float)[: 1 + (k in real)] or v <= 0]
+        require(not wrong, f"a Llama of {', '.join(wrong)}: must be above 0, and counts whole; correct config.json")
         D, heads = self.hidden_size, self.num_attention_heads
         require(D % (2 * heads) == 0, f"width {D}: must be an even multiple of the heads, {heads}; change either")
         require(heads % self.groups == 0, f"{heads} heads: must be a multiple of those of keys, {self.groups}; mend it")

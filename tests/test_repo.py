@@ -30,7 +30,7 @@ LINE_LIMIT = {
     "transformer.py": 1600,
     "constrained_ppo.py": 1347,
     "iclm_sort.py": 1696,
-    "safe_rlhf.py": 1458,
+    "safe_rlhf.py": 1459,
     "recaption.py": 1665,
 }
 MAY_DIFFER = {  # functions and classes with one name and another text in each script, and why

@@ -776,7 +776,8 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 @pytest.mark.parametrize(
     "changes,words",
     [
-        ({"hidden_size": None}, "hidden_size = None: must be numbers above 0"),
+        ({"hidden_size": None}, "hidden_size = None: must be above 0, and counts whole"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5: must"),
         ({"num_attention_heads": 0}, "num_attention_heads = 0.*must"),
         ({"vocab_size": "50", "num_hidden_layers": -1}, "vocab_size = '50', num_hidden_layers = -1: must"),
         ({"num_key_value_heads": 3}, "4 heads: must be a multiple of those of keys, 3"),
