@@ -814,8 +814,8 @@ class ChunkedScan:
     divided by a product of decays, so that exp(delta A) may underflow to 0; every sum has a fixed order.
     """
 
-    # Elements that a step should advance, over several segments if need be; in a block of states; in a window.
-    SIZES: ClassVar = {"cpu": (2**16, 3 * 2**17, 2**18), "cuda": (2**18, 2**26, 2**24)}
+    # Elements that a step should advance, over segments if need be; fewest of these; elements in a block; in a window.
+    SIZES: ClassVar = {"cpu": (2**16, 16, 3 * 2**17, 2**18), "cuda": (2**18, 8, 2**26, 2**24)}
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
         self.u, self.delta, self.B, self.C, self.z, self.starts = u, delta, B, C, z, starts
@@ -831,9 +831,9 @@ class ChunkedScan:
     def stretches(self) -> list[list[Window]]:
         """The sequence as one stretch of S segments and, if S does not divide L, one more; each as its windows."""
         (batch, L, D), N = self.u.shape, self.A.shape[0]
-        step, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
+        step, fewest, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
         S = min(math.isqrt(L), step // (batch * N * D))
-        S = S if S >= 8 else 1  # fewer would not repay the second pass
+        S = S if S >= fewest else 1  # fewer would not repay the second pass
         stretches = []
         for first, segments, length in ((0, S, L // S), (L - L % S, 1, L % S)):
             Q = segments * batch

@@ -123,7 +123,7 @@ HARD = {
     "static B and C": functools.partial(draw, 2, 130, 6, 4, static="BC"),
 }
 CASES = HARD | {f"drawn {seed}": functools.partial(drawn, seed) for seed in range(25)}
-TINY = (2**14, 48, 2**11)  # ChunkedScan.SIZES that force segments, many windows and blocks
+TINY = (2**14, 8, 48, 2**11)  # ChunkedScan.SIZES that force segments, many windows and blocks
 PATHS = [*((name, None) for name in mamba.SCANS), ("chunked", TINY)]
 
 
@@ -213,7 +213,7 @@ def check_half(x, backend, dtype):
 
 
 @pytest.mark.parametrize("static", ["", "BC"])
-@pytest.mark.parametrize("sizes", [(16, 8, 8), (0, 8, 1000)])
+@pytest.mark.parametrize("sizes", [(24, 2, 8, 8), (0, 2, 8, 1000)])
 def test_gradients_are_the_finite_differences(static, sizes, monkeypatch):
     monkeypatch.setitem(mamba.ChunkedScan.SIZES, "cpu", sizes)
     x = draw(2, 11, 2, 2, static=static, starts=0.2)
