@@ -833,7 +833,7 @@ class ChunkedScan:
         (batch, L, D), N = self.u.shape, self.A.shape[0]
         step, fewest, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
         S = min(math.isqrt(L), step // (batch * N * D))
-        S = S if S >= fewest else 1  # fewer would not repay the second pass
+        S = S if fewest <= S else 1  # fewer would not repay the second pass
         stretches = []
         for first, segments, length in ((0, S, L // S), (L - L % S, 1, L % S)):
             Q = segments * batch
