@@ -723,8 +723,8 @@ def here(capsys):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch, request):
-    """Drawing takes longer than all else; one test draws."""
-    if "sorted_tokens" not in request.node.name:
+    """Drawing takes longer than all else; two tests draw."""
+    if not re.search("sorted_tokens|drawn", request.node.name):
         monkeypatch.setattr(iclm_sort, "picture", lambda *_: None)
 
 
@@ -747,6 +747,13 @@ def test_sorted_tokens_are_read_by_mamba(tmp_path, here):
     assert {tuple(c) for c in tokens.reshape(-1, 64).tolist()} == contexts  # the same ids and cuts, in another order
     ours = run("--data", out / "train.bin", "--smoke", "--out", tmp_path / "mamba", script="mamba.py")
     assert "bits a byte" in ours and (tmp_path / "mamba" / "result.json").is_file()
+
+
+def test_embeddings_of_one_number_are_drawn(tmp_path, here):
+    np.save(tmp_path / "x.npy", unit(60, 1))
+    flags = ("sort", "--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, "--threshold", "2")
+    here(*flags, "--embeddings", tmp_path / "x.npy")
+    assert (tmp_path / "out" / "order.png").stat().st_size > 10_000
 
 
 def test_stages_are_kept_where_nothing_changed(tmp_path, here):
