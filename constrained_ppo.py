@@ -143,8 +143,7 @@ class Config:
                 rule = "at least 0" if name in zero else "at least 1" if isinstance(value, int) else "above 0"
                 fits = math.isfinite(value) and (value > 0 or (value == 0 and name in zero))
                 require(fits, f"--{name.replace('_', '-')} {value}: must be {rule} and finite; correct it")
-        fits = max(self.gamma, self.lam) <= 1
-        require(fits, f"--gamma {self.gamma}, --lam {self.lam}: must be at most 1; lower them")
+        require(max(self.gamma, self.lam) <= 1, f"--gamma {self.gamma}, --lam {self.lam}: must be at most 1; lower it")
         require(self.minibatches <= self.batch, f"--minibatches {self.minibatches}: must be at most --batch; lower it")
         fits = self.objective == "kl" or (self.objective in self.names and len(self.names) > 1)
         require(fits, f"--objective {self.objective}: must be kl or one of several rewards {self.names}; correct it")
@@ -850,8 +849,7 @@ class Task:
         self.dirty, self.train, self.valid = read_rows(config.data) if config.data else small_talk()
         self.valid = self.valid[: config.eval_rows]
         every = dict.fromkeys([*self.dirty, *self.train, *self.valid])
-        texts = (f"{row.prompt} {row.response}" for row in every)
-        self.tokenizer = BytePairs(config.policy) if config.policy else Words(texts)
+        self.tokenizer = BytePairs(config.policy) if config.policy else Words(f"{r.prompt} {r.response}" for r in every)
         self.labels = sorted({row.label for row in every})
         torch.manual_seed(config.seed)
         sizes = GPT2Config(self.tokenizer.size, config.length, config.d_model, config.n_layer, config.n_head)
@@ -1014,8 +1012,7 @@ class Run:
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.raw = (0.01 * torch.randn(N, generator=self.generator, device=device)).requires_grad_(True)
         rates = (self.policy, config.lr), (self.critic, config.critic_lr)
-        groups = [{"params": network.parameters(), "lr": lr} for network, lr in rates]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.optimizer = torch.optim.Adam([{"params": p.parameters(), "lr": lr} for p, lr in rates], fused=True)
         self.multiplier_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
         self.kl_coefficient = 0.0 if method == "ppo_no_kl" else config.kl_coefficient
         self.step, self.rows, self.texts = 0, [], []
@@ -1280,7 +1277,9 @@ def story(config: Config, say: Callable = print) -> dict:
     samples = show(task, runs, say)
     draw(runs, config, out / "runs.png")
     result = task.facts | {"thresholds": thresholds, "proxy_points": points, "samples": samples}
-    result |= {"runs": {run.name: run.rows[-1] for run in runs}, "searched": runs[-1].search and runs[-1].search.found}
+    best = {run.name: max(row["evaluation"] for row in run.rows) for run in runs}
+    result["runs"] = {run.name: run.rows[-1] | {"best_evaluation": best[run.name]} for run in runs}
+    result["searched"] = runs[-1].search and runs[-1].search.found
     result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
     write_json(out / "result.json", result)
     say(f"{out}: result.json, metrics.jsonl, and the runs, after {result['wall_seconds']:.0f} s")

@@ -618,16 +618,15 @@ class Encoder:
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit rows (n, d) float32; a text longer than the encoder's window is cut, and its chunks are averaged."""
-        ids, room = self.tokenizer.ids, self.length - 2
+        ids, pad, room = self.tokenizer.ids, self.tokenizer.ids["[PAD]"], self.length - 2  # no text has the id of [PAD]
         whole = enumerate(map(self.tokenizer.encode, texts))
         chunks = [(i, t[j : j + room]) for i, t in whole for j in range(0, max(len(t), 1), room)]
         chunks.sort(key=lambda chunk: len(chunk[1]))  # like lengths go together: less padding
         total = torch.zeros(len(texts), self.dim)
         for batch in batches(chunks, 64):
             rows = [torch.tensor([ids["[CLS]"], *t, ids["[SEP]"]], device=self.device) for _, t in batch]
-            tokens = nn.utils.rnn.pad_sequence(rows, True, ids["[PAD]"])
-            found = self.forward(tokens, tokens != ids["[PAD]"]).cpu()  # no text has this id
-            total.index_add_(0, torch.tensor([i for i, _ in batch]), found)
+            tokens = nn.utils.rnn.pad_sequence(rows, True, pad)
+            total.index_add_(0, torch.tensor([i for i, _ in batch]), self.forward(tokens, tokens != pad).cpu())
         return F.normalize(total, dim=1).numpy()
 
 
@@ -729,9 +728,6 @@ def nearest_neighbours(
         if tick:
             tick(min(start + size, len(rows)))
     return similarity, index
-
-
-Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # numbers of rows (r,) -> similarity, index (r, k)
 
 
 def exact_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Search, int]:
@@ -843,6 +839,7 @@ def faiss_neighbours(x: Tensor, k: int, recall: float, seed: int) -> tuple[Searc
     return search, CHUNK["faiss"]
 
 
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # numbers of rows (r,) -> similarity, index (r, k)
 METHODS = {"exact": exact_neighbours, "ivf": ivf_neighbours, "faiss": faiss_neighbours}
 TILE = (1024, 2048)  # rows and columns of the product that is formed at a time
 CHUNK = {"exact": TILE[0], "ivf": 1 << 16, "faiss": 1 << 16}  # queries together, in one process or in many
@@ -1367,14 +1364,18 @@ def run_stages(config: Config, device: torch.device) -> Sorted | None:
 def sort(config: Config) -> dict | None:
     """The job `sort`: order.npy, train.bin, train.json, report.json and order.png in config.out."""
     began, device, out = time.perf_counter(), start(config), Path(config.out)
-    done = run_stages(config, device)
-    if done is None:
+    if (done := run_stages(config, device)) is None:
         return None
-    contexts, _ = pack(done.tokens, done.order, config.context_length, done.vocabulary["document_separator"])
+    contexts = pack(done.tokens, done.order, config.context_length, done.vocabulary["document_separator"])[0]
     shuffle = np.random.default_rng(config.seed).permutation(len(contexts))
     np.save(out / "order.npy", done.order)
-    ids = contexts[shuffle].astype(contexts.dtype.newbyteorder("<"), copy=False)
-    write_atomically(out / "train.bin", ids.tofile)
+
+    def write(name: str) -> None:  # some at a time: a second copy may not fit in memory
+        with open(name, "wb") as file:
+            for rows in np.array_split(shuffle, len(shuffle) // 1024 + 1):
+                contexts[rows].astype(contexts.dtype.newbyteorder("<")).tofile(file)
+
+    write_atomically(out / "train.bin", write)
     name = done.vocabulary["tokenizer"]
     if (out / "stages" / "read" / name).is_file():
         shutil.copyfile(out / "stages" / "read" / name, out / name)
@@ -1565,8 +1566,7 @@ def hold_out(done: Sorted, config: Config, graph: Graph, target: int = 64, most:
 def judge(model: CausalLM, held: HeldOut) -> dict:
     """Nats a token on held-out text in random and in related order, of targets with no, related and unrelated past; the
     context gain, what a past takes off the loss; and the loss alone by position after the boundary."""
-    scores = {"random_order_loss": model.losses(held.random).mean().item()}
-    scores["related_order_loss"] = model.losses(held.related).mean().item()
+    scores = {f"{k}_order_loss": model.losses(getattr(held, k)).mean().item() for k in ("random", "related")}
     alone = model.losses(held.alone)  # (t, T)
     scores["no_context_loss"] = alone.mean().item()
     for name, rows in held.after.items():

@@ -129,12 +129,11 @@ class Config:
     def __post_init__(self):
         zero = ("temperature", "caption_weight", "contrastive_weight", "drop", "ema", "seed", "lr", "tune_lr")
         zero += ("encoder_lr", "paint_lr", "guidance")
-        for field in dataclasses.fields(self):
-            value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+        for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                fits = math.isfinite(value) and (value > 0 or (value == 0 and field.name in zero))
-                rule = "0 or more" if field.name in zero else "above 0"
-                require(fits, f"{name} {value}: must be {rule} and finite; correct it")
+                fits = math.isfinite(value) and (value > 0 or (value == 0 and name in zero))
+                rule = "0 or more" if name in zero else "above 0"
+                require(fits, f"--{name.replace('_', '-')} {value}: must be {rule} and finite; correct it")
         require(self.top_p <= 1, f"--top-p {self.top_p}: must be at most 1; lower it")
         for name in ("drop", "ema"):
             require(getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be below 1; lower it")
@@ -840,8 +839,7 @@ class Autoencoder(nn.Module):
         """Absolute and squared error of what comes back from noisy latents, which are kept small."""
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         z = self.encoder(x)
-        noise = torch.randn(z.shape, generator=generator).to(z.device)
-        back = self.decoder(z + 0.05 * noise)
+        back = self.decoder(z + 0.05 * torch.randn(z.shape, generator=generator).to(z.device))
         return (back - x).abs().mean() + F.mse_loss(back, x) + 0.01 * z.square().mean()
 
 
@@ -922,8 +920,7 @@ class Reader(nn.Module):
         x = images.permute(0, 3, 1, 2).float()
         half = len(x) // 2
         x = torch.cat([F.avg_pool2d(x[:half], 3, 1, 1, count_include_pad=False), x[half:]]).permute(0, 2, 3, 1)
-        noise = 0.15 * torch.randn(len(x), 3, *x.shape[1:3], generator=generator).to(x.device)
-        things, grounds = self(x, noise)
+        things, grounds = self(x, 0.15 * torch.randn(len(x), 3, *x.shape[1:3], generator=generator).to(x.device))
         labels = labels.to(x.device).unbind(-1)
         losses = [F.cross_entropy(a.flatten(0, 1), b.flatten()) for a, b in zip(things, labels, strict=True)]
         return sum(losses) + F.cross_entropy(grounds, ground)
@@ -984,19 +981,22 @@ def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
         raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
 
 
-def load_stage(
-    path: Path, config: Config, skipped: Iterable[str], device: torch.device, holds: Iterable[str] = ()
-) -> dict | None:
-    """A saved stage, or None; raises UserError naming every field in which its config differs, or if it lacks a key."""
+@contextlib.contextmanager
+def saved_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> Iterator[dict | None]:
+    """A saved stage, or None; raises UserError where its config differs, or where it does not fit when put to use."""
     if not path.is_file():
-        return None
+        yield None
+        return
     content, now = load_torch(path, device), dataclasses.asdict(config)
-    fits = isinstance(content, dict) and {"config", *holds} <= content.keys() and isinstance(content["config"], dict)
-    require(fits, f"{path}: is no file of this script; move it away, or give another --out")
-    then = {k: v for k, v in content["config"].items() if k not in skipped}
-    differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
-    require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
-    return content
+    try:
+        then = {k: v for k, v in content["config"].items() if k not in skipped}
+        differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
+        require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
+        yield content
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that something else wrote leads to
+        raise UserError(f"{path}: is no file of this script ({error!r:.90}); move it away, or change --out") from None
 
 
 def take_state(part: nn.Module | torch.optim.Optimizer, state: dict, path: Path) -> None:
@@ -1038,14 +1038,15 @@ class Pipeline:
             torch.manual_seed(self.generator(name).initial_seed())
             return make().to(self.device)
 
-    def load(self, name: str, needs: str, *holds: str) -> dict | None:
+    @contextlib.contextmanager
+    def load(self, name: str, needs: str) -> Iterator[dict | None]:
         """The saved stage of that name, or None; UserError where a field that it depends on has changed."""
         skipped = {field.name for field in dataclasses.fields(Config)} - set(NEEDS[needs])
         path = self.out / f"{name}.pt"
-        content = load_stage(path, self.config, skipped, self.device, holds)
-        fits = content is None or content.get("source") == self.source
-        require(fits, f"{path}: --data had another captions.jsonl then; undo that, or change --out")
-        return content
+        with saved_stage(path, self.config, skipped, self.device) as content:
+            fits = content is None or content["source"] == self.source
+            require(fits, f"{path}: --data had another captions.jsonl then; undo that, or change --out")
+            yield content
 
     def save(self, name: str, content: dict) -> dict:
         """Save a stage."""
@@ -1063,13 +1064,13 @@ class Pipeline:
         """
         lr, generator = self.config.lr if lr is None else lr, self.generator("train", same or name)
         optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        average, rows = copy.deepcopy(module).requires_grad_(False), []
-        step, content = 0, self.load(name, needs, "step", "rows", "generator", "module", "average", "optimizer")
-        if content and (content["step"] == steps or self.config.resume):
-            for part, state in ((module, "module"), (average, "average"), (optimizer, "optimizer")):
-                take_state(part, content[state], self.out / f"{name}.pt")
-            generator.set_state(content["generator"].cpu())
-            step, rows = content["step"], content["rows"]
+        average, step, rows = copy.deepcopy(module).requires_grad_(False), 0, []
+        with self.load(name, needs) as content:
+            if content and (content["step"] == steps or self.config.resume):
+                for part, state in ((module, "module"), (average, "average"), (optimizer, "optimizer")):
+                    take_state(part, content[state], self.out / f"{name}.pt")
+                generator.set_state(content["generator"].cpu())
+                step, rows = content["step"], content["rows"]
         first, began, every = step, time.perf_counter(), max(1, steps // 8)
         while step < steps:
             rate = lr * min((step + 1) / (0.05 * steps + 1), 0.51 + 0.49 * math.cos(math.pi * step / steps))
@@ -1100,13 +1101,12 @@ class Pipeline:
         c = self.config
         if c.data:
             return read_pictures(Path(c.data), c.size)
-        names = ("images", "alt", "short", "descriptive")
-        content = self.load("data", "data", *names, "scenes")
-        if content is None:
-            drawn = draw_pictures(c.scenes, c.clean, c.size, self.generator("data"))
-            content = self.save("data", vars(drawn) | {"scenes": [dataclasses.asdict(s) for s in drawn.scenes]})
-        scenes = [Scene(tuple(Thing(**t) for t in s["things"]), s["background"]) for s in content["scenes"]]
-        return Pictures(*(content[name] for name in names), scenes)
+        with self.load("data", "data") as content:
+            if content is None:
+                drawn = draw_pictures(c.scenes, c.clean, c.size, self.generator("data"))
+                content = self.save("data", vars(drawn) | {"scenes": [dataclasses.asdict(s) for s in drawn.scenes]})
+            scenes = [Scene(tuple(Thing(**t) for t in s["things"]), s["background"]) for s in content["scenes"]]
+            return Pictures(*(content[name] for name in ("images", "alt", "short", "descriptive")), scenes)
 
     @functools.cached_property
     def held_out(self) -> Pictures:
@@ -1117,12 +1117,12 @@ class Pipeline:
     @functools.cached_property
     def pieces(self) -> Pieces:
         """The tokenizer of the training texts."""
-        c, p = self.config, self.pictures
+        p, most = self.pictures, self.config.length
         texts = [*p.alt, *p.short.values(), *p.descriptive.values()]
-        pieces = Pieces.learn(texts, c.vocabulary)
-        lengths = [len(pieces.encode(text)) + 2 for text in texts]
-        if cut := sum(n > c.length for n in lengths):
-            self.say(f"{cut} of {len(texts)} captions are cut to --length {c.length}; whole, they need {max(lengths)}")
+        pieces = Pieces.learn(texts, self.config.vocabulary)
+        need = [len(pieces.encode(text)) + 2 for text in texts]
+        if cut := sum(n > most for n in need):
+            self.say(f"{cut} of {len(texts)} captions are cut to --length {most}; whole, they need {max(need)}")
         return pieces
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
@@ -1154,10 +1154,10 @@ class Pipeline:
 
             start = copy.deepcopy(found["base"]).requires_grad_()
             found[style] = self.train(style, "captioner", start, c.tune_steps, loss_of, c.tune_lr)
-        states = {name: model.state_dict() for name, model in found.items()}
-        content = {"sizes": found["base"].sizes, "pieces": self.pieces.pieces, "states": states}
-        if self.load("captioner", "captioner") is None:
-            self.save("captioner", content)
+        with self.load("captioner", "captioner") as there:
+            if there is None:
+                states = {name: model.state_dict() for name, model in found.items()}
+                self.save("captioner", {"sizes": found["base"].sizes, "pieces": self.pieces.pieces, "states": states})
         return found
 
     def pair_loss(self, model: CoCa, generator: torch.Generator) -> Tensor:
@@ -1170,14 +1170,14 @@ class Pipeline:
     @functools.cached_property
     def captions(self) -> dict[str, list[str]]:
         """The synthetic captions of the training images, by style."""
-        content = self.load("captions", "captions")
-        if content is None:
-            content, p = {}, self.pictures
-            for style, model in self.captioners.items():
-                if style != "base":
-                    content[style] = caption_images(model, self.pieces, p.images, self.config, self.generator(style))
-            content = self.save("captions", content)
-        return {style: content[style] for style in STYLES[:2] if style in content}
+        with self.load("captions", "captions") as content:
+            if content is None:
+                content, x = {}, self.pictures.images
+                for style, model in self.captioners.items():
+                    if style != "base":
+                        content[style] = caption_images(model, self.pieces, x, self.config, self.generator(style))
+                self.save("captions", content)
+            return {style: content[style] for style in STYLES[:2] if style in content}
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:

@@ -665,8 +665,8 @@ class LlamaConfig:
         if self.rope_scaling:
             stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             sizes |= {k: self.rope_scaling.get(k) for k in stretch}
-        real = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
-        wrong = [f"{k} = {v!r}" for k, v in sizes.items() if type(v) not in (int, float)[: 1 + (k in real)] or v <= 0]
+        kinds = {field.name: int for field in dataclasses.fields(self) if field.type == "int"}
+        wrong = [f"{k} = {v!r}" for k, v in sizes.items() if not isinstance(v, kinds.get(k, int | float)) or v <= 0]
         require(not wrong, f"a Llama of {', '.join(wrong)}: must be above 0, and counts whole; correct config.json")
         D, heads = self.hidden_size, self.num_attention_heads
         require(D % (2 * heads) == 0, f"width {D}: must be an even multiple of the heads, {heads}; change either")
@@ -805,8 +805,7 @@ def write_answers(policy: Llama, prompts: list, end: int, limit: int, generator:
     cache, alive, columns, x, whole = [[*layer] for layer in room], valid.any(1), [], tokens, valid
     while len(columns) < limit and alive.any():
         logp = policy.read(policy.hidden(x, whole, cache)[:, -1]).log_softmax(-1)
-        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
-        x = drawn.where(alive[:, None], end)
+        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive[:, None], end)
         columns.append((x, alive[:, None].float(), logp.gather(-1, x)))
         whole = torch.cat([whole, alive[:, None]], 1)
         alive = alive & (x[:, 0] != end)
@@ -877,7 +876,10 @@ def read_llama(folder: str, scores: bool = False) -> Llama:
     sizes = {f.name: fields[f.name] for f in dataclasses.fields(LlamaConfig) if fields.get(f.name) is not None}
     sizes |= {"rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0))}
     sizes |= {"rope_scaling": rope if kind == "llama3" else None}
-    config = LlamaConfig(**dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size")) | sizes)
+    try:
+        config = LlamaConfig(**dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size")) | sizes)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     needed |= {"partial_rotary_factor": 1, "quantization_config": None}
     needed |= {"head_dim": config.hidden_size // config.num_attention_heads}
@@ -963,8 +965,7 @@ class Experiment:
         else:
             self.train, self.held, self.disguised = world()
             drawn = r.choices(self.train + self.disguised, k=4000)
-            share = config.safe_demonstrations
-            shown = [(p.text, demonstration(p, r, share), p.kind == "harmless") for p in drawn]
+            shown = [(p.text, demonstration(p, r, config.safe_demonstrations), p.kind == "harmless") for p in drawn]
             texts = [p.text for p in self.train + self.held + self.disguised] + [*ALTERNATIVES, REFUSAL]
             texts += [step for p in self.train for step in steps_of(p)]
         self.tokenizer = FolderTokenizer(config.policy) if config.policy else WordTokenizer(texts)
@@ -1104,8 +1105,7 @@ class Experiment:
         labels = {flag for pair in pairs for flag in pair.safe}
         one, other = ("safe", "unsafe") if True in labels else ("unsafe", "safe")
         rule = f"must be some {other} ones too, or C has no zero; add such rows"
-        fits = not number or len(labels) == 2
-        require(fits, f"{name}: all {2 * len(pairs)} answers are labelled {one}, {rule}")
+        require(not number or len(labels) == 2, f"{name}: all {2 * len(pairs)} answers are labelled {one}, {rule}")
         order = random.Random(config.seed)
 
         def loss() -> Tensor:

@@ -28,7 +28,7 @@ THIRD_PARTY = {"torch", "numpy", "tiktoken"}  # what a script may import at its 
 LINE_LIMIT = {
     "mamba.py": 2595,
     "transformer.py": 1600,
-    "constrained_ppo.py": 1347,
+    "constrained_ppo.py": 1346,
     "iclm_sort.py": 1696,
     "safe_rlhf.py": 1459,
     "recaption.py": 1665,

@@ -789,7 +789,7 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 def test_sizes_of_a_folder_that_are_no_numbers_are_named(tmp_path, changes, words):
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
-    with pytest.raises(s.UserError, match=words):
+    with pytest.raises(s.UserError, match=f"{tmp_path.name}: .*{words}"):
         s.read_llama(str(tmp_path))
 
 
