@@ -1105,7 +1105,7 @@ static inline float log1p_(float e) {  /* for 0 to 1: 2 artanh(e / (2 + e)) */
 }
 static inline float sigmoid_(float x) { return 1.f / (1.f + exp2_(-LOG2E * x)); }
 static inline void load(float *to, const float *from, int m) { EACH to[w] = w < m ? from[w] : 0.f; }
-static inline void fetch(float *to, const float *from, int m, int64_t ahead) {  /* and the next block's, which lies far off */
+static inline void fetch(float *to, const float *from, int m, int64_t ahead) {  /* a prefetch may miss the array */
     for (int w = 0; w < m; w += 16) __builtin_prefetch(from + ahead + w);
     load(to, from, m);
 }
