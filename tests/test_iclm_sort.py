@@ -700,9 +700,9 @@ def test_a_model_learns_and_its_start_is_the_seeds():
 # ----- As a user runs it ----------------------------------------------------------------------------------------------
 
 
-def run(*words, script="iclm_sort.py", launcher=()):
+def run(*words, launcher=()):
     """In a process of its own."""
-    command = [sys.executable, *launcher, ROOT / script, *map(str, words)]
+    command = [sys.executable, *launcher, ROOT / "iclm_sort.py", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -731,7 +731,7 @@ def no_pictures(monkeypatch, request):
 SORT = ("--context-length", "64", "--k", "5", "--tokenizer", "bpe:300", "--dim", "64")
 
 
-def test_sorted_tokens_are_read_by_mamba(tmp_path, here):
+def test_sorted_tokens_are_read_by_mamba(tmp_path, here, capsys):
     out = tmp_path / "out"
     here("sort", "--input", corpus(tmp_path, 200), "--out", out, *SORT)
     about, order = json.loads((out / "train.json").read_text()), np.load(out / "order.npy")
@@ -745,8 +745,8 @@ def test_sorted_tokens_are_read_by_mamba(tmp_path, here):
     expected = [x for i in order for x in (*given.tokenizer.encode(texts[i]).tolist(), 299)]
     contexts = {tuple(c) for c in itertools.zip_longest(*[iter(expected)] * 64, fillvalue=299)}
     assert {tuple(c) for c in tokens.reshape(-1, 64).tolist()} == contexts  # the same ids and cuts, in another order
-    ours = run("--data", out / "train.bin", "--smoke", "--out", tmp_path / "mamba", script="mamba.py")
-    assert "bits a byte" in ours and (tmp_path / "mamba" / "result.json").is_file()
+    assert mamba.main(["--data", str(out / "train.bin"), "--smoke", "--out", str(tmp_path / "mamba")]) == 0
+    assert "bits a byte" in capsys.readouterr().out and (tmp_path / "mamba" / "result.json").is_file()
 
 
 def test_embeddings_of_one_number_are_drawn(tmp_path, here):

@@ -369,24 +369,33 @@ def test_two_processes_may_compile_at_once(tmp_path):
     assert ends(start_program(tmp_path)) == ("None", []) and made.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("unfit", ["others may write", "a file", "no folder can be made"])
-def test_an_unfit_cache_folder_is_left_alone(unfit, tmp_path):
+def test_an_unfit_cache_folder_is_left_alone(tmp_path):
+    """One that others may write to, a file in its place, a place where no folder can be made; side by side."""
     need("fused", draw(1, 2, 3, 4))
-    cache = Path("/proc") if unfit == "no folder can be made" else tmp_path
-    if unfit == "a file":
-        (cache / "mamba-scan").write_text("")
-    elif unfit == "others may write":
-        (cache / "mamba-scan").mkdir()
-        (cache / "mamba-scan").chmod(0o777)
-    assert ends(start_program(cache, TMPDIR=str(tmp_path))) == ("None", [])
-    assert not list((cache / "mamba-scan").glob("*")) and list(tmp_path.glob("mamba-scan-*/scan-*.so"))
+    caches = {name: tmp_path / name for name in ("open", "file", "none")}
+    for folder in caches.values():
+        folder.mkdir()
+    (caches["open"] / "mamba-scan").mkdir()
+    (caches["open"] / "mamba-scan").chmod(0o777)
+    (caches["file"] / "mamba-scan").write_text("")
+    places = caches | {"none": Path("/proc")}
+    running = {name: start_program(places[name], TMPDIR=str(folder)) for name, folder in caches.items()}
+    for name, folder in caches.items():
+        assert ends(running[name]) == ("None", []), name
+        assert not list((places[name] / "mamba-scan").glob("*")) and list(folder.glob("mamba-scan-*/scan-*.so")), name
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc -no-such-flag"])
-def test_without_a_compiler_the_chunked_scan_runs_and_one_line_says_so(compiler, tmp_path):
-    problem, errors = ends(start_program(tmp_path, CC=compiler))
-    assert len(errors) == 1 and re.match(r"selective_scan: chunked and not fused, since .*compiled", errors[0]), errors
-    assert "could not be compiled" in problem and not list((tmp_path / "mamba-scan").iterdir())
+def test_without_a_compiler_the_chunked_scan_runs_and_one_line_says_so(tmp_path):
+    compilers = ("no-such-compiler", "false", "cc -no-such-flag")
+    for place in compilers:
+        (tmp_path / place).mkdir()
+    running = {compiler: start_program(tmp_path / compiler, CC=compiler) for compiler in compilers}
+    for compiler, process in running.items():
+        problem, errors = ends(process)
+        said = r"selective_scan: chunked and not fused, since .*compiled"
+        assert len(errors) == 1 and re.match(said, errors[0]), (compiler, errors)
+        assert "could not be compiled" in problem, compiler
+        assert not list((tmp_path / compiler / "mamba-scan").iterdir()), compiler
 
 
 def test_the_fused_scan_says_what_it_cannot_take():
