@@ -645,16 +645,21 @@ def test_ppo_learns_a_reward(tmp_path, start):
     assert first < 0.5 and last > 0.9
 
 
-def test_xi_holds_a_reward_at_its_threshold(tmp_path, start):
-    """The same reward, to be had always: the multiplier keeps it at 0.4, which no unconstrained method would."""
-    task = new_task(tmp_path, start, batch=32, lr=3e-3, epochs=2, reply=3, reward="meteor", multiplier_lr=1.0)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_xi_holds_a_reward_at_its_threshold(tmp_path, start, seed):
+    """The same reward, to be had always: the multiplier keeps it near 0.6, where no unconstrained method would stay.
+
+    The trajectory depends on the processor's rounding, and so the margin is wide: without the multiplier it is 1.
+    """
+    sizes = {"batch": 32, "lr": 3e-3, "epochs": 2, "reply": 3}
+    task = new_task(tmp_path, start, **sizes, reward="meteor", multiplier_lr=1.0, seed=seed)
     task.rewards = {
         "meteor": lambda prompts, responses, references, labels: [float(t[:1] in "pqrst") for t in responses]
     }
     run = c.Run(task, "x", "xi_ppo", 120, [0.6])
     values = [run.update() for _ in range(120)]
     late = [row["batch_meteor"] for row in values[60:]]
-    assert abs(sum(late) / len(late) - 0.6) < 0.1
+    assert abs(sum(late) / len(late) - 0.6) < 0.2
     assert min(row["m_meteor"] for row in values) < max(row["m_meteor"] for row in values)
 
 
