@@ -2,34 +2,25 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
 # ///
-"""Mamba: a language model on selective state spaces: train, sample, evaluate.
+"""Mamba: a language model on selective state spaces. Train, sample, evaluate.
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
 
-    python mamba.py                       trains on Python's documentation: 3.3 minutes on two cores, 1.76 bits a byte
-    python mamba.py sample --prompt "A"   writes text with that checkpoint, seconds
-    python mamba.py eval --data FILE      scores that checkpoint on your text, seconds
+    python mamba.py                       trains on Python's documentation: MINUTES, BITS
+    python mamba.py sample --prompt "A"   writes text with that checkpoint: seconds
+    python mamba.py eval --data FILE      scores that checkpoint on your text: seconds
 
-code               shape       paper
-u, y               (B, L, D)   x, y: input and output of the state space model; D here is the paper's E D
-delta              (B, L, D)   Δ: step size; large takes the input in, small ignores it
-A                  (D, N)      A: diagonal and negative; exp(Δ A) is what the state keeps of itself
-B, C               (B, L, N)   B, C: how the input enters the state, and how the state is read
-D                  (D,)        the skip connection, which the paper's algorithms leave out
-z                  (B, L, D)   the gating branch of Figure 3
-state, h           (B, D, N)   h_t: all that the model remembers
-rank               R           rank of the projection s_Δ
+code      shape      paper
+u, y      (B, L, D)  x, y: input and output of the state space model; D here is the paper's E D
+delta     (B, L, D)  Δ: step size; large takes the input in, small ignores it
+A         (D, N)     A: diagonal and negative; exp(Δ A) is the share of the state that is kept
+B, C      (B, L, N)  B, C: how the input enters the state, and how the state is read
+D, z      (D,), (B, L, D)  the skip connection, and the gating branch of Figure 3
+state, h  (B, D, N)  h_t: all that the model remembers of its past
 
-`selective_scan_step` is the recurrence, `ChunkedScan` computes it in parallel in pure PyTorch, `FUSED` in C and
-`triton_forward` in Triton; `MambaBlock` is Figure 3.
-
-Differences from the paper
-1. B is discretised by Euler's rule, as in the official code; equation (4) has the zero-order hold.
-2. The fused scan is C on a CPU and Triton on a GPU, where the paper's is CUDA; without their compilers, PyTorch.
-3. Model, text and number of steps are a laptop's, and the learning rate 4e-3; the recipe is the paper's otherwise.
-4. Where B or C is input-independent (`--selective`) it starts at 1, or from a normal draw, as in S4D; not in the paper.
-
-Not included: Mamba-2, hybrids with attention, tensor parallelism, decoding with a beam.
+Differences from the paper: B is discretised by Euler's rule, as in the official code, not by the
+zero-order hold of equation 4. The fused scan is C on a CPU and Triton on a GPU, not CUDA. Model,
+text and steps are a laptop's, and so the rate is higher. Not included: Mamba-2, hybrids, beams.
 """
 
 from __future__ import annotations
@@ -37,19 +28,17 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import codecs
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
-import heapq
-import importlib
-import itertools
 import json
+import lzma
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -57,15 +46,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import threading
 import time
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait must soon sleep: tests/bench
 
 import numpy as np
 import tiktoken
@@ -74,7 +60,127 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ----- Config ---------------------------------------------------------------------------------------------------------
+# ----- The selective scan -------------------------------------------------------------------------
+
+
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+    initial_state: Tensor | None = None, starts: Tensor | None = None,
+    return_final_state: bool = False, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Algorithm 2's SSM: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t.
+
+    u, delta, z: (B, L, D); A: (D, N), negative; B, C: (B, L, N); D, delta_bias: (D,).
+    initial_state: (B, D, N), else zeros. starts: (B, L) bool, True where a document begins, which
+    sees nothing of what came before. delta_bias is added to delta, and delta_softplus makes it
+    positive. z gates the result: y * SiLU(z). backend: auto, sequential, chunked or fused.
+    Returns y (B, L, D) in u's dtype, and with return_final_state the last state (B, D, N). Computes
+    in float32, for float64 u in float64. Raises ValueError for shapes that do not fit.
+    """
+    check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    with torch.autocast(u.device.type, enabled=False):
+        x, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+        if delta_bias is not None:
+            delta = delta + delta_bias.to(dtype)
+        if delta_softplus:
+            delta = F.softplus(delta)
+        # A document forgets what was before it: exp(1e30 A) is exactly 0, in the gradients too.
+        decay = delta if starts is None else delta.masked_fill(starts.unsqueeze(-1), 1e30)
+        h = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state.to(dtype)
+        y, h = choose_scan(backend, x, A)(delta * x, decay, A, B, C, h)
+        if D is not None:
+            y = y + D.to(dtype) * x
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+    return (y.to(u.dtype), h) if return_final_state else y.to(u.dtype)
+
+
+def sequential_scan(x, delta, A, B, C, h):
+    """Equation 2, position by position; the other backends compute this function, faster.
+
+    x = delta * u and delta: (B, L, D); A: (D, N); B, C: (B, L, N); h, the state before: (B, D, N).
+    Returns y (B, L, D) and the last state (B, D, N).
+    """
+    ys = []
+    for t in range(x.shape[1]):
+        A_bar = torch.exp(delta[:, t, :, None] * A)  # equation 4: (B, D, N), between 0 and 1
+        h = A_bar * h + x[:, t, :, None] * B[:, t, None, :]
+        ys.append((h * C[:, t, None, :]).sum(-1))
+    return torch.stack(ys, dim=1), h
+
+
+def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, bias=None, softplus=False):
+    """`selective_scan` at one position: u, delta, z (B, D), B, C (B, N) -> y (B, D) and state."""
+    u, delta, B, C = (tensor.unsqueeze(1) for tensor in (u, delta, B, C))
+    z = None if z is None else z.unsqueeze(1)
+    options = (state, None, True, "sequential")
+    y, state = selective_scan(u, delta, A, B, C, D, z, bias, softplus, *options)
+    return y.squeeze(1), state
+
+
+class ParallelScan(torch.autograd.Function):
+    """`sequential_scan` in pure PyTorch, by chunks of T positions, with its own backward pass.
+
+    Exponentials and products are taken for a whole chunk; only h_t = a_t h_{t-1} + b_t goes one
+    position at a time, over all channels and states. A chunk's arrays (B, T, N, D) stay in cache,
+    and the states (B, L, D, N) never exist as a whole: as in section 3.3.2, the backward pass
+    computes them again, from each chunk's first state. Nothing divides by a decay, which may be 0.
+    """
+
+    CHUNK = 400_000  # elements of an array, so that a few of them fit the cache
+
+    @staticmethod
+    def states(x, delta, A, B, h):
+        """Decays a_t and states h_t of a chunk, (B, T, N, D) each, from h (B, N, D) before it."""
+        a = (delta.unsqueeze(2) * A).exp_()
+        hs = x.unsqueeze(2) * B.unsqueeze(3)
+        for a_t, h_t in zip(a.unbind(1), hs.unbind(1), strict=True):
+            h = h_t.addcmul_(a_t, h)
+        return a, hs
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, h0):
+        A, h = A.t().contiguous(), h0.mT.contiguous()  # (N, D), (B, N, D): channels last
+        ctx.T = max(8, min(128, ParallelScan.CHUNK // h.numel()))
+        y, first_states = torch.empty_like(x), []
+        for t in range(0, x.shape[1], ctx.T):
+            now = slice(t, t + ctx.T)
+            first_states.append(h)
+            _, hs = ParallelScan.states(x[:, now], delta[:, now], A, B[:, now], h)
+            y[:, now] = (C[:, now, None] @ hs).squeeze(2)
+            h = hs[:, -1].clone()
+        ctx.save_for_backward(x, delta, A, B, C, *first_states)
+        return y, h.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def backward(ctx, dy, dh):
+        x, delta, A, B, C, *first_states = ctx.saved_tensors
+        dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
+        dA, carry = torch.zeros_like(A), dh.mT  # carry: the gradient from the next chunk
+        for k in reversed(range(len(first_states))):
+            now, h0 = slice(k * ctx.T, (k + 1) * ctx.T), first_states[k]
+            a, hs = ParallelScan.states(x[:, now], delta[:, now], A, B[:, now], h0)
+            dC[:, now] = (hs @ dy[:, now, :, None]).squeeze(3)
+            g = dy[:, now, None] * C[:, now, :, None]  # g_t, of h_t, is C_t dy_t + a_{t+1} g_{t+1}
+            g[:, -1] += carry
+            for t in range(g.shape[1] - 2, -1, -1):
+                g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])
+            carry = a[:, 0] * g[:, 0]
+            dB[:, now] = (g @ x[:, now, :, None]).squeeze(3)
+            dx[:, now] = (B[:, now, None] @ g).squeeze(2)
+            g.mul_(a)[:, 1:].mul_(hs[:, :-1])  # now of delta_t A, since a_t = exp(delta_t A):
+            g[:, 0].mul_(h0)  # g_t a_t h_{t-1}
+            ddelta[:, now] = (g * A).sum(2)
+            dA += g.mul_(delta[:, now, None]).sum((0, 1))
+        return dx, ddelta, dA.t(), dB, dC, carry.mT
+
+
+# ----- The block and the model --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,28 +194,9 @@ class MambaConfig:
     d_conv: int = 4  # taps of the convolution
     expand: int = 2  # E: the block is this much wider than the residual stream
     dt_rank: int | str = "auto"  # R; auto is d_model / 16, rounded up
-    dt_min: float = 0.001  # step sizes at the start of training are log-uniform from here
-    dt_max: float = 0.1  # to here,
-    dt_init_floor: float = 1e-4  # and never less than this
-    bias: bool = False  # of in_proj and out_proj
-    conv_bias: bool = True
     tie_embeddings: bool = True  # the head's weight is the embedding's
     pad_vocab_size_multiple: int = 8  # the embedding has this many rows, or a multiple
     norm_eps: float = 1e-5
-    selective: tuple[str, ...] = ("delta", "B", "C")  # what depends on the input; nothing: time-invariant, as S4D
-
-    def __post_init__(self):
-        unknown = set(self.selective) - {"delta", "B", "C"}
-        require(not unknown, f"selective {sorted(unknown)}: must be among delta, B and C; leave it out")
-        sizes = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "rank", "pad_vocab_size_multiple")
-        for name in sizes:
-            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: must be at least 1; raise it")
-        require(0 < self.dt_min <= self.dt_max, f"dt_min {self.dt_min}: must be in (0, dt_max]; correct either")
-
-    @property
-    def longest(self) -> float:
-        """Positions that a text may have."""
-        return math.inf
 
     @property
     def d_inner(self) -> int:
@@ -120,2101 +207,320 @@ class MambaConfig:
         return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
 
 
-def flag(default, text: str):
-    """A field of `Config`, and a flag with its default and help."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-LEAST = {
-    "steps": 1, "batch": 1, "accumulate": 1, "length": 1, "eval_every": 1, "warmup": 0, "lr": 0, "min_lr": 0, "clip": 0,
-    "weight_decay": 0, "top_p": 1e-9, "beta2": 0, "eval_tokens": 0, "tokens": 0, "temperature": 0, "top_k": 0, "seed": 0
-}  # fmt: skip
-MOST = {"warmup": 1, "beta2": 0.99999, "top_p": 1, "seed": 2**62}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run; each field is a flag."""
-
-    data: str = flag("", "text file, folder, .jsonl or .bin of tokens; empty: the documentation that ships with Python")
-    tokenizer: str = flag("bpe:1024", "byte, bpe:N, a tiktoken encoding, a .tiktoken file or a tokenizer.json")
-    d_model: int = flag(192, "width of the residual stream; paper: 768 (130M) to 2,560 (2.8B)")
-    n_layer: int = flag(4, "Mamba blocks; paper: 24 to 64")
-    d_state: int = flag(16, "states a channel, N")
-    selective: str = flag("delta,B,C", "which of delta, B, C depend on the input; empty: none, time-invariant as S4D")
-    steps: int = flag(960, "optimiser steps; paper: 4,800 (130M)")
-    batch: int = flag(8, "sequences a step, over all processes; paper: 256, half a million tokens")
-    accumulate: int = flag(1, "micro-batches into which a process splits its part of the batch, to save memory")
-    length: int = flag(256, "tokens a sequence; paper: 2,048")
-    lr: float = flag(4e-3, "peak learning rate; paper: 3e-3 (130M), five times GPT-3's")
-    min_lr: float = flag(1e-5, "learning rate at the end of the cosine")
-    warmup: float = flag(0.1, "part of the steps in which the rate rises")
-    weight_decay: float = flag(0.1, "of matrices; none for A_log, D, norms and biases")
-    beta2: float = flag(0.95, "AdamW's second beta; the first is 0.9")
-    clip: float = flag(1.0, "largest norm of the gradient")
-    carry_state: bool = flag(False, "let the state run on from batch to batch over contiguous text, gradients cut")
-    document_resets: bool = flag(False, "reset the state where a document starts; the paper packs them without")
-    eval_every: int = flag(90, "steps from one evaluation and checkpoint to the next")
-    eval_tokens: int = flag(20_000, "validation tokens for these, 0 for all; the last one takes all")
-    compile: bool = flag(False, "torch.compile all but the scan")
-    checkpoint: str = flag("", "sample, eval: checkpoint or folder of either layout; empty: OUT/checkpoint.pt")
-    prompt: str = flag("The class", "sample: text to go on from")
-    tokens: int = flag(300, "sample: tokens to write")
-    temperature: float = flag(0.8, "sample: 0 takes the likeliest token")
-    top_k: int = flag(0, "sample: draw from the k likeliest tokens; 0: from all")
-    top_p: float = flag(1.0, "sample: draw from the fewest tokens that together are this likely")
-    seed: int = flag(0, "seed of initialisation, data order and samples")
-    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
-    out: str = flag("out/mamba", "folder of checkpoint, metrics, result and picture")
-    resume: bool = flag(False, "go on from OUT/checkpoint.pt")
-    smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
-
-    def __post_init__(self):
-        for name, least in LEAST.items():
-            value, most, words = getattr(self, name), MOST.get(name, math.inf), f"--{name.replace('_', '-')}"
-            require(not value < least, f"{words} {value}: must be at least {least}; raise it")
-            require(value <= most, f"{words} {value}: must be a number from {least} to {most}; lower it")  # NaN is not
-
-
-SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "eval_every": 2, "tokenizer": "byte"}
-SAMPLING = ("checkpoint", "prompt", "tokens", "temperature", "top_k", "top_p")
-FREE = (*SAMPLING, "accumulate", "compile", "device", "out", "resume", "smoke")  # what may differ on resuming
-
-
-# ----- Shared block: the same text in every script --------------------------------------------------------------------
-
-
-class UserError(ValueError):
-    """Bad input from the user: one line that says the value, the rule and the fix."""
-
-
-def require(fits: bool, message: str) -> None:
-    """Raise UserError with the message unless the input fits."""
-    if not fits:
-        raise UserError(message)
-
-
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> argparse.ArgumentParser:
-    """A flag for every field of the config dataclass, with its help and default."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    for field in dataclasses.fields(config_class):
-        boolean = isinstance(field.default, bool)
-        kind = {"action": argparse.BooleanOptionalAction} if boolean else {"type": type(field.default)}
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    return parser
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of that name; auto is cuda, mps or cpu, the first there is."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try auto") from None
-
-
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Call write(temporary name), then rename: a crash leaves the old file or the new one, never half of one."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, of a full disk
-        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write value as indented JSON, atomically."""
-    write_atomically(path, lambda name: Path(name).write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
-
-
-def progress_line(step: int, steps: int, parts: dict[str, str], seconds_a_step: float) -> str:
-    """`step 10/400 · loss 3.21 · ... · 4:12 left`: one line, the same in a terminal and in a log."""
-    left = round((steps - step) * seconds_a_step)
-    return " · ".join([f"step {step:,}/{steps:,}", *map(" ".join, parts.items()), f"{left // 60}:{left % 60:02} left"])
-
-
-def result_record(config: object, device: torch.device, **rest) -> dict:
-    """What a result file says of its run: config, command, seed, versions, device, this script's hash, and `rest`."""
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
-    record = {"config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed}
-    record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return record | rest
-
-
-# ----- Data: documents -> tokens -> train and valid ------------------------------------------------------------------
-
-END = "<|endoftext|>"
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # split pattern, as the next
-CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
-    r"\s+(?!\S)|\s"
-)
-
-
-def python_documents() -> list[str]:
-    """English technical prose that ships with Python: its language-reference topics, then each module's docstrings.
-
-    Sources are parsed, never imported. Left out: tests, build files, and what some systems package apart.
-    """
-    from pydoc_data.topics import topics
-
-    skipped = re.compile(
-        r"(^|/)(test|tests|(site|dist)-packages|pydoc_data|idlelib|lib2to3|distutils|ensurepip|venv|tkinter|turtle.*|"
-        r"config-.*|_sysconfig.*|sitecustomize\.py|__pycache__)(/|$)"
-    )
-
-    def docstrings(node: ast.AST, name: str):
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-            yield f"{name}\n{text}"
-        for child in getattr(node, "body", []):
-            yield from docstrings(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
-
-    documents = [text.strip() for _, text in sorted(topics.items())]
-    root = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if not skipped.search(file):
-            module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            with contextlib.suppress(SyntaxError, ValueError):  # not source of this Python
-                documents.append("\n\n".join(docstrings(ast.parse((root / file).read_bytes()), module)))
-    return [text for text in documents if len(text) >= 200]
-
-
-def read_documents(path: str) -> list[str]:
-    """Documents of a UTF-8 text file, of a `.jsonl` file with a `text` field, or of all such files under a folder."""
-    root, documents = Path(path), []
-    require(root.exists(), f"{path}: no such file or folder; give a text file, a folder, a .jsonl or a .bin")
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(root).parts):
-            continue
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            require(root.is_dir(), f"{path}: must be UTF-8, but byte {error.start} is not; convert it")
-            continue  # a picture, an archive
-        if file.suffix != ".jsonl":
-            documents.append(text)
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                documents.append("".join([json.loads(line)["text"]]) if line.strip() else "")
-            except (ValueError, KeyError, TypeError):
-                rule = 'must be a JSON object with a string "text"; correct it'
-                raise UserError(f"{file}, line {number}: {line[:60]!r} {rule}") from None
-    documents = [text for text in documents if text.strip()]
-    require(documents != [], f"{path}: holds no text; give UTF-8 text that is not empty")
-    return documents
-
-
-@dataclass
-class Tokenizer:
-    """Byte-level BPE by tiktoken, and all that a checkpoint needs to make it again."""
-
-    name: str
-    ranks: dict[bytes, int]  # id of each token; the lower of two possible merges goes first
-    pattern: str  # cuts text into the words that are merged within
-    added: list[tuple[str, int, bool]]  # text, id, special: a special one is found in text only when asked for
-    nfc: bool = False  # bring text to Unicode's composed form first
-
-    def __post_init__(self):
-        ids = {text: i for text, i, _ in self.added}
-        self.bytes_of = {i: token for token, i in self.ranks.items()} | {i: text.encode() for text, i in ids.items()}
-        self.vocab_size = max(self.bytes_of) + 1
-        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        self.separator = next((ids[t] for t in (END, "<|end_of_text|>", "</s>") if t in ids), None)
-        try:
-            self.encoding = tiktoken.Encoding(
-                self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=ids
-            )
-        except BaseException as error:  # a panic in Rust is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise UserError(f"tokenizer {self.name!r}: tiktoken refuses it ({str(error)[:80]}); use another") from None
-
-    def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Ids (n,) of text; special tokens written in it are ordinary text unless `special`. Adds none of its own."""
-        found = {t: i for t, i, is_special in self.added if special or not is_special}
-        finder = "|".join(re.escape(t) for t in sorted(found, key=len, reverse=True))
-        ids: list[int] = []
-        for piece in re.split(f"({finder})", text) if found else [text]:
-            if piece in found:
-                ids.append(found[piece])
-            else:
-                ids += self.encoding.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece)
-        return np.array(ids, self.dtype)
-
-    def decode_bytes(self, ids) -> bytes:
-        """Bytes of a sequence of ids; an id without a token (padding of the vocabulary) has none."""
-        return b"".join(self.bytes_of.get(int(i), b"") for i in ids)
-
-    def decode(self, ids) -> str:
-        """Text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def to_json(self) -> str:
-        """The whole tokenizer as JSON, bytes as Latin-1."""
-        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(state | {"ranks": {token.decode("latin-1"): i for token, i in self.ranks.items()}})
-
-    @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
-        """The tokenizer that `to_json` wrote."""
-        state = json.loads(text)
-        return cls(**state | {"ranks": {token.encode("latin-1"): i for token, i in state["ranks"].items()}})
-
-
-def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
-    """Tokenizer `byte`, `bpe:N` (trained on documents), of a .tiktoken or tokenizer.json file, or named by tiktoken.
-
-    A .tiktoken file has no split pattern and gets cl100k's. Raises ValueError for any other name and for a bad file.
-    """
-    if name == "byte":
-        return Tokenizer(name, {bytes([b]): b for b in range(256)}, r"(?s:.{1,99})", [(END, 256, True)])
-    if name.startswith("bpe:"):
-        return train_bpe(name, documents)
-    if name.endswith((".json", ".tiktoken")):
-        require(Path(name).is_file(), f"tokenizer {name!r}: no such file; correct the path")
-        if name.endswith(".json"):
-            return read_huggingface(name)
-        try:
-            rows = [line.split() for line in Path(name).read_bytes().splitlines()]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-        except ValueError as error:
-            raise UserError(f"{name}: each line must be a base64 token and its rank, but {error}; correct it") from None
-        require(all(bytes([b]) in ranks for b in range(256)), f"{name}: must rank all 256 single bytes; add them")
-        return Tokenizer(name, ranks, CL100K, [(END, max(ranks.values()) + 1, True)])
-    choices = f"byte, bpe:N, a .tiktoken file, a tokenizer.json file, {', '.join(tiktoken.list_encoding_names())}"
-    require(name in tiktoken.list_encoding_names(), f"tokenizer {name!r}: unknown; choose from {choices}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are among these
-        fix = "connect once (TIKTOKEN_CACHE_DIR keeps the file), or give a local file, byte or bpe:N"
-        raise UserError(f"tokenizer {name!r}: the download failed ({type(error).__name__}); {fix}") from None
-    added = [(text, i, True) for text, i in encoding._special_tokens.items()]
-    return Tokenizer(name, encoding._mergeable_ranks, encoding._pat_str, added)
-
-
-def train_bpe(name: str, documents: list[str]) -> Tokenizer:
-    """Byte-level BPE `bpe:N` of N ids (bytes, merges, separator): join the commonest pair, of equals the smallest."""
-    size = int(name[4:]) if name[4:].isdecimal() else 0
-    require(size >= 257, f"tokenizer {name!r}: bpe:N needs a whole N >= 257 (256 bytes, a separator); try bpe:1024")
-    require(documents != [], f"tokenizer {name!r}: bpe:N learns from text, has none; name a trained tokenizer's file")
-    split = importlib.import_module("regex").compile(CL100K).findall  # tiktoken brings it; `re` lacks \p{L}
-    words = collections.Counter(word for text in documents for word in split(text))
-    parts = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in words]
-    counts, total, places = list(words.values()), collections.Counter(), collections.defaultdict(set)
-
-    def tally(k: int, sign: int) -> set:
-        pairs = list(itertools.pairwise(parts[k]))
-        for pair in pairs:
-            total[pair] += sign * counts[k]
-            places[pair].add(k)
-        return set(pairs)
-
-    changed = {pair for k in range(len(parts)) for pair in tally(k, 1)}
-    ranks, heap = {bytes([b]): b for b in range(256)}, []
-    while len(ranks) < size - 1:
-        for pair in changed:
-            heapq.heappush(heap, (-total[pair], pair))
-        count, pair = heapq.heappop(heap) if heap else (0, None)
-        require(count < 0, f"tokenizer {name!r}: the text yields only {len(ranks) + 1} ids; lower N or add text")
-        changed = set()
-        if -count != total[pair]:
-            continue  # outdated: pushed again when its count changed
-        ranks.setdefault(b"".join(pair), len(ranks))
-        for k in places.pop(pair):
-            changed |= tally(k, -1)
-            word, parts[k] = parts[k], []
-            for part in word:
-                if parts[k] and (parts[k][-1], part) == pair:
-                    parts[k][-1] += part
-                else:
-                    parts[k].append(part)
-            changed |= tally(k, 1)
-    return Tokenizer(name, ranks, CL100K, [(END, size - 1, True)])
-
-
-def read_huggingface(path: str) -> Tokenizer:
-    """A Hugging Face `tokenizer.json` of the byte-level BPE kind; what its post-processor adds (BOS, EOS) is left out.
-
-    Raises ValueError that names the settings with which our ids could differ from the `tokenizers` package's.
-    """
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's alphabet: these bytes as themselves,
-    hidden = [b for b in range(256) if b not in shown]  # and these as the letters from U+0100
-    byte_of = {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-    try:
-        data = json.loads(Path(path).read_text("utf-8"))
-        model, form, cuts, added = data["model"], data["normalizer"], data["pre_tokenizer"] or {}, data["added_tokens"]
-        *splits, last = cuts["pretokenizers"] if cuts.get("type") == "Sequence" else [cuts]
-        settings = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-        flaws = [f"{key} {model[key]}" for key in settings if model.get(key)]
-        flaws += [f"model {model['type']}"] if model.get("type", "BPE") != "BPE" else []
-        flaws += [f"normalizer {form['type']}"] if form and form["type"] != "NFC" else []
-        whole = ("Split", "Isolated", False)
-        flaws += [f"pre_tokenizer {c}" for c in splits if (c["type"], c.get("behavior"), c.get("invert")) != whole]
-        flaws += [] if last.get("type") == "ByteLevel" and not last["add_prefix_space"] else [f"pre_tokenizer {last}"]
-        for token in added:
-            touchy = form and token["normalized"] and set(token["content"]) != {" "}
-            if touchy or not token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]:
-                flaws.append(f"added token {token['content']!r} (lstrip, rstrip, single_word or normalized)")
-        patterns = [cut["pattern"].get("Regex") or re.escape(cut["pattern"]["String"]) for cut in splits]
-        patterns += [GPT2] if last.get("use_regex", True) else []
-        flaws += [f"{len(patterns)} split patterns"] * (len(patterns) != 1)
-        flaws += [f"split pattern {p!r} (must take in all text, without ^ and $)" for p in patterns if not covers(p)]
-        added = [(token["content"], token["id"], token["special"]) for token in added]
-        require(not flaws, f"{path}: unsupported: {'; '.join(flaws)}; give a byte-level BPE tokenizer.json")
-        ids = {bytes(byte_of[c] for c in t): i for t, i in model["vocab"].items() if byte_of.keys() >= set(t)}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merges = [tuple(bytes(byte_of[c] for c in side) for side in pair) for pair in pairs]
-        ranks = {token: ids[token] for token in [*(bytes([b]) for b in range(256)), *(a + b for a, b in merges)]}
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: must be a byte-level BPE tokenizer.json, but {error!r}; give another") from None
-    ranks |= {token: i for token, i in ids.items() if token.decode("utf-8", "replace") not in {t for t, _, _ in added}}
-    rule = "a vocabulary with merges or words that tiktoken would take otherwise; give another"
-    require(same_merges(merges, ranks, bool(model.get("ignore_merges"))), f"{path}: unsupported: {rule}")
-    return Tokenizer(path, ranks, patterns[0], added, bool(form))
-
-
-@functools.cache
-def covers(pattern: str) -> bool:
-    """Whether the split pattern takes in every character, and means the same to tiktoken as to Hugging Face."""
-    regex = importlib.import_module("regex")  # tiktoken brings it
-    probe = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
-    try:
-        matches = regex.finditer(pattern, probe)
-    except regex.error:
-        return False
-    return "".join(match.group() for match in matches) == probe and not re.search(r"(?<!\[)\^|\$", pattern)
-
-
-def same_merges(merges: list[tuple[bytes, bytes]], ranks: dict[bytes, int], whole_words: bool) -> bool:
-    """Whether merging by rank of the result, as tiktoken does, follows this list of merges, as Hugging Face does.
-
-    `whole_words`: words of the vocabulary that no merges make are tokens as well (ignore_merges), in tiktoken always.
-    """
-    order, allowed = [ranks[a + b] for a, b in merges], set(merges)
-    if order != sorted(order):
-        return False
-    for token in ranks:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 1:
-            known = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
-            if not known:
-                break
-            i = min(known)[1]
-            if (parts[i], parts[i + 1]) not in allowed:
-                return False
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) > 1 and not whole_words:
-            return False
-    return True
-
-
-@dataclass
-class Corpus:
-    """Token ids to train on and to validate on, 1-D uint16 or uint32, and what they mean."""
-
-    train: np.ndarray
-    valid: np.ndarray
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    separator: int | None
-    source: str
-
-    def byte_lengths(self) -> np.ndarray:
-        """Bytes of each token, int64 (vocab_size,): 1 for the separator, 0 for an id without a token or tokenizer."""
-        texts = self.tokenizer.bytes_of if self.tokenizer else {}
-        sizes = [1 if texts and i == self.separator else len(texts.get(i, b"")) for i in range(self.vocab_size)]
-        return np.array(sizes, np.int64)
-
-
-def load_corpus(path: str, tokenizer_name: str, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Corpus of `path`: text (see `read_documents`), "" for `python_documents`, or a .bin (see `load_tokens`).
-
-    Every 20th document is for validation; with fewer than 20, the last 5 % of the characters, from a boundary if one
-    is within 2 %. `tokenizer`, from a checkpoint, comes before `tokenizer_name`; a new one never sees validation text.
-    """
-    if path.endswith(".bin"):
-        return load_tokens(path, tokenizer)
-    documents = read_documents(path) if path else python_documents()
-    train, valid = [text for i, text in enumerate(documents, 1) if i % 20], documents[19::20]
-    if not valid:
-        ends = list(itertools.accumulate(map(len, documents)))
-        cut = ends[-1] * 19 // 20
-        nearest = min(ends[:-1], key=lambda end: abs(end - cut), default=0)
-        cut = nearest if abs(nearest - cut) <= ends[-1] // 50 else cut
-        heads = [max(cut - end, -len(text)) + len(text) for text, end in zip(documents, ends, strict=True)]
-        halves = [(text[:head], text[head:]) for text, head in zip(documents, heads, strict=True)]
-        train, valid = ([text for text in half if text] for half in zip(*halves, strict=True))
-    tokenizer = tokenizer or load_tokenizer(tokenizer_name, train)
-    end = np.array([] if tokenizer.separator is None else [tokenizer.separator], tokenizer.dtype)
-    ids = [[x for text in half for x in (tokenizer.encode(text), end)] for half in (train, valid)]
-    train, valid = (np.concatenate([end[:0], *half]) for half in ids)
-    return Corpus(train, valid, tokenizer, tokenizer.vocab_size, tokenizer.separator, path or "python documents")
-
-
-def load_tokens(path: str, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Memory-mapped corpus of a .bin of little-endian token ids, described by the .json beside it.
-
-    Its keys: dtype ("uint16" or "uint32"), vocab_size, tokenizer (a name, or a path from its folder; or null) and
-    document_separator (or null). The last 5 %, at most 10 million, is for validation, from a separator if one is near.
-    """
-    file, description = Path(path), Path(path).with_suffix(".json")
-    keys = ("dtype", "vocab_size", "tokenizer", "document_separator")
-    require(file.is_file(), f"{path}: no such file; correct the path")
-    require(description.is_file(), f"{path}: needs {description.name} beside it; write one with {', '.join(keys)}")
-    try:
-        dtype, vocab_size, name, separator = (json.loads(description.read_text("utf-8"))[key] for key in keys)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{description}: must be JSON with {', '.join(keys)}, but {error!r}; correct it") from None
-    require(dtype in ("uint16", "uint32"), f"{description}: dtype {dtype!r} must be uint16 or uint32; correct it")
-    require(isinstance(vocab_size, int), f"{description}: vocab_size {vocab_size!r} must be an integer; correct it")
-    size, width = file.stat().st_size, np.dtype(dtype).itemsize
-    require(size > 0, f"{path}: is empty; write token ids into it")
-    require(size % width == 0, f"{path}: {size} bytes must be a multiple of {width} for {dtype}; correct either")
-    tokens = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
-    cut = len(tokens) - min(len(tokens) // 20, 10_000_000)
-    near = np.flatnonzero(tokens[cut - 1 : cut + min((len(tokens) - cut) // 2, 1 << 16)] == separator)
-    cut += int(near[0]) if len(near) else 0
-    for part in (tokens[: min(cut, 10_000_000)], tokens[cut:]):  # all of a huge file would take minutes
-        top = int(part.max(initial=0))
-        require(top < vocab_size, f"{path}: token id {top} must be below vocab_size {vocab_size}; correct either")
-    if tokenizer is None and name is not None:
-        beside = description.parent / (name := str(name))
-        tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
-    least = tokenizer.vocab_size if tokenizer else 0
-    rule = f"must be at least {least}, its tokenizer's; mend it"
-    require(vocab_size >= least, f"{description}: vocab_size {vocab_size} {rule}")
-    fits = separator is None or (isinstance(separator, int) and 0 <= separator < vocab_size)
-    require(fits, f"{description}: document_separator {separator!r} must be null or below vocab_size; correct it")
-    return Corpus(tokens[:cut], tokens[cut:], tokenizer, vocab_size, separator, path)
-
-
-def check_length(tokens: np.ndarray, length: int, what: str) -> None:
-    """Raise UserError when `tokens` is shorter than one window: `length` inputs and the target after the last."""
-    rule = f"one window needs {length + 1}; give more text or shorter windows"
-    require(len(tokens) > length, f"{what}: {len(tokens)} tokens, the text is shorter than one window; {rule}")
-
-
-def ngram_bits(train: bytes, valid: bytes, order: int) -> float:
-    """Bits a byte of `valid` under an interpolated Witten-Bell model of `order` <= 8 bytes fitted on `train`.
-
-    p(w|h) = (c(h,w) + T(h) p(w|h')) / (c(h) + T(h)): c counts in `train`, T(h) distinct bytes after h, h' is h less
-    its first byte; below the unigram p = 1/256 (Witten & Bell 1991; Chen & Goodman 1998, eq. 2.15).
-    """
-
-    def grams(data: bytes, n: int) -> np.ndarray:  # (len - n + 1,) n bytes packed in a uint64, the last one lowest
-        x = np.frombuffer(data, np.uint8).astype(np.uint64)
-        return sum(x[i : len(x) - n + 1 + i] << np.uint64(8 * (n - 1 - i)) for i in range(n))
-
-    def look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
-        place = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
-        return np.where(keys[place] == queries, values[place], 0)
-
-    p = np.full(len(valid), 1 / 256)
-    for n in range(1, min(order, len(train), len(valid)) + 1):
-        seen, count = np.unique(grams(train, n), return_counts=True)
-        contexts, first, kinds = np.unique(seen >> 8, return_index=True, return_counts=True)
-        query = grams(valid, n)
-        c, t = look_up(seen, count, query), look_up(contexts, kinds, query >> 8)
-        total = t + look_up(contexts, np.add.reduceat(count, first), query >> 8)
-        p[n - 1 :] = np.where(total > 0, (c + t * p[n - 1 :]) / np.maximum(total, 1), p[n - 1 :])
-    return float(-np.log2(p).mean())
-
-
-def ngram_baselines(corpus: Corpus) -> dict[str, float]:
-    """Bits a byte of the validation text under n-grams fitted on the first 20 MB of training text; {} if no tokenizer.
-
-    A separator is one zero byte, as in `Corpus.byte_lengths`.
-    """
-    if corpus.tokenizer is None:
-        return {}
-    table = corpus.tokenizer.bytes_of | {corpus.tokenizer.separator: b"\0"}
-    parts = (corpus.train[:20_000_000], corpus.valid)
-    train, valid = (b"".join(table.get(i, b"") for i in part.tolist()) for part in parts)
-    orders = {"byte unigram": 1, "byte trigram": 3, "byte 5-gram": 5}
-    return {name: ngram_bits(train[:20_000_000], valid, order) for name, order in orders.items()}
-
-
-# ----- The method: selective scan -------------------------------------------------------------------------------------
-
-
-def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-    delta_bias: Tensor | None = None, delta_softplus: bool = False, initial_state: Tensor | None = None,
-    starts: Tensor | None = None, return_final_state: bool = False, backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The selective scan of Algorithm 2: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, and y_t = C_t h_t + D u_t.
-
-    u, delta, z: (B, L, D); A: (D, N) real; B, C: (B, L, N), or (D, N) when input-independent (Algorithm 1, S4);
-    D, delta_bias: (D,); initial_state: (B, D, N); starts: (B, L) bool, True where the state is reset *before* that
-    position. delta_bias is added to delta before the softplus that `delta_softplus` asks for; z gates: y * SiLU(z).
-    Returns y (B, L, D) in u's dtype, and with `return_final_state` the last state (B, D, N). Everything is computed in
-    float32, or in float64 for float64 u. Raises ValueError for shapes that do not fit and for an unknown backend.
-    """
-    check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts)
-    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts)
-    if backend == "auto":
-        problem = fused_problem(*arguments)
-        backend = "chunked" if problem else "fused"  # the fastest that works here
-        if problem:
-            say_once(f"selective_scan: chunked and not fused, since {problem}")
-    require(backend in SCANS, f"scan backend {backend!r} does not exist; choose auto, {', '.join(SCANS)}")
-    with torch.autocast(u.device.type, enabled=False):
-        y, state = SCANS[backend](*arguments)
-    return (y, state) if return_final_state else y
-
-
-def selective_scan_step(
-    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One position of `selective_scan`: equation (2), discretised by equation (4) for A and by Euler's rule for B.
-
-    state: (B, D, N); u, delta, z: (B, D); A: (D, N); B, C: (B, N), or (1, D, N) when input-independent.
-    Returns y (B, D) in u's dtype and the next state (B, D, N) in the dtype of `state`.
-    """
-    dtype = u.dtype
-    u, delta, B, C = (x.to(state.dtype) for x in (u, delta, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias
-    if delta_softplus:
-        delta = F.softplus(delta)
-    A_bar = torch.exp(delta.unsqueeze(-1) * A)  # (B, D, N), in (0, 1] for A <= 0
-    B_bar_u = (delta * u).unsqueeze(-1) * (B if B.ndim == 3 else B.unsqueeze(1))  # (B, D, N)
-    state = torch.addcmul(B_bar_u, A_bar, state)
-    y = (state * (C if C.ndim == 3 else C.unsqueeze(1))).sum(-1)  # (B, D)
-    if D is not None:
-        y = torch.addcmul(y, D, u)
-    if z is not None:
-        y = y * F.silu(z.to(state.dtype))
-    return y.to(dtype), state
-
-
-def scan_sequential(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts):
-    """The recurrence, one position after another: for reading, and slow under autograd."""
-    dtype, ys = state_dtype(u), []
-    state = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    for t in range(u.shape[1]):
-        if starts is not None:
-            state = state.masked_fill(starts[:, t, None, None], 0.0)
-        B_t, C_t = (w[:, t] if w.ndim == 3 else w.unsqueeze(0) for w in (B, C))
-        z_t = None if z is None else z[:, t]
-        y, state = selective_scan_step(state, u[:, t], delta[:, t], A, B_t, C_t, D, z_t, delta_bias, delta_softplus)
-        ys.append(y)
-    return torch.stack(ys, dim=1), state
-
-
-def scan_chunked(*arguments):
-    """The parallel scan in pure PyTorch: `ChunkedScan`, with its hand-written backward."""
-    return scan_by(ChunkedScan, *arguments)
-
-
-def scan_fused(*arguments):
-    """The scan as one pass in C or in Triton: `FusedScan`, `TritonScan`, with their hand-written backward."""
-    problem = fused_problem(*arguments)
-    require(problem is None, f"fused scan: {problem}; choose backend auto or chunked")
-    return scan_by(fused_kind(arguments[0]), *arguments)
-
-
-def scan_by(kind: type, *arguments):
-    """The scan by one of the classes; states are saved only where a gradient will be asked for."""
-    *tensors, delta_softplus, starts = arguments
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return ScanFunction.apply(kind, *arguments)
-    return kind(*tensors[:-1], delta_softplus, starts).forward(tensors[-1], save=False)[:2]
-
-
-SCANS = {"sequential": scan_sequential, "chunked": scan_chunked, "fused": scan_fused}
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """States are float32, or float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> None:
-    """Raise ValueError with the tensor's name, its shape and the shape it should have."""
-    fits = u.ndim == 3 and A.ndim == 2 and u.numel() > 0
-    require(fits, f"selective_scan: u {tuple(u.shape)} must be (B, L, D), not empty, A {tuple(A.shape)} must be (D, N)")
-    (batch, length, d), n = u.shape, A.shape[1]
-    full, weights, channels = (batch, length, d), (batch, length, n), (d,)
-    for name, x, shape in (
-        ("delta", delta, full), ("A", A, (d, n)), ("B", B, weights), ("C", C, weights), ("D", D, channels),
-        ("z", z, full), ("delta_bias", delta_bias, channels), ("initial_state", initial_state, (batch, d, n)),
-        ("starts", starts, (batch, length)),
-    ):  # fmt: skip
-        fits = x is None or x.shape == shape or (name in "BC" and x.shape == (d, n))
-        require(fits, f"selective_scan: {name} {fits or tuple(x.shape)} must be {shape} for u {tuple(u.shape)}")
-    fits = starts is None or starts.dtype == torch.bool
-    require(fits, f"selective_scan: starts is {fits or starts.dtype}, must be torch.bool; use starts.bool()")
-
-
-def scan_(a: Sequence[Tensor], h: Sequence[Tensor], state: Tensor) -> None:
-    """In place, h_t = a_t h_{t-1} + h_t over T positions (Q, N, D); state (Q, N, D) is h_{-1}, then h_{T-1}."""
-    last = state
-    for a_t, h_t in zip(a, h, strict=True):
-        last = h_t.addcmul_(a_t, last)
-    state.copy_(last)
-
-
-def scan_back_(a: Sequence[Tensor], g: Sequence[Tensor], grad_state: Tensor) -> None:
-    """The adjoint of `scan_`, in place: g_t = g_t + a_{t+1} g_{t+1} from t = T-1 down.
-
-    grad_state (Q, N, D) is a_T g_T before, the gradient of the last state, and a_0 g_0 after, that of the first.
-    """
-    g[-1].add_(grad_state)
-    for t in range(len(g) - 2, -1, -1):
-        g[t].addcmul_(a[t + 1], g[t + 1])
-    torch.mul(a[0], g[0], out=grad_state)
-
-
-@dataclass(frozen=True)
-class Window:
-    """In each of `segments` stretches of `length` positions, from `first` on: `blocks` blocks of T from `offset` on."""
-
-    first: int
-    segments: int
-    length: int
-    offset: int
-    blocks: int
-    T: int
-
-    def view(self, x: Tensor) -> Tensor:
-        """(B, L, ...) -> (blocks, segments, B, T, ...), a view."""
-        x = x[:, self.first : self.first + self.segments * self.length].unflatten(1, (self.segments, self.length))
-        x = x[:, :, self.offset : self.offset + self.blocks * self.T].unflatten(2, (self.blocks, self.T))
-        return x.transpose(0, 2)
-
-    def starts(self, starts: Tensor | None) -> list[Tensor | None]:
-        """The document starts of each block, (Q, T)."""
-        return [None] * self.blocks if starts is None else list(self.view(starts).flatten(1, 2))
-
-
-class ChunkedScan:
-    """The scan as reduce, combine, scan: chunks of the sequence side by side, and within each one block after another.
-
-    Where batch x channels alone would leave the machine idle the sequence is cut into S segments, which become rows
-    beside the batch's: Q = S B. Their end states from a zero start come first (reduce); from these the true start of
-    each, start_{s+1} = end_s + exp(A sum_t delta_t) start_s (combine); then all are scanned from there. In a segment,
-    blocks of T positions, (Q, T, N, D), stay in the cache while the exponential, the recurrence and the product with C
-    pass over them: the (B, L, D, N) states never exist. The backward pass starts each block from its saved first state,
-    computes the other states again, and runs the adjoint recurrence g_t = C_t dy_t + a_{t+1} g_{t+1}. Nothing is
-    divided by a product of decays, so that exp(delta A) may underflow to 0; every sum has a fixed order.
-    """
-
-    # Elements that a step should advance, over segments if need be; fewest of these; elements in a block; in a window.
-    SIZES: ClassVar = {"cpu": (2**16, 16, 3 * 2**17, 2**18), "cuda": (2**18, 8, 2**26, 2**24)}
-
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
-        self.u, self.delta, self.B, self.C, self.z, self.starts = u, delta, B, C, z, starts
-        self.delta_softplus, self.dtype = delta_softplus, state_dtype(u)
-        self.A = A.t().to(self.dtype).contiguous()  # (N, D): channels last, here and below
-        self.static = {k: w.t().to(self.dtype) for k, w in (("B", B), ("C", C)) if w.ndim == 2}  # (N, D)
-        self.D, self.delta_bias = (None if w is None else w.to(self.dtype) for w in (D, delta_bias))
-        self.scratch: dict[str, Tensor] = {}
-        self.views: dict[tuple, tuple[Tensor, ...]] = {}
-        self.deltas: dict[Window, Tensor] = {}  # what the reducing pass leaves to the next
-        self.sums: dict[torch.Size, Tensor] = {}  # of the gradients of A, over the blocks of each shape
-
-    def stretches(self) -> list[list[Window]]:
-        """The sequence as one stretch of S segments and, if S does not divide L, one more; each as its windows."""
-        (batch, L, D), N = self.u.shape, self.A.shape[0]
-        step, fewest, block, inputs = self.SIZES.get(self.u.device.type, self.SIZES["cuda"])
-        S = min(math.isqrt(L), step // (batch * N * D))
-        S = S if fewest <= S else 1  # fewer would not repay the second pass
-        stretches = []
-        for first, segments, length in ((0, S, L // S), (L - L % S, 1, L % S)):
-            Q = segments * batch
-            T = max(1, min(length, max(4, block // (Q * N * D))))
-            J, whole = max(1, inputs // (T * Q * D)), length // T * T
-            spans = [(w, min(J, (whole - w) // T), T) for w in range(0, whole, J * T)]
-            spans += [(whole, 1, length - whole)] * (whole < length)
-            stretches.append([Window(first, segments, length, *span) for span in spans])
-        return [windows for windows in stretches if windows]
-
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """Scratch memory, kept from block to block: asking the system for it anew costs more than the arithmetic."""
-        size, flat = math.prod(shape), self.scratch.get(name)
-        if flat is None or flat.numel() < size:
-            flat = self.scratch[name] = self.u.new_empty(size, dtype=self.dtype)
-        return flat[:size].view(shape)
-
-    def steps(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        """The positions (Q, N, D) of x (Q, T, N, D), the buffer `name`: views, made once a shape."""
-        key = (name, x.shape, x.data_ptr())
-        if key not in self.views:
-            self.views[key] = x.unbind(1)
-        return self.views[key]
-
-    def load(self, name: str, x: Tensor, window: Window, copy: bool = False) -> Tensor:
-        """A window of x (B, L, D or N) as (blocks, Q, T, D or N), to be read only: where it can, a view."""
-        view = window.view(x)
-        if 1 in (window.segments, len(x)) and x.dtype == self.dtype and not copy:
-            return view.flatten(1, 2)
-        return self.buffer(name, *view.shape).copy_(view).flatten(1, 2)
-
-    def load_inputs(self, window: Window, reduce: bool, gate: bool = True) -> SimpleNamespace:
-        """u, delta before (raw) and after the softplus, x = delta u, and with `gate` z, each (blocks, Q, T, D).
-
-        The softplus is dear: a pass that reduces leaves it to the pass that scans afterwards, whose raw is None.
-        """
-        v = SimpleNamespace(u=self.load("u", self.u, window), raw=None, z=None)
-        v.new = lambda name: self.buffer(name, *v.u.shape)
-        v.delta = self.deltas.pop(window, None)
-        if v.delta is None:
-            v.delta = v.raw = self.load_raw(window)
-            if self.delta_softplus:
-                out = self.deltas.setdefault(window, torch.empty_like(v.raw)) if reduce else v.new("delta")
-                v.delta = torch.ops.aten.softplus.out(v.raw, out=out)  # F.softplus, which takes no `out`
-        v.x = torch.mul(v.delta, v.u, out=v.new("x"))
-        if gate and self.z is not None:
-            v.z = self.load("z", self.z, window)
-            v.gate = torch.sigmoid(v.z, out=v.new("gate"))
-            v.silu = torch.mul(v.z, v.gate, out=v.new("silu"))
-        return v
-
-    def load_raw(self, window: Window) -> Tensor:
-        """delta with its bias, before the softplus, (blocks, Q, T, D)."""
-        raw = self.load("raw", self.delta, window)
-        return raw if self.delta_bias is None else torch.add(raw, self.delta_bias, out=self.buffer("raw", *raw.shape))
-
-    def load_weights(self, name: str, window: Window) -> list[Tensor]:
-        """B or C for each block, to multiply (Q, T, N, D): (Q, T, N, 1), or (N, D) when input-independent."""
-        if name in self.static:
-            return [self.static[name]] * window.blocks
-        return list(self.load(name, getattr(self, name), window, copy=True).unsqueeze(-1))
-
-    def decay(self, delta: Tensor, starts: Tensor | None) -> Tensor:
-        """a_t = exp(delta_t A), and 0 where a document starts: (Q, T, N, D) from delta (Q, T, D)."""
-        a = torch.mul(delta.unsqueeze(2), self.A, out=self.buffer("a", *delta.shape[:2], *self.A.shape)).exp_()
-        return a if starts is None else a.masked_fill_(starts[..., None, None], 0.0)
-
-    def outer(self, v: Tensor, weights: Tensor, name: str) -> Tensor:
-        """v (Q, T, D) times weights (Q, T, N, 1) or (N, D), in the buffer `name`: (Q, T, N, D)."""
-        return torch.mul(v.unsqueeze(2), weights, out=self.buffer(name, *v.shape[:2], *self.A.shape))
-
-    def contract(self, weights: Tensor, h: Tensor, out: Tensor, spare: str = "a") -> None:
-        """out (Q, T, D) = the sum over n of weights * h (Q, T, N, D). `spare` names a buffer free to use."""
-        Q, T, N, D = h.shape
-        if weights.ndim == 2:
-            h = torch.mul(h, weights, out=self.buffer(spare, *h.shape))
-            weights = self.buffer("ones", Q, T, N).fill_(1.0)
-        torch.bmm(weights.view(Q * T, 1, N), h.view(Q * T, N, D), out=out.view(Q * T, 1, D))
-
-    def contract_back(self, v: Tensor, h: Tensor, grad: Tensor, spare: str = "a") -> None:
-        """The gradient of `contract`'s weights, for v (Q, T, D): writes grad (Q, T, N, 1), or adds to grad (N, D)."""
-        Q, T, N, D = h.shape
-        if grad.ndim == 4:
-            torch.bmm(v.view(Q * T, 1, D), h.view(Q * T, N, D).mT, out=grad.view(Q * T, 1, N))
-        else:
-            products = torch.mul(h, v.unsqueeze(2), out=self.buffer(spare, *h.shape))
-            ones, total = self.buffer("ones", 1, Q * T).fill_(1.0), self.buffer("sum", 1, N * D)
-            grad += torch.mm(ones, products.view(Q * T, N * D), out=total).view(N, D)
-
-    def carries(self, windows: list[Window], carry: Tensor, reduce: Callable, order: int) -> Tensor:
-        """What enters each segment (Q, N, D), when `carry` (B, N, D) enters the first (order 1) or the last (-1).
-
-        `reduce(window, state)` takes a state through a window and returns the window's sum of delta over time (Q, D).
-        """
-        S, batch = windows[0].segments, len(carry)
-        if S == 1:
-            return carry.clone()
-        ends = carry.new_zeros(S * batch, *carry.shape[1:])
-        total = sum(reduce(window, ends) for window in windows[::order])
-        decay = torch.mul(total.unsqueeze(1), self.A).exp_()
-        if self.starts is not None:
-            reset = dataclasses.replace(windows[0], offset=0, blocks=1, T=windows[0].length).view(self.starts).any(-1)
-            decay.masked_fill_(reset.view(-1, 1, 1), 0.0)
-        entering, ends, decay = (x.view(S, batch, *carry.shape[1:]) for x in (torch.empty_like(ends), ends, decay))
-        entering[0 if order == 1 else -1] = carry
-        for s, after in itertools.pairwise(range(S)[::order]):
-            torch.addcmul(ends[s], decay[s], entering[s], out=entering[after])
-        return entering.flatten(0, 1)
-
-    def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """y (B, L, D), the last state (B, D, N) and, with `save`, the states that enter each block."""
-        y, saved = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device), []
-        state = self.A.new_zeros(len(self.u), *self.A.shape)  # (B, N, D)
-        if initial_state is not None:
-            state += initial_state.mT
-        for windows in self.stretches():
-            entering = self.carries(windows, state, self.forward_window, 1)
-            for window in windows:
-                saved.append(entering.new_empty(window.blocks, *entering.shape) if save else None)
-                self.forward_window(window, entering, y, saved[-1])
-            state = entering[-len(state) :]
-        return y, state.mT.contiguous(), saved
-
-    def forward_window(
-        self, window: Window, state: Tensor, y: Tensor | None = None, saved: Tensor | None = None
-    ) -> Tensor:
-        """Take state (Q, N, D) through the window, in place; write y, if given. Returns the sum of delta (Q, D)."""
-        v, B = self.load_inputs(window, reduce=y is None, gate=y is not None), self.load_weights("B", window)
-        total = self.total(v.delta) if y is None else None  # now, while delta is in the cache
-        out, C = (None, None) if y is None else (v.new("y"), self.load_weights("C", window))
-        for j, starts in enumerate(window.starts(self.starts)):
-            if saved is not None:
-                saved[j] = state
-            a = self.decay(v.delta[j], starts)
-            h = self.outer(v.x[j], B[j], "h")
-            scan_(self.steps("a", a), self.steps("h", h), state)
-            if y is not None:
-                self.contract(C[j], h, out[j])
-        if y is not None:
-            if self.D is not None:
-                out.addcmul_(v.u, self.D)
-            self.store(y, window, out, v.silu if v.z is not None else None)
-        return total
-
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over time (Q, D) of x (blocks, Q, T, D)."""
-        return (x.new_ones(*x.shape[:2], 1, x.shape[2]) @ x).sum(0).squeeze(1)
-
-    def store(self, out: Tensor, window: Window, value: Tensor, factor: Tensor | None = None) -> None:
-        """Write value, times the factor, both (blocks, Q, T, D), to its place in out (B, L, D)."""
-        view = window.view(out)
-        if factor is None:
-            view.copy_(value.view(view.shape))
-        else:
-            torch.mul(value.view(view.shape), factor.view(view.shape), out=view)
-
-    def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
-        """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
-        grads = {k: None if (x := getattr(self, k)) is None else torch.empty_like(x) for k in ("u", "delta", "z")}
-        for k in ("B", "C", "D", "delta_bias"):
-            x = self.static.get(k, getattr(self, k))
-            grads[k] = None if x is None else torch.zeros(x.shape, dtype=self.dtype, device=x.device)
-        grad_state, saved = grad_state.mT.to(self.dtype), list(saved)
-        for windows in reversed(self.stretches()):
-            reduce = functools.partial(self.backward_window, dy)
-            entering = self.carries(windows, grad_state, reduce, -1)
-            for window in reversed(windows):
-                self.backward_window(dy, window, entering, saved.pop(), grads)
-            grad_state = entering[: len(grad_state)]
-        grads["A"] = sum(gradients.sum((0, 1)) for gradients in self.sums.values())
-        return grads | {k: grads[k].t() for k in ("A", *self.static)} | {"initial_state": grad_state.mT}
-
-    def backward_window(self, dy, window: Window, grad_state: Tensor, saved=None, grads: dict | None = None) -> Tensor:
-        """Take grad_state (Q, N, D) back through the window, in place; with `grads`, write or add to all gradients."""
-        v, C = self.load_inputs(window, reduce=grads is None), self.load_weights("C", window)
-        B = None if grads is None else self.load_weights("B", window)
-        v.dy = v.g_y = self.load("dy", dy, window, copy=v.z is None)  # g_y: the gradient before the gate
-        if v.z is not None:
-            v.g_y = torch.mul(v.dy, v.silu, out=v.new("g_y"))
-        v.y, v.g_x, v.g_delta = map(v.new, ("y", "g_x", "g_delta"))
-        g_B, g_C = (None, None) if grads is None else (self.grad_weights(k, grads[k], window) for k in "BC")
-        starts = window.starts(self.starts)
-        for j in reversed(range(window.blocks)):
-            a = self.decay(v.delta[j], starts[j])
-            if grads is None:
-                g = self.outer(v.g_y[j], C[j], "h")
-                scan_back_(self.steps("a", a), self.steps("h", g), grad_state)
-                continue
-            h, w = self.outer(v.x[j], B[j], "h"), self.buffer("w", *a.shape)  # w_t = a_t h_{t-1}
-            torch.mul(a[:, 0], saved[j], out=w[:, 0])
-            state = self.buffer("state", *saved[j].shape).copy_(saved[j])
-            scan_(self.steps("a", a), self.steps("h", h), state)
-            torch.mul(a[:, 1:], h[:, :-1], out=w[:, 1:])
-            if v.z is not None:
-                self.contract(C[j], h, v.y[j], spare="spare")
-            self.contract_back(v.g_y[j], h, g_C[j], spare="spare")
-            g = self.outer(v.g_y[j], C[j], "h")
-            scan_back_(self.steps("a", a), self.steps("h", g), grad_state)
-            self.contract_back(v.x[j], g, g_B[j])
-            self.contract(B[j], g, v.g_x[j])
-            w *= g  # the gradient of delta_t A, since a_t = exp(delta_t A)
-            if w.shape not in self.sums:
-                self.sums[w.shape] = torch.zeros_like(w)
-            self.sums[w.shape].addcmul_(w, v.delta[j].unsqueeze(2))
-            self.contract(self.A, w, v.g_delta[j], spare="w")
-        if grads is not None:
-            self.finish_gradients(window, v, grads)
-        return self.total(v.delta) if grads is None else None
-
-    def grad_weights(self, name: str, grad: Tensor, window: Window) -> list[Tensor]:
-        """Where each block's gradient of B or C goes: scratch to write (Q, T, N, 1), or the sum (N, D) to add to."""
-        if name in self.static:
-            return [grad] * window.blocks
-        return list(self.buffer("g_" + name, *window.view(grad).shape).flatten(1, 2).unsqueeze(-1))
-
-    def finish_gradients(self, window: Window, v: SimpleNamespace, grads: dict) -> None:
-        """From the gradients of x = delta u and of delta A to those of u, delta, z, D, delta_bias, B and C."""
-        for k in {"B", "C"} - self.static.keys():
-            self.store(grads[k], window, self.buffer("g_" + k, *window.view(grads[k]).shape))
-        if v.z is not None:
-            slope = torch.add(v.gate, v.silu, out=v.new("slope")).addcmul_(v.silu, v.gate, value=-1)  # of SiLU(z)
-            if self.D is not None:
-                v.y.addcmul_(v.u, self.D)
-            self.store(grads["z"], window, slope.mul_(v.y), v.dy)
-        v.g_delta.addcmul_(v.u, v.g_x)
-        if self.delta_softplus:
-            v.g_delta.mul_(torch.sigmoid(self.load_raw(window) if v.raw is None else v.raw, out=v.new("slope")))
-        if self.delta_bias is not None:
-            grads["delta_bias"] += v.g_delta.sum((0, 1, 2))
-        self.store(grads["delta"], window, v.g_delta)
-        g_u = v.g_x.mul_(v.delta)
-        if self.D is not None:
-            g_u.addcmul_(v.g_y, self.D)
-            grads["D"] += torch.mul(v.g_y, v.u, out=v.new("slope")).sum((0, 1, 2))
-        self.store(grads["u"], window, g_u)
-
-
-# ----- The method: fused, in C ----------------------------------------------------------------------------------------
-
-FUSED = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#define EACH _Pragma("omp simd") for (int w = 0; w < W; w++)  /* channel of a tile */
-#define ROW(x, b, l) (s->x + (b) * s->x##_stride[0] + (l) * s->x##_stride[1])
-typedef float row[W] __attribute__((aligned(64)));
-typedef struct { row u, raw, delta, x, z, gate, y, dy, gy, dx, dd; } position;  /* gy: of y before the gate */
-typedef struct {  /* `fused_struct`; strides are of batch and time */
-    int64_t threads, batch, length, channels, states, softplus;
-    int64_t u_stride[2], delta_stride[2], z_stride[2], B_stride[2], C_stride[2];
-    const float *u, *delta, *A, *B, *C, *D, *z, *delta_bias, *initial, *dy, *dstate;
-    const char *starts;
-    float *y, *state, *saved, *du, *ddelta, *dz, *dA, *dB, *dC, *dD, *ddelta_bias, *dinitial;
-} scan;
-
-#define LOG2E 1.44269504f
-static inline float exp2_(float x) {  /* the whole part becomes the exponent, the rest a polynomial; 0 or inf beyond */
-    union { float f; int32_t i; } whole, r;
-    x = x < -127.f ? -127.f : x > 128.f ? 128.f : x;
-    whole.f = x + 12582912.f;  /* 1.5 x 2^23 rounds */
-    float f = x - (whole.f - 12582912.f);
-    r.f = 1.f + f * (.693147004f + f * (.240222424f + f * (.0555073358f + f * (.00967151299f + f * .00132647273f))));
-    r.i += (int32_t)((uint32_t)whole.i << 23);
-    return r.f;
-}
-static inline float log1p_(float e) {  /* for 0 to 1: 2 artanh(e / (2 + e)) */
-    float s = e / (2.f + e), q = s * s, p = 1.f / 9 + q * (1.f / 11 + q * (1.f / 13 + q / 15));
-    return 2.f * s * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * p))));
-}
-static inline float sigmoid_(float x) { return 1.f / (1.f + exp2_(-LOG2E * x)); }
-static inline void load(float *to, const float *from, int m) { EACH to[w] = w < m ? from[w] : 0.f; }
-static inline void fetch(float *to, const float *from, int m, int64_t ahead) {  /* a prefetch may miss the array */
-    for (int w = 0; w < m; w += 16) __builtin_prefetch(from + ahead + w);
-    load(to, from, m);
-}
-static inline void store(float *to, const float *from, int m) { memcpy(to, from, m * sizeof *to); }
-
-/* n positions from l on of m channels from d on: fills k, takes h along; keeps in as and hs each a_t and h_{t-1}. */
-static void run(const scan *s, int64_t b, int64_t d, int m, int64_t l, int n, position *k, row *A, row *h, row *as,
-                row *hs) {
-    row skip, bias;
-    load(skip, s->D + d, m);
-    load(bias, s->delta_bias + d, m);
-    int64_t ahead = hs ? -T : T;
-    for (int t = 0; t < n; t++) {
-        position *p = k + t;
-        fetch(p->u, ROW(u, b, l + t) + d, m, ahead * s->u_stride[1]);
-        fetch(p->raw, ROW(delta, b, l + t) + d, m, ahead * s->delta_stride[1]);
-        EACH {
-            float r = p->raw[w] += bias[w];
-            p->delta[w] = s->softplus ? (r > 0.f ? r : 0.f) + log1p_(exp2_(-LOG2E * __builtin_fabsf(r))) : r;
-            p->x[w] = p->delta[w] * p->u[w];
-            p->y[w] = skip[w] * p->u[w];
-            p->z[w] = p->gate[w] = 1.f;
-        }
-        if (s->z) fetch(p->z, ROW(z, b, l + t) + d, m, ahead * s->z_stride[1]);
-        if (s->z) EACH p->gate[w] = sigmoid_(p->z[w]);
-        if (hs) fetch(p->dy, s->dy + (b * s->length + l + t) * s->channels + d, m, ahead * s->channels);
-        if (hs) EACH { p->gy[w] = p->dy[w] * p->z[w] * p->gate[w]; p->dx[w] = p->dd[w] = 0.f; }
-    }
-    for (int64_t i = 0; i < s->states; i++) {
-        row now, a;
-        memcpy(now, h[i], sizeof now);
-        for (int t = 0; t < n; t++) {
-            position *p = k + t;
-            float Bi = ROW(B, b, l + t)[i], Ci = ROW(C, b, l + t)[i];
-            EACH a[w] = exp2_(p->delta[w] * A[i][w]);
-            if (hs) memcpy(hs[i * T + t], now, sizeof now);
-            if (s->starts && s->starts[b * s->length + l + t]) memset(a, 0, sizeof a), memset(now, 0, sizeof now);
-            if (hs) memcpy(as[i * T + t], a, sizeof a);
-            EACH { now[w] = a[w] * now[w] + p->x[w] * Bi; p->y[w] += Ci * now[w]; }
-        }
-        memcpy(h[i], now, sizeof now);
-    }
-}
-
-static void forward_tile(const scan *s, int64_t b, int64_t d, int m, row *A) {
-    int64_t N = s->states, D = s->channels, blocks = (s->length + T - 1) / T;
-    position k[T];
-    row *h = A + N;
-    for (int64_t i = 0; i < N; i++) load(h[i], s->initial + (b * N + i) * D + d, m);
-    for (int64_t c = 0; c < blocks; c++) {
-        int n = s->length - c * T < T ? (int)(s->length - c * T) : T;
-        for (int64_t i = 0; i < N && s->saved; i++) store(s->saved + ((b * blocks + c) * N + i) * D + d, h[i], m);
-        run(s, b, d, m, c * T, n, k, A, h, NULL, NULL);
-        for (int t = 0; t < n; t++) {
-            EACH k[t].y[w] *= k[t].z[w] * k[t].gate[w];
-            store(s->y + (b * s->length + c * T + t) * D + d, k[t].y, m);
-        }
-    }
-    for (int64_t i = 0; i < N; i++) store(s->state + (b * N + i) * D + d, h[i], m);
-}
-
-/* g is the gradient of h: g_t = C_t gy_t + a_{t+1} g_{t+1}; dB and dC are a tile's share. */
-static void backward_tile(const scan *s, int64_t b, int64_t d, int m, row *A) {
-    int64_t N = s->states, D = s->channels, L = s->length, blocks = (L + T - 1) / T;
-    position k[T];
-    row *h = A + N, *g = h + N, *dA = g + N, *as = dA + N, *hs = as + T * N, skip, dD = {0}, dbias = {0};
-    load(skip, s->D + d, m);
-    memset(dA, 0, N * sizeof *dA);
-    for (int64_t i = 0; i < N; i++) load(g[i], s->dstate + (b * N + i) * D + d, m);
-    for (int64_t c = blocks - 1; c >= 0; c--) {
-        int n = L - c * T < T ? (int)(L - c * T) : T;
-        for (int64_t i = 0; i < N; i++) load(h[i], s->saved + ((b * blocks + c) * N + i) * D + d, m);
-        run(s, b, d, m, c * T, n, k, A, h, as, hs);
-        for (int64_t i = 0; i < N; i++) for (int t = n - 1; t >= 0; t--) {
-            position *p = k + t;
-            int64_t l = c * T + t, share = ((d / W * s->batch + b) * L + l) * N + i;
-            float Bi = ROW(B, b, l)[i], Ci = ROW(C, b, l)[i], dB = 0.f, dC = 0.f;
-            float *a = as[i * T + t], *before = hs[i * T + t], *now = t + 1 < n ? before + W : h[i];
-            _Pragma("omp simd reduction(+ : dB, dC)") for (int w = 0; w < W; w++) {
-                float e = g[i][w] + Ci * p->gy[w], q = (g[i][w] = e * a[w]) * before[w];  /* q: gradient of delta A */
-                dB += e * p->x[w]; dC += p->gy[w] * now[w];
-                p->dx[w] += e * Bi; p->dd[w] += q * A[i][w]; dA[i][w] += q * p->delta[w];
-            }
-            s->dB[share] = dB; s->dC[share] = dC;
-        }
-        for (int t = 0; t < n; t++) {
-            position *p = k + t;
-            int64_t at = (b * L + c * T + t) * D + d;
-            EACH {
-                p->dd[w] = (p->dd[w] / LOG2E + p->dx[w] * p->u[w]) * (s->softplus ? sigmoid_(p->raw[w]) : 1.f);
-                p->dx[w] = p->dx[w] * p->delta[w] + skip[w] * p->gy[w];
-                p->y[w] *= p->dy[w] * p->gate[w] * (1.f + p->z[w] * (1.f - p->gate[w]));
-                dD[w] += p->gy[w] * p->u[w]; dbias[w] += p->dd[w];
-            }
-            store(s->du + at, p->dx, m); store(s->ddelta + at, p->dd, m);
-            if (s->z) store(s->dz + at, p->y, m);
-        }
-    }
-    for (int64_t i = 0; i < N; i++) {
-        store(s->dA + (b * N + i) * D + d, dA[i], m);
-        store(s->dinitial + (b * N + i) * D + d, g[i], m);
-    }
-    store(s->dD + b * D + d, dD, m); store(s->ddelta_bias + b * D + d, dbias, m);
-}
-
-/* Every tile of every row is one thread's, from the first position to the last or back, with `rows` rows of memory. */
-static int tiles(const scan *s, int64_t rows, void (*work)(const scan *, int64_t, int64_t, int, row *)) {
-    int failed = 0;
-    _Pragma("omp parallel for collapse(2) num_threads(s->threads)")
-    for (int64_t b = 0; b < s->batch; b++) for (int64_t d = 0; d < s->channels; d += W) {
-        int m = s->channels - d < W ? (int)(s->channels - d) : W;
-        row *A = aligned_alloc(64, rows * sizeof *A);
-        if (!A) { failed = 1; continue; }
-        for (int64_t i = 0; i < s->states; i++) load(A[i], s->A + i * s->channels + d, m);
-        work(s, b, d, m, A);
-        free(A);
-    }
-    return failed;
-}
-int forward(const scan *s) { return tiles(s, 2 * s->states, forward_tile); }
-int backward(const scan *s) { return tiles(s, (4 + 2 * T) * s->states, backward_tile); }
-"""
-
-
-class FusedScan:
-    """The scan as one pass in C, with `ChunkedScan`'s methods: a thread takes a tile of channels along the sequence.
-
-    The states stay in the cache, and the backward pass starts each block of positions from its saved first state and
-    computes the others again. No sum depends on the number of threads.
-    """
-
-    TILE, BLOCK = 64, 16  # channels that are computed side by side, positions between two saved states
-    INTEGERS = ("threads", "batch", "length", "channels", "states", "softplus")
-    STRIDED = ("u", "delta", "z", "B", "C")
-    POINTERS = (
-        "u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial", "dy", "dstate", "starts", "y", "state", "saved",
-        "du", "ddelta", "dz", "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial",
-    )  # fmt: skip
-
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
-        D, delta_bias = (A.new_zeros(len(A)) if w is None else w for w in (D, delta_bias))
-        tensors = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
-        tensors["A"] = A.t() / math.log(2)  # since the exponential is taken to base 2
-        self.inputs = {k: None if x is None else x.float() for k, x in tensors.items()}
-        for k, x in self.inputs.items():  # rows may lie apart, as the halves of a projection do
-            dense = x is None or (x.stride(-1) == 1 and k in self.STRIDED) or x.is_contiguous()
-            self.inputs[k] = x if dense else x.contiguous()
-        self.inputs["starts"] = None if starts is None else starts.contiguous()
-        self.dtype, self.sizes = u.dtype, (*u.shape, A.shape[1])
-        self.integers = dict(zip(self.INTEGERS, (torch.get_num_threads(), *self.sizes, delta_softplus), strict=True))
-
-    def prepare(self, name: str, **tensors: Tensor) -> Callable[[], None]:
-        """A call of `forward` or `backward` in `FUSED` on the inputs and these tensors, whatever they hold by then."""
-        struct, given, run = fused_struct()(**self.integers), self.inputs | tensors, getattr(fused_library(), name)
-        for k, x in given.items():
-            if x is not None:
-                setattr(struct, k, x.data_ptr())
-        for k in self.STRIDED:
-            if given[k] is not None:
-                setattr(struct, k + "_stride", given[k].stride()[:2])
-        reference = ctypes.byref(struct)
-
-        def call(_keep=given) -> None:
-            require(run(reference) == 0, "fused scan: out of memory; free some")
-
-        return call
-
-    def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """y (B, L, D), the last state (B, D, N) and, with `save`, the states that enter each block (B, L / T, N, D)."""
-        (batch, L, D, N), new = self.sizes, self.inputs["u"].new_empty
-        outputs = {"y": new(batch, L, D), "state": new(batch, N, D)}
-        outputs["saved"] = new(batch, -(-L // self.BLOCK), N, D) if save else None
-        initial = self.inputs["A"].new_zeros(batch, D, N) if initial_state is None else initial_state
-        self.prepare("forward", initial=initial.mT.float().contiguous(), **outputs)()
-        return outputs["y"].to(self.dtype), outputs["state"].mT, [outputs["saved"]] if save else []
-
-    def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
-        """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
-        (batch, L, D, N), new = self.sizes, self.inputs["u"].new_empty
-        tiles = -(-D // self.TILE)
-        grads = {k: new(batch, L, D) for k in ("u", "delta") + ("z",) * (self.inputs["z"] is not None)}
-        grads |= {"A": new(batch, N, D), "initial": new(batch, N, D), "D": new(batch, D), "delta_bias": new(batch, D)}
-        grads |= {"B": new(tiles, batch, L, N), "C": new(tiles, batch, L, N)}  # each tile's and row's share
-        given = {"dy": dy.float().contiguous(), "dstate": grad_state.mT.float().contiguous(), "saved": saved[0]}
-        self.prepare("backward", **given, **{"d" + k: x for k, x in grads.items()})()
-        sums = {k: grads[k].sum(0) for k in ("A", "B", "C", "D", "delta_bias")}
-        return grads | sums | {"A": sums["A"].t(), "initial_state": grads["initial"].mT}
-
-
-@functools.cache
-def fused_struct() -> type[ctypes.Structure]:
-    """The C struct `scan`: integers, strides of batch and time, pointers."""
-    fields = [(name, ctypes.c_int64) for name in FusedScan.INTEGERS]
-    fields += [(name + "_stride", ctypes.c_int64 * 2) for name in FusedScan.STRIDED]
-    fields += [(name, ctypes.c_void_p) for name in FusedScan.POINTERS]
-    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
-
-
-@functools.cache
-def fused_library() -> ctypes.CDLL | str:
-    """`FUSED`, compiled for this machine by `cc` (or $CC) once, about a second, and kept in the user's cache folder.
-
-    The file's name is a hash of source, flags and processor. Returns the reason where it cannot be compiled or loaded.
-    """
-    command = [*shlex.split(os.environ.get("CC") or "cc"), f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}"]
-    command += ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
-    cpuinfo, processor = Path("/proc/cpuinfo"), platform.processor() + platform.machine()
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text("utf-8", "replace").splitlines()
-        processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    for extra in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
-        key = "\0".join([FUSED, *command, *extra, processor])
-        path = cache_folder() / f"scan-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-        try:
-            if not path.exists():
-                write_atomically(path, functools.partial(compile_c, [*command, *extra]))
-            return ctypes.CDLL(str(path))
-        except (OSError, subprocess.SubprocessError) as problem:
-            reason = str(problem).strip().splitlines()[-1][:100]
-    return reason
-
-
-def compile_c(command: list[str], out: str) -> None:
-    """Compile `FUSED` to the shared library `out`; raises OSError with what the compiler says last."""
-    done = subprocess.run([*command, "-x", "c", "-", "-o", out], input=FUSED, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """A folder for compiled code that only this user can write to: in the user's cache, else a new temporary one."""
-    with contextlib.suppress(OSError, RuntimeError, AttributeError):  # no home, no such rights, no such system
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-            return folder
-    return Path(tempfile.mkdtemp(prefix="mamba-scan-"))
-
-
-# ----- The method: fused, in Triton -----------------------------------------------------------------------------------
-#
-# These functions become kernels in `triton_problem`; until then `tl`, Triton's language, is no name here. A program
-# takes a tile of W channels along one segment of one row; pointers of length L step by the strides that follow them.
-
-
-def triton_sigmoid(x):
-    """1 / (1 + e^-x)."""
-    return 1.0 / (1.0 + tl.exp2(-1.44269504 * x))
-
-
-def triton_softplus(x):
-    """log(1 + e^x): of e = exp(-|x|) as 2 artanh(e / (2 + e)), which is right also where e is tiny."""
-    e = tl.exp2(-1.44269504 * tl.abs(x))
-    s = e / (2.0 + e)
-    q = s * s
-    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
-    return tl.maximum(x, 0.0) + 2.0 * s * series
-
-
-def triton_load(x, live):
-    """Numbers as float32, 0 where not live."""
-    return tl.load(x, live, 0.0).to(tl.float32)
-
-
-def triton_vector(x, d, live):
-    """A number a channel, 0 where there is no such tensor."""
-    return triton_load(x + d, live) if x is not None else tl.zeros([d.numel], tl.float32)
-
-
-def triton_forward(
-    u, delta, A, B, C, D, z, delta_bias, starts, initial, y, state, decay, saved, L, channels, N, span,
-    u_b, u_l, u_d, delta_b, delta_l, delta_d, z_b, z_l, z_d, B_b, B_l, B_n, C_b, C_l, C_n,
-    SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """y, the segment's last state and, where asked, the states that enter each block; without y, also its decay."""
-    d, n = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, STATES)
-    b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    live, real, at = d < channels, n < N, n[:, None] * channels + d[None, :]
-    tile, place = real[:, None] & live[None, :], (b * segments + s) * N * channels + at
-    A_log2 = 1.44269504 * tl.load(A + at, tile, 0.0)
-    h = tl.load(initial + place, tile, 0.0)  # (N, W), in registers from the first position to the last
-    skip, bias = triton_vector(D, d, live), triton_vector(delta_bias, d, live)
-    total, keep = tl.zeros([W], tl.float32), 1.0
-    begin, length = s * span, tl.minimum(span, L - s * span)
-    u, delta = u + b * u_b + begin * u_l + d * u_d, delta + b * delta_b + begin * delta_l + d * delta_d
-    B += b * B_b + begin * B_l + n * B_n
-    if y is not None:
-        y, C = y + (b * L + begin) * channels + d, C + b * C_b + begin * C_l + n * C_n
-    z = z + b * z_b + begin * z_l + d * z_d if z is not None else None
-    if saved is not None:
-        saved += (b * tl.cdiv(L, BLOCK) + begin // BLOCK) * N * channels + at
-    for first in range(0, length, ROWS):
-        if saved is not None:  # noqa: SIM102 (decided when it is compiled, the next when it runs)
-            if first % BLOCK == 0:
-                tl.store(saved, h, tile)
-                saved += N * channels
-        ys = ()
-        for i in tl.static_range(ROWS):  # stores come after, so that the loads of all rows may overlap
-            inside = first + i < length
-            row, some = d < tl.where(inside, channels, 0), n < tl.where(inside, N, 0)
-            u_t, B_t = triton_load(u + i * u_l, row), triton_load(B + i * B_l, some)
-            raw = triton_load(delta + i * delta_l, row) + bias
-            delta_t = tl.where(row, triton_softplus(raw) if SOFTPLUS else raw, 0.0)
-            if starts is not None:
-                new = tl.load(starts + b * L + begin + first + i, inside, 0) != 0
-                h, keep = tl.where(new, 0.0, h), tl.where(new, 0.0, keep)
-            h = tl.exp2(delta_t[None, :] * A_log2) * h + (delta_t * u_t)[None, :] * B_t[:, None]
-            if y is not None:
-                y_t = tl.sum(triton_load(C + i * C_l, some)[:, None] * h, 0) + skip * u_t
-                if z is not None:
-                    z_t = triton_load(z + i * z_l, row)
-                    y_t *= z_t * triton_sigmoid(z_t)
-                ys += (y_t,)
-            total += delta_t
-        if y is not None:
-            for i in tl.static_range(ROWS):
-                tl.store(y + i * channels, ys[i], d < tl.where(first + i < length, channels, 0))
-            y, C = y + ROWS * channels, C + ROWS * C_l
-        if z is not None:
-            z += ROWS * z_l
-        u, delta, B = u + ROWS * u_l, delta + ROWS * delta_l, B + ROWS * B_l
-    tl.store(state + place, h, tile)
-    if decay is not None:
-        tl.store(decay + place, keep * tl.exp2(total[None, :] * A_log2), tile)
-
-
-def triton_states(
-    u, delta, B, bias, starts, h, memory, A_log2, live, real, first, rows, u_l, delta_l, B_l, SOFTPLUS: tl.constexpr
-):
-    """The states of `rows` positions from the one before them, which all go to `memory`; returns the last."""
-    tl.debug_barrier()  # what one thread stores another may load, and may still load from the block before
-    tl.store(memory, h)
-    for i in range(rows):
-        t = first + i
-        raw = triton_load(delta + t * delta_l, live) + bias
-        delta_t = triton_softplus(raw) if SOFTPLUS else raw
-        x = delta_t * triton_load(u + t * u_l, live)
-        if starts is not None:
-            h = tl.where(tl.load(starts + t) != 0, 0.0, h)
-        h = tl.exp2(delta_t[None, :] * A_log2) * h + x[None, :] * triton_load(B + t * B_l, real)[:, None]
-        tl.store(memory + (i + 1) * h.numel, h)
-    tl.debug_barrier()
-    return h
-
-
-def triton_backward(
-    u, delta, A, B, C, D, z, delta_bias, starts, dy, dstate, saved, memory, du, ddelta, dz, dA, dB, dC, dD, dbias,
-    dinitial, L, channels, N, span, u_b, u_l, u_d, delta_b, delta_l, delta_d, z_b, z_l, z_d, B_b, B_l, B_n, C_b, C_l,
-    C_n, dy_b, dy_l, dy_d, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, STATES: tl.constexpr,
-):  # fmt: skip
-    """All gradients, of B and C each tile's share; without du only dinitial, what leaves the segment's front."""
-    k, d, n = tl.program_id(0), tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, STATES)
-    b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    live, real, at = d < channels, n < N, n[:, None] * channels + d[None, :]
-    tile, place = real[:, None] & live[None, :], (b * segments + s) * N * channels + at
-    A_log2, g = 1.44269504 * tl.load(A + at, tile, 0.0), tl.load(dstate + place, tile, 0.0)
-    skip, bias = triton_vector(D, d, live), triton_vector(delta_bias, d, live)
-    A_sum, D_sum, bias_sum = tl.zeros([STATES, W], tl.float32), tl.zeros([W], tl.float32), tl.zeros([W], tl.float32)
-    begin, end = s * span, tl.minimum((s + 1) * span, L)
-    delta, C, dy = delta + b * delta_b + d * delta_d, C + b * C_b + n * C_n, dy + b * dy_b + d * dy_d
-    z = z + b * z_b + d * z_d if z is not None else None
-    starts = starts + b * L if starts is not None else None
-    if du is not None:
-        u, B = u + b * u_b + d * u_d, B + b * B_b + n * B_n
-        memory += ((b * segments + s) * tl.num_programs(0) + k) * (BLOCK + 1) * STATES * W
-        memory += n[:, None] * W + tl.arange(0, W)[None, :]
-    for c in range(tl.cdiv(end, BLOCK) - 1, begin // BLOCK - 1, -1):
-        first, rows = c * BLOCK, tl.minimum(BLOCK, end - c * BLOCK)
-        if du is not None:
-            h = tl.load(saved + (b * tl.cdiv(L, BLOCK) + c) * N * channels + at, tile, 0.0)
-            h = triton_states(
-                u, delta, B, bias, starts, h, memory, A_log2, live, real, first, rows, u_l, delta_l, B_l, SOFTPLUS
-            )
-        for i in range(rows - 1, -1, -1):
-            t = first + i
-            raw, gy = triton_load(delta + t * delta_l, live) + bias, triton_load(dy + t * dy_l, live)
-            delta_t, C_t = triton_softplus(raw) if SOFTPLUS else raw, triton_load(C + t * C_l, real)
-            dout = gy
-            if z is not None:
-                z_t, gate = triton_load(z + t * z_l, live), triton_sigmoid(triton_load(z + t * z_l, live))
-                gy *= z_t * gate
-            a = tl.exp2(delta_t[None, :] * A_log2)
-            if starts is not None:
-                a = tl.where(tl.load(starts + t) != 0, 0.0, a)
-            e = g + C_t[:, None] * gy[None, :]  # the gradient of h_t, as g is that of a_{t+1} h_t
-            g = e * a
-            if du is not None:
-                out, share = (b * L + t) * channels + d, ((k * tl.num_programs(1) + b) * L + t) * N + n
-                u_t, before = triton_load(u + t * u_l, live), tl.load(memory + i * e.numel)
-                if z is not None:
-                    y_t = tl.sum(C_t[:, None] * h, 0) + skip * u_t
-                    tl.store(dz + out, dout * y_t * gate * (1.0 + z_t * (1.0 - gate)), live)
-                dx = tl.sum(e * triton_load(B + t * B_l, real)[:, None], 0)
-                q = g * before  # the gradient of delta A
-                dd = (tl.sum(q * A_log2, 0) / 1.44269504 + dx * u_t) * (triton_sigmoid(raw) if SOFTPLUS else 1.0)
-                tl.store(dB + share, tl.sum(e * (delta_t * u_t)[None, :], 1), real)
-                tl.store(dC + share, tl.sum(h * gy[None, :], 1), real)
-                tl.store(du + out, dx * delta_t + skip * gy, live)
-                tl.store(ddelta + out, dd, live)
-                A_sum, D_sum, bias_sum, h = A_sum + q * delta_t[None, :], D_sum + gy * u_t, bias_sum + dd, before
-    tl.store(dinitial + place, g, tile)
-    if du is not None:
-        tl.store(dA + place, A_sum, tile)
-        tl.store(dD + (b * segments + s) * channels + d, D_sum, live)
-        tl.store(dbias + (b * segments + s) * channels + d, bias_sum, live)
-
-
-class TritonScan:
-    """The scan as Triton kernels, with `ChunkedScan`'s methods.
-
-    Where batch x channels alone would leave the device idle the sequence is cut into S segments, which run side by
-    side: as in `ChunkedScan`, a first pass finds what each adds and keeps, and from these follows what enters each.
-    """
-
-    BLOCK, ROWS, TILE, WARPS = 64, 4, 64, 2  # positions between two saved states, positions at once, channels, warps
-    PROGRAMS, SEGMENTS = 512, 32  # fewer programs than that leave a large device idle; segments at most
-
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts):
-        inputs = {"u": u, "delta": delta, "A": A.t(), "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-        inputs["starts"] = None if starts is None else starts.view(torch.uint8)
-        dense = ("A", "D", "delta_bias", "starts")
-        self.inputs = {k: x.contiguous() if x is not None and k in dense else x for k, x in inputs.items()}
-        (batch, L, channels), N = u.shape, A.shape[1]
-        tiles, blocks = -(-channels // self.TILE), -(-L // self.BLOCK)
-        span = -(-blocks // min(self.SEGMENTS, max(1, self.PROGRAMS // (tiles * batch)))) * self.BLOCK
-        self.grid, self.sizes, self.shape = (tiles, batch, -(-L // span)), (batch, -(-L // span), N, channels), u.shape
-        self.options = {"L": L, "channels": channels, "N": N, "span": span, "SOFTPLUS": delta_softplus}
-        self.options |= {"BLOCK": self.BLOCK, "ROWS": self.ROWS, "W": self.TILE, "STATES": 1 << (N - 1).bit_length()}
-
-    def launch(self, kernel: str, **given: Tensor) -> None:
-        """Run a kernel over all programs. What it names and nobody gives is None, which the compiler leaves out."""
-        kernel, given = globals()[kernel], self.inputs | self.options | given
-        for name, axes in {"u": "bld", "delta": "bld", "z": "bld", "dy": "bld", "B": "bln", "C": "bln"}.items():
-            strides = (0, 0, 0) if given.get(name) is None else given[name].stride()
-            given |= {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
-        device = given["u"].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            arguments = {name: given.get(name) for name in kernel.arg_names}
-            kernel[self.grid](**arguments, num_warps=self.WARPS, enable_fp_fusion=True)
-
-    def enter(self, first: Tensor, ends: Tensor, decay: Tensor, order: int) -> Tensor:
-        """What enters each segment (B, S, N, D), if `first` (B, N, D) enters the first (order 1) or the last (-1)."""
-        enters, (at, *_) = torch.empty_like(ends), range(ends.shape[1])[::order]
-        enters[:, at] = first
-        for s, after in itertools.pairwise(range(ends.shape[1])[::order]):
-            torch.addcmul(ends[:, s], decay[:, s], enters[:, s], out=enters[:, after])
-        return enters
-
-    def forward(self, initial_state: Tensor | None, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """y (B, L, D), the last state (B, D, N), and with `save` each block's first state and each segment's decay."""
-        batch, segments, N, channels = self.sizes
-        new = functools.partial(torch.empty, device=self.inputs["u"].device, dtype=torch.float32)
-        ends, decay, initial = new(self.sizes), new(self.sizes), new(self.sizes).zero_()
-        if segments > 1:
-            self.launch("triton_forward", initial=initial, state=ends, decay=decay)
-        if initial_state is not None:
-            initial[:, 0] = initial_state.mT
-        enters = self.enter(initial[:, 0], ends, decay, 1)
-        y, saved = torch.empty(self.shape, dtype=self.inputs["u"].dtype, device=ends.device), None
-        if save:
-            saved = new(batch, -(-self.shape[1] // self.BLOCK), N, channels)
-        self.launch("triton_forward", initial=enters, y=y, state=ends, saved=saved)
-        return y, ends[:, -1].mT, [saved, decay] if save else []
-
-    def backward(self, dy: Tensor, grad_state: Tensor, saved: list[Tensor]) -> dict[str, Tensor | None]:
-        """Gradients of every input, by name, from those of y (B, L, D) and of the last state (B, D, N)."""
-        saved, decay = saved
-        batch, segments, N, channels = self.sizes
-        ends, zero, tiles = torch.empty_like(decay), torch.zeros_like(decay), self.grid[0]
-        if segments > 1:
-            self.launch("triton_backward", dy=dy, dstate=zero, dinitial=ends)
-        enters = self.enter(grad_state.mT, ends, decay, -1)
-        grads = {
-            k: torch.empty(self.shape, dtype=x.dtype, device=dy.device)
-            for k in ("u", "delta", "z")
-            if (x := self.inputs[k]) is not None
-        }
-        grads |= {"A": torch.empty_like(decay), "initial": ends}
-        grads |= {k: decay.new_empty(batch, segments, channels) for k in ("D", "bias")}
-        grads |= {k: decay.new_empty(tiles, batch, self.shape[1], N) for k in ("B", "C")}
-        memory = decay.new_empty(math.prod(self.grid), self.BLOCK + 1, self.options["STATES"], self.TILE)
-        given = {"d" + k: x for k, x in grads.items()}
-        self.launch("triton_backward", dy=dy, dstate=enters, saved=saved, memory=memory, **given)
-        sums = {k: grads[k].sum((0, 1)) for k in ("A", "D", "bias")} | {k: grads[k].sum(0) for k in ("B", "C")}
-        grads |= sums | {"A": sums["A"].t(), "delta_bias": sums["bias"], "initial_state": ends[:, 0].mT}
-        return grads
-
-
-@functools.cache
-def triton_problem() -> str | None:
-    """Turn the functions above into Triton's kernels. Returns why that cannot be, or None."""
-    global tl
-    try:
-        triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
-    except ImportError:
-        return "Triton is not installed (pip install triton)"
-    for name in [name for name in globals() if name.startswith("triton_") and name != "triton_problem"]:
-        globals()[name] = triton.jit(globals()[name])
-    return None
-
-
-def fused_kind(x: Tensor) -> type:
-    """The fused scan for x: Triton's on CUDA, and where its interpreter is asked for, and C's elsewhere."""
-    return TritonScan if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else FusedScan
-
-
-def fused_problem(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, starts) -> str | None:
-    """Why the fused scan cannot take these arguments, or None if it can."""
-    if u.device.type not in ("cpu", "cuda"):
-        return f"there is none for {u.device.type}"
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if any(x is not None and x.dtype == torch.float64 for x in tensors):
-        return "it computes in float32, and the input is float64"
-    if B.ndim == 2 or C.ndim == 2:
-        return "B or C is input-independent"
-    if fused_kind(u) is TritonScan:
-        return triton_problem()
-    library = fused_library()
-    return f"it could not be compiled ({library})" if isinstance(library, str) else None
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """Print a line to standard error, the first time only."""
-    print(text, file=sys.stderr, flush=True)
-
-
-class ScanFunction(torch.autograd.Function):
-    """`ChunkedScan`, `FusedScan` or `TritonScan` for autograd."""
-
-    NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-
-    @staticmethod
-    def forward(ctx, kind, *arguments):
-        *tensors, initial_state, ctx.delta_softplus, starts = arguments
-        ctx.kind = kind
-        y, state, saved = kind(*tensors, ctx.delta_softplus, starts).forward(initial_state, save=True)
-        ctx.save_for_backward(*tensors, initial_state, starts, *saved)
-        return y, state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_state):
-        *tensors, initial_state, starts = ctx.saved_tensors[:10]
-        with torch.autocast(grad_y.device.type, enabled=False):
-            scan = ctx.kind(*tensors, ctx.delta_softplus, starts)
-            grads = scan.backward(grad_y, grad_state, ctx.saved_tensors[10:])
-        pairs = zip(ScanFunction.NAMES, (*tensors, initial_state), strict=True)
-        return None, *(None if x is None else grads[k].to(x.dtype) for k, x in pairs), None, None
-
-
-# ----- The model ------------------------------------------------------------------------------------------------------
-
-
-def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None = None, starts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of x (B, L, E) with weight (E, 1, W): y_t = bias + sum_i weight_i x_{t-W+1+i}.
-
-    window (B, W-1, E) holds the inputs before x, zeros if None; past a start (B, L) bool no tap looks back.
-    Returns the result (B, L, E) and the next window.
+def causal_conv(x, weight, bias, window=None, starts=None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution: y_t = bias + sum_i weight_i x_{t-W+1+i} within t's document.
+
+    x: (B, L, E); weight: (E, 1, W); bias: (E,); window: (B, W-1, E), the inputs before x, zeros if
+    None; starts: (B, L) bool. Returns y (B, L, E) and the window before the next inputs.
     """
     L, W = x.shape[1], weight.shape[-1]
     if window is None:
-        window = x.new_zeros(x.shape[0], W - 1, x.shape[2])
-    padded, weight = torch.cat([window.to(x.dtype), x], dim=1), weight.to(x.dtype)  # (B, W-1+L, E)
-    bias, window = 0.0 if bias is None else bias.to(x.dtype), padded[:, L:]
-    plain = starts is None and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if plain and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # where the library's is fast
-        y = F.conv2d(padded.mT.unsqueeze(2), weight.unsqueeze(2), groups=len(weight))  # (B, E, 1, L), channels last
-        return y.squeeze(2).mT + bias, window
-    y = bias + x * weight[:, 0, -1]
-    begun = starts  # whether a document began at the position or in the `back` before it
-    for back in range(1, W):
-        past = padded[:, W - 1 - back :][:, :L]
-        if starts is not None:
-            past = past.masked_fill(begun.unsqueeze(-1), 0.0)
-            begun = begun | F.pad(starts, (back, 0))[:, :L]
-        y = torch.addcmul(y, past, weight[:, 0, -1 - back])
-    if starts is not None:  # nor may the next call's taps
-        begun = F.pad(starts, (W - 1, 0))[:, L:].flip(1).cumsum(1).flip(1)  # starts at or after each input
-        window = window.masked_fill((F.pad(begun, (0, 1))[:, 1:] > 0).unsqueeze(-1), 0.0)
-    return y, window
+        window = x.new_zeros(len(x), W - 1, x.shape[2])
+    x, weight = torch.cat([window.to(x.dtype), x], dim=1), weight.to(x.dtype)  # x: (B, W-1+L, E)
+    if starts is None:
+        y = F.conv2d(x.mT.unsqueeze(2), weight.unsqueeze(2), groups=len(weight)).squeeze(2).mT
+    else:
+        document = F.pad(starts.cumsum(1), (W - 1, 0)).unsqueeze(-1)  # which one an input is of
+        y = torch.zeros_like(x[:, W - 1 :])
+        for i in range(W):
+            other = document[:, i : i + L] != document[:, W - 1 :]
+            y = y + weight[:, 0, i] * x[:, i : i + L].masked_fill(other, 0.0)
+        x = x.masked_fill(document != document[:, -1:], 0.0)
+    return y + bias.to(x.dtype), x[:, L:]
 
 
 class MambaBlock(nn.Module):
-    """The Mamba block (Figure 3): expand, convolve, select, scan, gate, contract. Names are the checkpoints' names."""
+    """Figure 3: expand, convolve, select, scan, gate, contract. Names are the checkpoints'."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
         E, N, R = config.d_inner, config.d_state, config.rank
-        self.selective, sizes = config.selective, {"delta": R, "B": N, "C": N}
-        self.sizes = [size for name, size in sizes.items() if name in self.selective]
-        self.in_proj = nn.Linear(config.d_model, 2 * E, bias=config.bias)
-        self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=config.conv_bias)
-        self.x_proj = nn.Linear(E, sum(self.sizes), bias=False) if self.sizes else None
+        self.in_proj = nn.Linear(config.d_model, 2 * E, bias=False)
+        self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=True)
+        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
         self.dt_proj = nn.Linear(R, E, bias=True)
-        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # S4D-real: A = -1, -2, ...
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # S4D-real
         self.D = nn.Parameter(torch.ones(E))
-        if "delta" not in self.selective:
-            self.dt_proj.weight = None  # the bias alone is then the step size
-        if "B" not in self.selective:  # input-independent: a value per channel and state, as in S4D
-            self.B = nn.Parameter(torch.ones(E, N))
-        if "C" not in self.selective:
-            self.C = nn.Parameter(torch.randn(E, N))
-        self.out_proj = nn.Linear(E, config.d_model, bias=config.bias)
-        self.reset_parameters(config)
+        self.out_proj = nn.Linear(E, config.d_model, bias=False)
+        with torch.no_grad():  # the official initialisation; the rest keeps PyTorch's defaults
+            nn.init.uniform_(self.dt_proj.weight, -(R**-0.5), R**-0.5)
+            dt = torch.exp(torch.empty(E).uniform_(math.log(0.001), math.log(0.1)))
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+            nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+            self.out_proj.weight /= math.sqrt(config.n_layer)
 
-    @torch.no_grad()
-    def reset_parameters(self, config: MambaConfig) -> None:
-        """The official initialisation; what is not named here keeps PyTorch's default, as there."""
-        if self.dt_proj.weight is not None:
-            nn.init.uniform_(self.dt_proj.weight, -(config.rank**-0.5), config.rank**-0.5)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = torch.exp(torch.rand(config.d_inner) * (high - low) + low).clamp(min=config.dt_init_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
-        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        self.out_proj.weight /= math.sqrt(config.n_layer)
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """delta (.., E), before bias and softplus, B and C (.., N), from x (.., E): selection, section 3.2."""
-        parts = iter(self.x_proj(x).split(self.sizes, dim=-1) if self.sizes else ())
-        delta = F.linear(next(parts), self.dt_proj.weight) if "delta" in self.selective else torch.zeros_like(x)
-        return delta, *(next(parts) if name in self.selective else getattr(self, name) for name in ("B", "C"))
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The selection, x (..., E) -> delta (..., E), A (E, N), B and C (..., N): Algorithm 2."""
+        rank, N = self.dt_proj.in_features, self.A_log.shape[1]
+        delta, B, C = self.x_proj(x).split([rank, N, N], dim=-1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return F.linear(delta, self.dt_proj.weight), A, B, C  # the scan adds dt_proj's bias
 
     def forward(self, x: Tensor, state=None, starts: Tensor | None = None):
-        """x (B, L, d_model) -> (B, L, d_model) and the state after it: window (B, W-1, E), SSM state (B, E, N)."""
+        """x (B, L, d_model) -> y of that shape, and the state after it.
+
+        A state is the pair of the convolution's window (B, W-1, E) and the SSM's state (B, E, N).
+        """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         x, window = causal_conv(x, self.conv1d.weight, self.conv1d.bias, window, starts)
         x = F.silu(x)
-        delta, B, C = self.select(x)
-        D, bias = self.D, self.dt_proj.bias
-        y, h = selective_scan(x, delta, self.A(), B, C, D, z, bias, True, h, starts, return_final_state=True)
+        delta, A, B, C = self.select(x)
+        y, h = selective_scan(
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True,
+            initial_state=h, starts=starts, return_final_state=True,
+        )  # fmt: skip
         return self.out_proj(y), (window, h)
 
-    def A(self) -> Tensor:
-        """The continuous A (E, N), negative."""
-        return -torch.exp(self.A_log.to(state_dtype(self.A_log)))
-
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor], A: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """`forward` for one position: x (B, d_model), with A = self.A(); in constant time and memory."""
+    def step(self, x: Tensor, state):
+        """`forward` at one position, x (B, d_model), in constant time and memory."""
         window, h = state
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, E) each
         window = torch.cat([window, x.unsqueeze(1)], dim=1)  # (B, W, E)
         x = (window * self.conv1d.weight.squeeze(1).t()).sum(1)
-        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
-        delta, B, C = self.select(x)
-        B, C = (w.unsqueeze(0) if name not in self.selective else w for name, w in (("B", B), ("C", C)))
+        x = F.silu(x + self.conv1d.bias)
+        delta, A, B, C = self.select(x)
         y, h = selective_scan_step(h, x, delta, A, B, C, self.D, z, self.dt_proj.bias, True)
         return self.out_proj(y), (window[:, 1:], h)
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """x / rms(x) * weight in three passes over x, and four back; PyTorch makes it of many where it has no kernel."""
-
-    @staticmethod
-    def forward(ctx, x, weight, floor):
-        scale = math.sqrt(x.shape[-1]) / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x, scale).mul_(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        products = (grad * x).flatten(0, -2)
-        along = (products @ weight).view_as(scale) * scale**3 / -x.shape[-1]  # the norm's gradient lies along x
-        return torch.mul(grad, weight).mul_(scale).addcmul_(x, along), scale.flatten() @ products, None
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (float64 for float64)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-        self.register_buffer("floor", torch.tensor(math.sqrt(eps * size)), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        if x.device.type != "cpu":  # there PyTorch has a kernel
-            y = F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        else:
-            y = RMSNormFunction.apply(x, weight, self.floor)
-        return y.to(self.weight.dtype)
-
-
-def lean(module: nn.Module) -> Callable:
-    """What a linear layer or norm computes for x (B, d_model), without the module: decoding waits for calls."""
-    if isinstance(module, nn.Linear):
-        multiply = torch.mm if module.bias is None else functools.partial(torch.addmm, module.bias)
-        return functools.partial(multiply, mat2=module.weight.t())
-    if isinstance(module, RMSNorm) and module.weight.dtype == torch.float32:
-        weight, floor = module.weight * math.sqrt(len(module.weight)), module.floor
-        return lambda x: x.div(torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(weight)
-    return module
-
-
-class Layer(nn.Module):
-    """Norm and block; the residual stream around them stays in float32."""
-
-    def __init__(self, config: MambaConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = MambaBlock(config)
-
-    def stepper(self, window: Tensor, h: Tensor) -> Callable[[Tensor], Tensor]:
-        """Norm, block and residual for one position, x (B, d_model) -> (B, d_model), with the fused scan; see `lean`.
-
-        window (B, W-1, E) and h (B, E, N) are the state, from which it goes on in memory of its own.
-        """
-        mixer, norm, project, out = self.mixer, lean(self.norm), lean(self.mixer.in_proj), lean(self.mixer.out_proj)
-        (batch, past, E), new = window.shape, self.norm.weight.new_empty
-        ring = F.pad(window, (0, 0, 0, 1))  # (B, W, E): the newest input replaces the oldest
-        taps = mixer.conv1d.weight.squeeze(1).t()  # (W, E), oldest first
-        rolled = [taps.roll(place + 1, 0) for place in range(past + 1)]  # when the newest stands at `place`
-        bias = torch.zeros(E) if mixer.conv1d.bias is None else mixer.conv1d.bias
-        xz, parts, (u, delta, y) = new(batch, 2 * E), new(batch, sum(mixer.sizes)), (new(batch, E) for _ in range(3))
-        x, z = xz.chunk(2, dim=-1)
-        rank, B, C = parts.split(mixer.sizes, dim=-1)
-        u_, delta_, B_, C_, z_, y_ = (v.unsqueeze(1) for v in (u, delta, B, C, z, y))  # sequences of one position
-        state = h.mT.clone(memory_format=torch.contiguous_format)
-        scan = FusedScan(u_, delta_, mixer.A(), B_, C_, mixer.D, z_, mixer.dt_proj.bias, True, None)
-        advance = scan.prepare("forward", initial=state, y=y_, state=state)
-        select, widen = lean(mixer.x_proj), mixer.dt_proj.weight.t()
-        place = itertools.cycle([past, *range(past)])
-
-        def step(residual: Tensor) -> Tensor:
-            project(norm(residual), out=xz)
-            now = next(place)
-            ring.select(1, now).copy_(x)
-            F.silu(torch.sum(ring * rolled[now], dim=1, out=u).add_(bias), inplace=True)
-            select(u, out=parts)
-            torch.mm(rank, widen, out=delta)
-            advance()
-            return out(y).add_(residual)
-
-        return step
-
-
 class Mamba(nn.Module):
-    """The Mamba language model: embedding, layers of norm and block, norm, head."""
+    """The language model: embedding, layers of norm and block, norm, head."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.config = config
-        rows = -(-config.vocab_size // config.pad_vocab_size_multiple) * config.pad_vocab_size_multiple
+        self.config, multiple = config, config.pad_vocab_size_multiple
+        rows = -(-config.vocab_size // multiple) * multiple
         self.backbone = nn.Module()
         self.backbone.embeddings = nn.Embedding(rows, config.d_model)
-        self.backbone.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
-        self.backbone.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.backbone.layers = nn.ModuleList(nn.Module() for _ in range(config.n_layer))
+        for layer in self.backbone.layers:
+            layer.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+            layer.mixer = MambaBlock(config)
+        self.backbone.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, rows, bias=False)
         nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, L) or (B,) -> the residual stream (..., d_model), float32 or wider."""
-        x = self.backbone.embeddings(tokens)
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+    def forward(self, tokens, state=None, starts=None, return_state=False, targets=None):
+        """tokens (B, L) -> logits (B, L, V); with targets (B, L) their mean loss in nats instead.
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of the residual stream (B, L, d_model) for targets (B, L); see `head_loss`."""
-        return head_loss(self.backbone.norm_f(x), self.lm_head.weight[: self.config.vocab_size], targets)
+        starts (B, L) bool marks where a document begins. return_state adds the state from which the
+        next call goes on, the list of the blocks' states.
+        """
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda and targets is not None):
+            x, state = self.hidden(tokens, state, starts)
+            result = self.logits(x) if targets is None else self.loss(x, targets)
+        return (result, state) if return_state else result
+
+    def hidden(self, tokens, state=None, starts=None) -> tuple[Tensor, list]:
+        """tokens (B, L), or (B,) for a step -> what the head reads (..., d_model), and state."""
+        x, after, dtype = self.backbone.embeddings(tokens), [], self.lm_head.weight.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # the residual stream
+        for i, layer in enumerate(self.backbone.layers):
+            y, before = layer.norm(x.to(dtype)), None if state is None else state[i]
+            if tokens.ndim == 1:
+                y, block_state = layer.mixer.step(y, before)
+            else:
+                y, block_state = layer.mixer(y, before, starts)
+            x = x + y
+            after.append(block_state)
+        return self.backbone.norm_f(x.to(dtype)), after
 
     def logits(self, x: Tensor) -> Tensor:
-        """The residual stream (..., d_model) -> (..., V): the padding of the vocabulary is cut off."""
-        return self.lm_head(self.backbone.norm_f(x))[..., : self.config.vocab_size]
+        """What `hidden` returns -> logits (..., V), without the padding of the vocabulary."""
+        return F.linear(x, self.lm_head.weight[: self.config.vocab_size])
 
-    def forward(self, tokens: Tensor, state=None, starts: Tensor | None = None, return_state=False, targets=None):
-        """tokens (B, L) -> logits (B, L, V), and with `return_state` the state from which the next call goes on.
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy; on a CPU by pieces, so that the logits never exist as a whole."""
+        x, weight, pieces = x.flatten(0, 1), self.lm_head.weight[: self.config.vocab_size], None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            pieces = nn.LinearCrossEntropyOptions(512, chunking_method=None, acc_policy="balanced")
+        return F.linear_cross_entropy(x, weight, targets.flatten(), options=pieces)
 
-        The state is a list with (convolution window (B, W-1, E), SSM state (B, E, N)) of each layer. starts (B, L) bool
-        marks where a document begins: it sees nothing before it. With targets (B, L) the mean loss takes the place of
-        the logits.
-        """
-        x, after = self.hidden(tokens, state, starts)
-        y = self.logits(x) if targets is None else self.loss(x, targets)
-        return (y, after) if return_state else y
+    # ----- Generation
 
-    def hidden(self, tokens: Tensor, state=None, starts: Tensor | None = None) -> tuple[Tensor, list]:
-        """tokens (B, L) -> the residual stream after the last layer (B, L, d_model), and the state."""
-        x, after = self.embed(tokens), []
-        for i, layer in enumerate(self.backbone.layers):
-            y, new = layer.mixer(layer.norm(x), None if state is None else state[i], starts)
-            x = x + y
-            after.append(new)
-        return x, after
-
-    def init_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """The state before the first token, for `forward` and `step`."""
-        weight, c = self.lm_head.weight, self.config
-        h = weight.new_zeros(batch, c.d_inner, c.d_state, dtype=state_dtype(weight))
-        return [(weight.new_zeros(batch, c.d_conv - 1, c.d_inner), h) for _ in range(c.n_layer)]
-
-    def step(self, token: Tensor, state: list, As: list[Tensor] | None = None) -> tuple[Tensor, list]:
-        """token (B,) -> logits (B, V) and the next state, in constant time and memory a token.
-
-        As, each layer's A, saves computing them again at every step.
-        """
-        x, after = self.embed(token), []
-        for i, layer in enumerate(self.backbone.layers):
-            y, new = layer.mixer.step(layer.norm(x), state[i], layer.mixer.A() if As is None else As[i])
-            x = x + y
-            after.append(new)
-        return self.logits(x), after
+    def step(self, token: Tensor, state: list) -> tuple[Tensor, list]:
+        """token (B,) -> logits (B, V) and the next state, in constant time and memory a token."""
+        x, state = self.hidden(token, state)
+        return self.logits(x), state
 
     @torch.inference_mode()
-    def stream(self, tokens: Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Yield `max_new_tokens` tokens (B,) that follow the prompt (B, L >= 1): parallel prefill, then `step`."""
-        fits = tokens.ndim == 2 and tokens.shape[1] > 0
-        require(fits, f"prompt of shape {tuple(tokens.shape)}: must be (B, L) with L >= 1; give at least one token")
+    def stream(
+        self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
+    ) -> Iterator[Tensor]:
+        """Yield the tokens (B,) after a prompt (B, L): one parallel prefill, then step by step.
+
+        Raises FloatingPointError where the logits are not finite.
+        """
+        if tokens.numel() == 0:
+            raise ValueError("the prompt is empty: give at least one token")
         x, state = self.hidden(tokens)
-        logits, step = self.logits(x[:, -1]), self.stepper(state)
+        logits = self.logits(x[:, -1])
         for i in range(max_new_tokens):
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"the logits of new token {i + 1} are not finite")
             token = sample_token(logits, temperature, top_k, top_p, generator)
             yield token
             if i + 1 < max_new_tokens:
-                logits = step(token)
+                logits, state = self.step(token, state)
 
-    def stepper(self, state: list) -> Callable[[Tensor], Tensor]:
-        """A function token (B,) -> logits (B, V) that goes on from the state, like `step`, which stays as it is."""
-        layers, weight = self.backbone.layers, self.lm_head.weight
-        if weight.dtype == torch.float32 and len(layers[0].mixer.sizes) == 3:
-            u = weight.new_zeros(1, 1, 1)
-            if fused_kind(u) is FusedScan and fused_problem(u, u, u, u, u, *[None] * 6) is None:
-                steps = [layer.stepper(*pair) for layer, pair in zip(layers, state, strict=True)]
-                norm, head = lean(self.backbone.norm_f), lean(self.lm_head)
-
-                def step(token: Tensor) -> Tensor:
-                    x = self.embed(token)
-                    for layer in steps:
-                        x = layer(x)
-                    return head(norm(x))[:, : self.config.vocab_size]
-
-                return step
-        As, box = [layer.mixer.A() for layer in layers], [state]
-        if weight.is_cuda:
-            return self.graph_stepper(state, As)
-
-        def step(token: Tensor) -> Tensor:
-            logits, box[0] = self.step(token, box[0], As)
-            return logits
-
-        return step
-
-    def graph_stepper(self, state: list, As: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        """`stepper` as a CUDA graph: the host starts one a token, and not some forty kernels a layer."""
-        before = [x for pair in state for x in pair]
-        now = [x.clone() for x in before]
-        token = torch.zeros(len(now[0]), dtype=torch.long, device=now[0].device)
-
-        def advance() -> Tensor:
-            logits, after = self.step(token, list(zip(now[::2], now[1::2], strict=True)), As)
-            torch._foreach_copy_(now, [x for pair in after for x in pair])
-            return logits
-
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            advance()  # libraries choose their kernels at the first call, which a graph cannot hold
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            logits = advance()
-        torch._foreach_copy_(now, before)
-
-        def step(new: Tensor) -> Tensor:
-            token.copy_(new)
-            graph.replay()
-            return logits
-
-        return step
-
-    @classmethod
-    def from_pretrained(cls, folder: str) -> Mamba:
-        """Read a local folder in the official or Hugging Face layout; see `read_folder`."""
-        return read_folder(folder)
-
-    def save_pretrained(self, folder: str) -> None:
-        """Write Hugging Face's layout; see `write_folder`."""
-        write_folder(self, folder)
-
-    def generate(
-        self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, stop_token=None
-    ) -> Tensor:
-        """tokens (B, L) and up to `max_new_tokens` more, (B, L + n); after a `stop_token` a row repeats it."""
-        new, done = [], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for token in self.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator):
-            new.append(token if stop_token is None else token.masked_fill(done, stop_token))
-            if stop_token is not None:
-                done = done | (token == stop_token)
-                if done.all():
-                    break
-        return torch.cat([tokens, *(t.unsqueeze(1) for t in new)], dim=1)
+    def generate(self, tokens: Tensor, max_new_tokens: int, *options, **more) -> Tensor:
+        """tokens (B, L) and max_new_tokens more, (B, L + n); the options are those of `stream`."""
+        new = self.stream(tokens, max_new_tokens, *options, **more)
+        return torch.cat([tokens, *(token.unsqueeze(1) for token in new)], dim=1)
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of x (B, L, d_model) through the head's weight (V, d_model) for targets (B, L).
-
-    On the CPU it goes in pieces, so that the logits (B L, V) never exist as a whole: faster, and less memory.
-    """
-    pieces = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None, acc_policy="balanced")
-    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
-    return F.linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), options=None if whole else pieces)
-
-
-def sample_token(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
-    """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k and top_p cut the tail, in that order."""
-    fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
-    require(fits, f"{temperature=}, {top_k=}, {top_p=}: must be >= 0, >= 1 and in (0, 1]; correct the one that is not")
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
+    """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k, top_p cut the tail."""
+    if not (temperature >= 0 and (top_k or 0) >= 0 and 0 < (top_p or 1) <= 1):
+        raise ValueError(f"{temperature=} must be at least 0, {top_k=} too, {top_p=} in (0, 1]")
     if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p is not None:  # the fewest tokens whose probabilities reach top_p
+    if top_p:  # the fewest tokens whose probabilities reach top_p
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-# ----- Checkpoint folders: the official layout and Hugging Face's -----------------------------------------------------
-
-NAMES = {  # Hugging Face's name of each of our fields
-    "d_model": "hidden_size", "n_layer": "num_hidden_layers", "vocab_size": "vocab_size", "d_state": "state_size",
-    "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank", "dt_min": "time_step_min",
-    "dt_max": "time_step_max", "dt_init_floor": "time_step_floor", "bias": "use_bias", "conv_bias": "use_conv_bias",
-    "tie_embeddings": "tie_word_embeddings", "norm_eps": "layer_norm_epsilon",
-}  # fmt: skip
+# ----- Data: documents -> tokens -> train and valid -----------------------------------------------
 
 
-def read_config(fields: dict) -> tuple[dict, list[str]]:
-    """A config.json of either layout -> arguments of MambaConfig, and what in it we do not do."""
-    if "hidden_size" in fields:
-        given = {ours: fields[theirs] for ours, theirs in NAMES.items() if theirs in fields}
-        need = {"model_type": "mamba", "hidden_act": "silu"}
-        need["intermediate_size"] = int(fields.get("expand", 2) * fields["hidden_size"])
-        given["pad_vocab_size_multiple"] = 1
-    else:
-        given, known = dict(fields.get("ssm_cfg") or {}), {field.name for field in dataclasses.fields(MambaConfig)}
-        need = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "ssm_cfg.layer": "Mamba1"}
-        fields = fields | {"ssm_cfg.layer": given.pop("layer", "Mamba1")}
-        for name in ("dt_init", "dt_scale", "use_fast_path"):  # of initialisation and speed only
-            given.pop(name, None)
-        need |= {f"ssm_cfg.{name}": "absent" for name in given.keys() - known}
-        fields |= {f"ssm_cfg.{name}": given.pop(name) for name in given.keys() - known}
-        ours = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-        given |= {name: fields[name] for name in ours if name in fields}
-    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in need.items() if fields.get(k, v) not in (v, None)]
-    problems += [f"{k} is missing" for k in ("d_model", "n_layer", "vocab_size") if k not in given]
-    return given, problems
+def python_documents() -> list[str]:
+    """Prose that ships with Python: its reference topics, then the docstrings of each module.
 
-
-def read_fields(folder: str | Path, name: str = "config.json") -> dict:
-    """The JSON object in a checkpoint folder's config.json, or in another of its files."""
-    path = Path(folder) / name
-    require(path.is_file(), f"{folder}: holds no {name}, must be a folder with one and its weights; correct the path")
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        require(isinstance(fields, dict), "it is another kind of value")
-    except ValueError as error:
-        raise UserError(f"{path}: must be a JSON object, but {error}; copy it anew") from None
-    return fields
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, tensors = folder / f"{name}.index.json", {}
-        if not index.is_file() and not (folder / name).is_file():
-            continue
-        shards = read_fields(folder, index.name).get("weight_map") if index.is_file() else {"all": name}
-        require(isinstance(shards, dict), f"{index}: weight_map must name the file of each tensor; copy it anew")
-        for shard in sorted({folder / str(shard) for shard in shards.values()}):
-            require(shard.is_file(), f"{shard}: named in {index.name}, but not there; copy it there")
-            part = load_torch(shard)
-            require(isinstance(part, dict), f"{shard}: must hold tensors by name; give another")
-            tensors |= part
-        return {k: v.float() for k, v in tensors.items() if isinstance(v, Tensor)}
-    raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
-
-
-def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
-    """The contents of a .safetensors file, by the safetensors package, or of a torch.save; data only, never code."""
-    try:
-        if path.suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        return torch.load(path, map_location=device, weights_only=True)
-    except ImportError:
-        raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
-    except Exception as error:  # each format has its own kinds
-        raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
-
-
-def check_tensors(folder: str, want: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise UserError listing the tensors that are missing, extra or of another shape than the model's."""
-    problems = [f"{k} is missing" for k in want.keys() - tensors.keys()]
-    problems += [f"{k} is extra" for k in tensors.keys() - want.keys()]
-    for k in want.keys() & tensors.keys():
-        if want[k].shape != tensors[k].shape:
-            problems.append(f"{k} is {tuple(tensors[k].shape)}, must be {tuple(want[k].shape)}")
-    require(not problems, f"{folder}: the weights do not fit config.json: {'; '.join(sorted(problems))}; mend either")
-
-
-def read_folder(folder: str) -> Mamba:
-    """The model in a local folder; raises ValueError once, listing all that does not fit in its config or tensors."""
-    try:
-        given, problems = read_config(read_fields(folder))
-        require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Mamba")
-        model = Mamba(MambaConfig(**given))
-    except (TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{folder}: config.json has a wrong value ({str(error)[:70]!r}); correct it") from None
-    tensors = {
-        k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in read_tensors(Path(folder)).items()
-    }
-    if model.config.tie_embeddings and "backbone.embeddings.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
-    check_tensors(folder, model.state_dict(), tensors)
-    model.load_state_dict(tensors)
-    return model
-
-
-def write_folder(model: Mamba, folder: str) -> None:
-    """Write Hugging Face's layout, which `transformers` reads; the vocabulary's padding is cut off."""
-    config = model.config
-    fits = set(config.selective) == {"delta", "B", "C"}
-    require(fits, f"selective {config.selective}: Hugging Face's layout holds full selection; save the checkpoint")
-    fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
-    fields |= {"time_step_rank": config.rank, "intermediate_size": config.d_inner, "hidden_act": "silu"}
-    fields |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "residual_in_fp32": True}
-    fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    tensors = model.state_dict()
-    for k in ("backbone.embeddings.weight", "lm_head.weight"):
-        tensors[k] = tensors[k][: config.vocab_size]
-    if config.tie_embeddings:
-        del tensors["lm_head.weight"]
-    write_tensors(folder, fields, tensors)
-
-
-def write_tensors(folder: str, fields: dict, tensors: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors, or pytorch_model.bin where the safetensors package is missing."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / "config.json", fields)
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    try:
-        save = importlib.import_module("safetensors.torch").save_file
-        write_atomically(Path(folder) / "model.safetensors", lambda name: save(tensors, name, {"format": "pt"}))
-    except ImportError:
-        write_atomically(Path(folder) / "pytorch_model.bin", lambda name: torch.save(tensors, name))
-
-
-# ----- Train ----------------------------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Where each step's windows begin: a pure function of the step, so that resuming needs no replay.
-
-    Shuffled epochs of non-overlapping windows, from a new offset each epoch; with `carry`, row r of the batch instead
-    reads its own contiguous stretch of the text, step after step.
+    Sources are parsed, never imported; tests and what some systems package apart are left out.
     """
+    from pydoc_data.topics import topics
 
-    def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int, carry: bool):
-        self.size, self.batch, self.length, self.seed, self.carry = len(tokens), batch, length, seed, carry
-        rows = batch if carry else 1
-        self.windows = (len(tokens) - 1) // rows // length  # of a row, or of an epoch
-        require(self.windows > 0, f"{self.size:,} tokens: too few for {rows} stretches of --length {length}; lower one")
-        self.epoch, self.order = -1, np.zeros(0, np.int64)
-
-    def offsets(self, step: int) -> np.ndarray:
-        """The first position of each of the step's windows, (batch,)."""
-        if self.carry:
-            return (np.arange(self.batch) * self.windows + step % self.windows) * self.length
-        numbers = np.arange(step * self.batch, (step + 1) * self.batch)
-        return np.array([self.shuffled(n // self.windows)[n % self.windows] for n in numbers])
-
-    def shuffled(self, epoch: int) -> np.ndarray:
-        """The first positions of an epoch's windows, in its order."""
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            slack = self.size - 1 - self.windows * self.length
-            self.epoch, self.order = epoch, rng.permutation(self.windows) * self.length + rng.integers(slack + 1)
-        return self.order
-
-    def fresh(self, step: int) -> bool:
-        """Whether the state starts from zero at this step."""
-        return not self.carry or step % self.windows == 0
+    apart = (
+        r"(^|/)(tests?|(site|dist)-packages|idlelib|lib2to3|distutils|ensurepip|tkinter|turtle.*"
+    )
+    apart += r"|pydoc_data|config-.*|_sysconfig.*|sitecustomize\.py)(/|$)"
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documents, root = [topics[name] for name in sorted(topics)], Path(sysconfig.get_path("stdlib"))
+    for file in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if not re.search(apart, file):
+            nodes = ast.walk(ast.parse((root / file).read_bytes()))
+            texts = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+            documents.append("\n\n".join([file, *filter(None, texts)]))
+    return documents
 
 
-def gather(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device: torch.device):
-    """Inputs and targets (B, L) of the windows at `offsets`, and their starts (B, L) bool with document_resets.
+def drop_repeated_paragraphs(documents: list[str]) -> list[str]:
+    """The documents without the paragraphs, of 60 characters and more, that an earlier one has.
 
-    Windows that the text's end cuts short must be alike. Raises ValueError for a token outside the vocabulary.
+    Otherwise held-out text stands in the training text too, and copying looks like learning.
     """
-    window = torch.from_numpy(np.stack([tokens[o : o + config.length + 1] for o in offsets]).astype(np.int64))
-    top, size = int(window.max()), corpus.vocab_size
-    require(top < size, f"{corpus.source}: token {top} is outside the vocabulary of {size}; correct the data")
-    window, starts = window.to(device), None
-    x, y = window[:, :-1], window[:, 1:]
+    seen, kept = set(), []
+    for document in documents:
+        paragraphs = document.strip().split("\n\n")
+        kept.append("\n\n".join(p for p in paragraphs if len(p) < 60 or p not in seen))
+        seen.update(paragraphs)
+    return [document for document in kept if document.strip()]
+
+
+def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
+    """For training, and every 20th for validation; of few documents, the last 5 % of the text.
+
+    A document that alone is a fiftieth of the text stays in training: it would decide the score.
+    """
+    most = sum(map(len, documents)) / 50
+    held_out = [i for i, text in enumerate(documents) if len(text) <= most][19::20]
+    if held_out:
+        train = [text for i, text in enumerate(documents) if i not in held_out]
+        return train, [documents[i] for i in held_out]
+    text = "\n\n".join(documents)
+    return [text[: len(text) * 19 // 20]], [text[len(text) * 19 // 20 :]]
+
+
+@dataclass
+class Corpus:
+    """Token ids to train on and to validate on, 1-D, and what they mean."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    separator: int | None  # the id after each document
+    context_length: int | None = None  # of packed contexts, which no window may join
+
+
+def load_corpus(path: str, tokenizer_name: str, tokenizer=None, split: bool = True) -> Corpus:
+    """The corpus of a text file, a .jsonl with a `text` a line, a .bin, or else of Python's prose.
+
+    tokenizer, from a checkpoint, goes before tokenizer_name; a new one never sees validation text.
+    A .bin has a .json beside it: dtype ("uint16" or "uint32", little-endian), vocab_size, tokenizer
+    (a name, a file beside it, or null), document_separator (or null), maybe context_length. Without
+    `split` all is for validation.
+    """
+    if path.endswith(".bin"):
+        about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
+        tokens = np.memmap(path, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]], "r")
+        if tokenizer is None and (name := about["tokenizer"]):
+            beside = Path(path).with_name(name)
+            tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
+        cut = len(tokens) - min(len(tokens) // 20, 10_000_000) if split else 0
+        cut -= cut % (about.get("context_length") or 1)
+        meaning = (about["vocab_size"], about["document_separator"], about.get("context_length"))
+        return Corpus(tokens[:cut], tokens[cut:], tokenizer, *meaning)
+    documents = [Path(path).read_text("utf-8-sig")] if path else python_documents()
+    if path.endswith(".jsonl"):
+        rows = [line for line in documents[0].split("\n") if line.strip()]
+        documents = [json.loads(row)["text"] for row in rows]
+    train, valid = [], documents
+    if split:
+        train, valid = split_documents(drop_repeated_paragraphs(documents))
+    tokenizer = tokenizer or load_tokenizer(tokenizer_name, train)
+    halves, end = [], [] if tokenizer.separator is None else [tokenizer.separator]
+    for texts in (train, valid):
+        ids = [np.array(tokenizer.encode(text) + end, np.uint32) for text in texts]
+        halves.append(np.concatenate([*ids, np.array([], np.uint32)]))
+    return Corpus(*halves, tokenizer, tokenizer.vocab_size, tokenizer.separator)
+
+
+def xz_bits(corpus: Corpus) -> float | None:
+    """Bits a byte that xz needs for the validation text after the last 32 MB of training text."""
+    if corpus.tokenizer is None:
+        return None
+    train = corpus.tokenizer.decode_bytes(corpus.train[-16_000_000:])[-32_000_000:]
+    valid = corpus.tokenizer.decode_bytes(corpus.valid)
+    return 8 * (len(lzma.compress(train + valid)) - len(lzma.compress(train))) / max(1, len(valid))
+
+
+# ----- Training -----------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+
+
+def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
+    """Where the windows of a step begin, (batch,): drawn for the step, so that resuming is exact.
+
+    Windows of packed contexts begin at multiples of the length, and so each keeps to one context.
+    """
+    rng, last = np.random.default_rng((config.seed, step)), len(corpus.train) - config.length
+    if corpus.context_length is None:
+        return rng.integers(last, size=config.batch)
+    return config.length * rng.integers(-(-last // config.length), size=config.batch)
+
+
+def read_windows(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device):
+    """Inputs and targets (B, L) of the windows at offsets; their starts with document_resets."""
+    rows = np.stack([tokens[o : o + config.length + 1] for o in offsets]).astype(np.int64)
+    if rows.max() >= corpus.vocab_size:
+        raise ValueError(f"token {rows.max()} is beyond the model's {corpus.vocab_size}")
+    starts = None
     if config.document_resets and corpus.separator is not None:
-        before = torch.tensor([[int(tokens[o - 1]) if o else corpus.separator] for o in offsets], device=device)
-        starts = torch.cat([before, x[:, :-1]], dim=1) == corpus.separator
-    return x, y, starts
+        before = np.array([[tokens[o - 1] if o else corpus.separator] for o in offsets])
+        starts = np.concatenate([before, rows[:, :-2]], axis=1) == corpus.separator
+        starts = torch.from_numpy(starts).to(device)
+    rows = torch.from_numpy(rows).to(device)
+    return rows[:, :-1], rows[:, 1:], starts
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -2226,362 +532,807 @@ def learning_rate(step: int, config: Config) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only, and not for A_log or an input-independent B or C."""
-    groups: dict[bool, list] = {True: [], False: []}
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW; weight decay for matrices only, and not for A_log."""
+    decayed, others = [], []
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and name.split(".")[-1] not in ("A_log", "B", "C")].append(parameter)
-    groups = [{"params": ps, "weight_decay": config.weight_decay * decayed} for decayed, ps in groups.items()]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
+        matrix = parameter.ndim > 1 and not name.endswith("A_log")
+        (decayed if matrix else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups.append({"params": others, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2))
 
 
-def autocast(device: torch.device):
-    """bfloat16 on CUDA, around float32 parameters; elsewhere nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def train_step(forward, optimizer, corpus: Corpus, config: Config, step: int):
+    """The step of AdamW of that number: its loss (nats a token) and the norm of its gradient.
+
+    forward is the model, maybe compiled or distributed: then each process takes its part of the
+    batch. Raises FloatingPointError if loss or norm is not finite, before a weight has changed.
+    """
+    parameters, parts, loss = list(forward.parameters()), config.accumulate, 0.0
+    device = parameters[0].device
+    pieces = np.split(window_offsets(corpus, config, step), WORLD * parts)
+    for i, offsets in enumerate(pieces[RANK * parts : (RANK + 1) * parts]):
+        x, y, starts = read_windows(corpus, corpus.train, offsets, config, device)
+        exchange = WORLD == 1 or i + 1 == parts  # of gradients between processes: once a step
+        with contextlib.nullcontext() if exchange else forward.no_sync():
+            mean = forward(x, starts=starts, targets=y) / parts
+            mean.backward()
+        loss = loss + mean.detach() / WORLD
+    if WORLD > 1:
+        dist.all_reduce(loss)
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+    if not (loss + norm).isfinite():
+        found = f"loss {loss:.4g}, gradient norm {norm:.4g}"
+        raise FloatingPointError(f"training diverged at step {step + 1}: {found}; lower --lr")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), norm.item()
 
 
 @torch.no_grad()
 def evaluate(model: Mamba, corpus: Corpus, config: Config, limit: int = 0) -> dict:
-    """Loss on the validation text in nats a token and bits a byte: every token but the first predicted once.
+    """Loss on the first `limit` tokens of corpus.valid, 0 for all: nats a token and bits a byte.
 
-    Windows of config.length run on from one another with config.carry_state, else each starts from nothing. `limit`
-    tokens, or all of them at 0.
+    All but the first are predicted once, in windows of config.length side by side, each on its own.
+    Separators cost bits and count no bytes. Raises FloatingPointError if it is not finite.
     """
     tokens = corpus.valid[: limit + 1] if limit else corpus.valid
-    offsets = range(0, len(tokens) - 1, config.length)
-    whole = (len(tokens) - 1) // config.length
-    rows = 1 if config.carry_state else config.batch
-    chunks = [offsets[i : min(i + rows, whole)] for i in range(0, whole, rows)] + [offsets[whole:]]
-    sizes = torch.from_numpy(corpus.byte_lengths())
-    device, state, nats, count, size = next(model.parameters()).device, None, 0.0, 0, 0
-    for chunk in filter(len, chunks):
-        x, y, starts = gather(corpus, tokens, chunk, config, device)
-        with autocast(device):
-            logits, state = model(x, state if config.carry_state else None, starts, return_state=True)
-        nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
-        count, size = count + y.numel(), size + int(sizes[y.cpu()].sum())
-    return {"loss": nats / count, "bits_a_byte": nats / math.log(2) / size if size else None, "tokens": count}
-
-
-def load_run(path: Path, device: str | torch.device = "cpu") -> dict:
-    """The contents of a checkpoint that `Run.save` wrote."""
-    content = load_torch(path, device)
-    fits = isinstance(content, dict) and content.keys() >= {"model", "model_config", "config", "tokenizer", "step"}
-    fits = fits and content["config"].keys() <= {field.name for field in dataclasses.fields(Config)}
-    require(fits, f"{path}: is no checkpoint of this script; give one that `train` wrote")
-    return content
-
-
-def make_model(config: Config, vocab_size: int) -> Mamba:
-    """A new model of the sizes that the flags say."""
-    selective = tuple(name for name in config.selective.split(",") if name)
-    return Mamba(MambaConfig(config.d_model, config.n_layer, vocab_size, config.d_state, selective=selective))
-
-
-class Run:
-    """A training run: model, optimiser and position, one step at a time; what a checkpoint holds."""
-
-    def __init__(self, config: Config, corpus: Corpus, device: torch.device):
-        self.config, self.corpus, self.device, self.path = config, corpus, device, Path(config.out) / "checkpoint.pt"
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        parts = self.world * config.accumulate
-        fits = config.batch % parts == 0
-        require(fits, f"--batch {config.batch}: must be a multiple of processes x --accumulate, {parts}; change one")
-        size, first = config.batch // parts, config.batch // self.world * self.rank
-        self.micro = [slice(first + i * size, first + (i + 1) * size) for i in range(config.accumulate)]
-        self.batches = Batches(corpus.train, config.batch, config.length, config.seed, config.carry_state)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self.model = make_model(config, corpus.vocab_size).to(device)
-        self.optimizer = make_optimizer(self.model, config, device)
-        self.forward = self.model
-        if config.compile:
-            SCANS.update({name: torch.compiler.disable(scan) for name, scan in SCANS.items()})  # its loop is no graph
-            self.forward = torch.compile(self.model)
-        if self.world > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.forward)
-        self.step, self.best = 0, math.inf
-        self.carried: list = [None] * config.accumulate  # with carry_state, the state after each micro-batch
-
-    def train_step(self) -> tuple[float, float]:
-        """One optimiser step: loss (nats a token) and gradient norm. Raises FloatingPointError if not finite."""
-        total = torch.zeros((), device=self.device)
-        for i, rows in enumerate(self.micro):
-            offsets = self.batches.offsets(self.step)[rows]
-            x, y, starts = gather(self.corpus, self.corpus.train, offsets, self.config, self.device)
-            state = None if self.batches.fresh(self.step) else self.carried[i]
-            last = i + 1 == len(self.micro)
-            with contextlib.nullcontext() if self.world == 1 or last else self.forward.no_sync():
-                with autocast(self.device):
-                    loss, state = self.forward(x, state, starts, return_state=True, targets=y)
-                loss = loss / len(self.micro)
-                loss.backward()
-            if self.config.carry_state:
-                self.carried[i] = [(window.detach(), h.detach()) for window, h in state]
-            total += loss.detach()
-        if self.world > 1:
-            dist.all_reduce(total)
-        loss = total.item() / self.world
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
-        self.check_finite(f"loss {loss}, gradient norm {norm}", loss + norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return loss, norm
-
-    def check_finite(self, what: str, value: float) -> None:
-        """Raise FloatingPointError naming the step and the last good checkpoint unless the value is finite."""
-        if not math.isfinite(value):
-            kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
-            raise FloatingPointError(f"training diverged at step {self.step + 1}: {what}; {kept}; lower --lr")
-
-    def save(self) -> None:
-        """Write the checkpoint, atomically; every process must call it."""
-        parts = [self.carried]
-        if self.carried[0] is not None and self.world > 1:
-            parts = [None] * self.world
-            dist.all_gather_object(parts, self.carried)
-        carried = []
-        if self.carried[0] is not None:  # joined to the whole batch's, which any number of processes can split again
-            layers = zip(*itertools.chain(*parts), strict=True)
-            carried = [[torch.cat(pieces).cpu() for pieces in zip(*layer, strict=True)] for layer in layers]
-        if self.rank == 0:
-            tokenizer = self.corpus.tokenizer and self.corpus.tokenizer.to_json()
-            content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "carried": carried}
-            content |= {"step": self.step, "best": self.best, "rng": torch.get_rng_state(), "tokenizer": tokenizer}
-            content |= {"config": dataclasses.asdict(self.config)}
-            content |= {"model_config": dataclasses.asdict(self.model.config)}
-            write_atomically(self.path, lambda name: torch.save(content, name))
-
-    def load(self) -> None:
-        """Go on from the checkpoint in config.out. Raises ValueError naming every field in which its config differs."""
-        content, now = load_run(self.path, self.device), dataclasses.asdict(self.config)
-        then = {k: v for k, v in content["config"].items() if k not in FREE}
-        differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
-        require(not differing, f"{self.path}: saved with another config: {'; '.join(differing)}; give the same flags")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.best = content["step"], content["best"]
-        if content["carried"]:
-            layers = [[tensor.to(self.device) for tensor in layer] for layer in content["carried"]]
-            self.carried = [[(window[rows], h[rows]) for window, h in layers] for rows in self.micro]
-        torch.set_rng_state(content["rng"].cpu())
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed blocks: giving them back and fetching them anew each step takes up to half the time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, as small ones do,
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+    device, nats, count = model.lm_head.weight.device, 0.0, len(tokens) - 1
+    for first in range(0, count, config.length):
+        x, y, starts = read_windows(corpus, tokens, [first], config, device)
+        nats += model(x, starts=starts, targets=y).item() * y.numel()
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the model's loss on the validation text is {nats}")
+    size = len(corpus.tokenizer.decode_bytes(tokens[1:])) if corpus.tokenizer else 0
+    bits = round(nats / math.log(2) / size, 6) if size else None
+    return {"loss": round(nats / count, 6), "bits_a_byte": bits, "tokens": count}
 
 
 def train(config: Config) -> dict:
-    """The job `train`: writes checkpoint.pt, metrics.jsonl, result.json and loss.png to config.out."""
-    began, device, out = time.perf_counter(), pick_device(config.device), Path(config.out)
-    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+    """The job `train`: writes checkpoint.pt, metrics.jsonl, result.json and loss.png to config.out.
+
+    Ctrl-C ends it after the step, with a checkpoint.
+    """
+    began, out, device = time.perf_counter(), Path(config.out), start_process(config.device)
+    config = dataclasses.replace(config, length=config.length or DEFAULT_LENGTH)
+    saved = {"step": 0, "history": [], "tokenizer": None, "config": {}}
+    if config.resume:
+        saved = load_checkpoint(out / "checkpoint.pt")
+    tokenizer = Tokenizer(**saved["tokenizer"]) if saved["tokenizer"] else None
+    corpus = load_corpus(config.data, config.tokenizer, tokenizer)
+    check_run(config, corpus, saved["config"])
+    torch.manual_seed(config.seed)
+    sizes = MambaConfig(config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
+    model = Mamba(sizes).to(device)
+    optimizer, first, history = make_optimizer(model, config), saved["step"], saved["history"]
+    if config.resume:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+    forward = model
+    if config.compile:
+        SCANS.update({name: torch.compiler.disable(scan) for name, scan in SCANS.items()})  # loops
+        forward = torch.compile(forward)
+    if WORLD > 1:
+        forward = nn.parallel.DistributedDataParallel(forward)
+    count, xz = sum(p.numel() for p in model.parameters()), xz_bits(corpus)
+    print(f"{count:,} parameters on {device} · {len(corpus.train):,} tokens to train on")
+    print(f"{len(corpus.valid):,} held out, for which xz, given the others, needs {xz} bits a byte")
+
+    out.mkdir(parents=True, exist_ok=True)
+    pressed: list[bool] = []
+    usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    with (out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)).open("w") as log:
+        log.writelines(json.dumps(row) + "\n" for row in history)
+        for step in range(first + 1, config.steps + 1):
+            loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
+            history.append({"step": step, "loss": loss, "norm": norm})
+            stop = torch.tensor(len(pressed), device=device)
+            if WORLD > 1:
+                dist.all_reduce(stop)  # all processes stop at the same step
+            due = step % config.eval_every == 0 or step == config.steps
+            if due:
+                scores = evaluate(model, corpus, config, config.eval_tokens)
+                history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
+            print(json.dumps(history[-1]), file=log, flush=True)
+            if RANK == 0 and (due or stop):
+                saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(sizes)}
+                saved |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+                saved |= {"config": dataclasses.asdict(config), "history": history, "step": step}
+                saved |= {"tokenizer": corpus.tokenizer and corpus.tokenizer.arguments}
+                torch.save(saved, out / "checkpoint.tmp")
+                os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
+            if step == first + 1:
+                start = time.perf_counter()  # the first step warms up
+            if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
+                pace = (time.perf_counter() - start) / max(1, step - first - 1)
+                parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
+                parts.append(f"{pace * 1e3:.0f} ms")
+                parts.append(f"{(config.steps - step) * pace / 60:.1f} minutes left")
+                print(" · ".join(parts), flush=True)
+            if stop:
+                command = shlex.join(word for word in sys.argv if word != "--resume")
+                print(f"stopped after step {step}; to go on: python {command} --resume")
+                raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, usual)
+
+    scores = evaluate(model, corpus, config)
+    result = {"validation": scores, "baselines_bits_a_byte": {"xz": xz}, "parameters": count}
+    result |= {"wall_seconds": round(time.perf_counter() - began, 1), "seed": config.seed}
+    result |= {"argv": sys.argv, "python": sys.version, "torch": torch.__version__}
+    result |= {"device": f"{device}, {torch.get_num_threads()} threads"}
+    result |= {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+    result |= {"config": dataclasses.asdict(config)}
+    print(f"validation: {scores} after {result['wall_seconds']} s · {out}", flush=True)
+    if RANK == 0:
+        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        plot(history, xz, out / "loss.png")
+        if corpus.tokenizer and config.prompt:
+            write_sample(model, corpus.tokenizer, config)
+    return result
+
+
+def start_process(name: str) -> torch.device:
+    """The device of that name, auto for cuda, mps or cpu; joins the other processes of torchrun."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = torch.empty(0, device=name).device
+    if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    keep_memory()
-    tokenizer = None
-    if config.resume:
-        path = out / "checkpoint.pt"
-        require(path.is_file(), f"--resume: {out} holds no checkpoint.pt, must be the folder of a run; correct --out")
-        tokenizer = (saved := load_run(path)["tokenizer"]) and Tokenizer.from_json(saved)
-    corpus = load_corpus(config.data, config.tokenizer, tokenizer)
-    check_length(corpus.train, config.length, f"{corpus.source}, training part")
-    check_length(corpus.valid, 1, f"{corpus.source}, validation part")
-    run = Run(config, corpus, device)
-    require(not out.exists() or out.is_dir(), f"--out {out}: must be a folder, but a file is there; give another")
-    out.mkdir(parents=True, exist_ok=True)
-    if config.resume:
-        run.load()
-    say = print if run.rank == 0 else lambda *_, **__: None
-    count, sizes = sum(p.numel() for p in run.model.parameters()), (len(corpus.train), len(corpus.valid))
-    say(f"{count:,} parameters on {device} · {corpus.source}: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out")
-    baselines = ngram_baselines(corpus) if run.rank == 0 else {}
-    say("bits a byte of n-grams on the same text: " + " · ".join(f"{k} {v:.3f}" for k, v in baselines.items()))
-    history, pace = train_loop(run, say)
-    if run.step < config.steps:
-        raise KeyboardInterrupt
-    result = {"parameters": count, "tokens_seen": config.steps * config.batch * config.length}
-    result |= {"seconds_a_step": pace, "baselines_bits_a_byte": baselines}
-    result["validation"] = evaluate(run.model, corpus, config)
-    say(f"validation: {scores_text(result['validation'])}", flush=True)
-    if run.rank == 0:
-        most = run.model.config.longest
-        prompt = corpus.tokenizer and len(corpus.tokenizer.encode(config.prompt, special=True))
-        if prompt is not None and not 0 < prompt <= most:
-            say(f"no sample: --prompt has {prompt} tokens, must have from 1 to {most}; `sample` takes another")
-        elif prompt:
-            fits = int(min(config.tokens, most - prompt + 1))
-            result["sample"] = write_sample(run.model, corpus.tokenizer, dataclasses.replace(config, tokens=fits))
-        plot(history, baselines, out / "loss.png")
-        result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
-        write_json(out / "result.json", result)
-        say(f"{out}: result.json, metrics.jsonl, checkpoint.pt after {result['wall_seconds']:.0f} s")
-    return result
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one process speaks)
+    return device
 
 
-def train_loop(run: Run, say: Callable) -> tuple[list[dict], float]:
-    """Step to the end or to a Ctrl-C, logging, evaluating and saving. Returns the metrics and seconds a step."""
-    config, path = run.config, Path(run.config.out) / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if config.resume else []
-    history = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a line
-    history = [row for row in history if row["step"] <= run.step]
-    stop = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.set() or signal.signal(signal.SIGINT, previous))
-    first, busy = run.step, []  # seconds of each step
-    try:
-        with open(path if run.rank == 0 else os.devnull, "w", encoding="utf-8") as log:
-            log.writelines(json.dumps(row) + "\n" for row in history)
-            while run.step < config.steps and not stopped(stop, run):
-                began = time.perf_counter()
-                loss, norm = run.train_step()
-                busy.append(time.perf_counter() - began)
-                row = {"step": run.step, "loss": loss, "norm": norm, "lr": learning_rate(run.step - 1, config)}
-                if due := run.step % config.eval_every == 0 or run.step == config.steps:
-                    scores = evaluate(run.model, run.corpus, config, config.eval_tokens)
-                    run.check_finite(f"validation loss {scores['loss']}", scores["loss"])
-                    row |= {"valid_loss": scores["loss"], "valid_bits_a_byte": scores["bits_a_byte"]}
-                    run.best = min(run.best, scores["loss"])
-                    run.save()
-                history.append(row)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                pace = sum(busy[1:]) / max(1, len(busy) - 1)  # the first step warms up and does not count
-                if due or run.step - first < 3 or run.step % max(1, config.steps // 20) == 0:
-                    parts = {"loss": f"{loss:.4f}"} | ({"valid": scores_text(scores)} if due else {})
-                    parts |= {"norm": f"{norm:.2f}", "lr": f"{row['lr']:.1e}", "step": f"{pace * 1e3:.0f} ms"}
-                    parts |= {"speed": f"{config.batch * config.length / pace if pace else 0:,.0f} tok/s"}
-                    say(progress_line(run.step, config.steps, parts, pace), flush=True)
-            if run.step < config.steps:
-                run.save()
-                words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
-                launcher = f"torchrun --nproc-per-node {run.world}" if run.world > 1 else "python"
-                say(f"stopped after step {run.step}; to go on: {launcher} {shlex.join(words)}")
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    return history, pace if busy else 0.0
+def check_run(config: Config, corpus: Corpus, then: dict) -> None:
+    """Raise ValueError if config does not fit the corpus or, on --resume, the config of then."""
+    length, context = config.length, corpus.context_length or config.length
+    if not 0 < length < len(corpus.train) or len(corpus.valid) < 2:
+        raise ValueError(f"--length {length} must be below the text's {len(corpus.train)} tokens")
+    if length > context:
+        raise ValueError(f"--length {length} must be at most the data's context_length, {context}")
+    free = ("accumulate", "compile", "device", "out", "prompt", "resume", "tokens")
+    for name, value in then.items():
+        if name not in free and value != getattr(config, name):
+            raise ValueError(f"--resume: {name} was {value!r} and is {getattr(config, name)!r}")
 
 
-def stopped(stop: threading.Event, run: Run) -> bool:
-    """Whether a Ctrl-C came, to any of the processes: all stop at the same step."""
-    if run.world == 1:
-        return stop.is_set()
-    flags = torch.tensor(float(stop.is_set()), device=run.device)
-    dist.all_reduce(flags)
-    return flags.item() > 0
-
-
-def scores_text(scores: dict) -> str:
-    """`3.2100 nats a token, 1.9500 bits a byte`."""
-    bits = f", {scores['bits_a_byte']:.4f} bits a byte" if scores["bits_a_byte"] else ""
-    return f"{scores['loss']:.4f} nats a token{bits}"
-
-
-def plot(history: list[dict], baselines: dict[str, float], path: Path) -> None:
-    """Training and validation loss by step as a PNG, in bits a byte where known, with the n-grams' as lines."""
+def plot(history: list[dict], xz: float | None, path: Path) -> None:
+    """Training and validation loss by step as a PNG, in bits a byte where known, with xz's."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no picture: matplotlib is not installed; pip install matplotlib")
-        return
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        return print("no picture: matplotlib is not installed; pip install matplotlib")
     valid = [row for row in history if "valid_loss" in row]
-    bits = bool(valid) and valid[-1]["valid_bits_a_byte"] is not None
-    unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if bits else 1.0  # bits a byte in a nat a token
-    for rows, name, style in ((history, "loss", {"lw": 0.7}), (valid, "valid_loss", {"marker": "o", "ms": 3})):
-        label = "training" if rows is history else "validation"
-        axes.plot([row["step"] for row in rows], [row[name] * unit for row in rows], label=label, **style)
-    for i, (name, value) in enumerate(baselines.items()):
-        axes.axhline(value, ls="--", lw=1, color=f"C{i + 2}", label=name)
-    axes.set(xlabel="step", ylabel="bits a byte" if bits else "nats a token", title=path.parent.name, ylim=(0, None))
+    unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if xz else 1.0
+    figure, axes = plt.subplots(layout="constrained")
+    for rows, key, label in ((history, "loss", "training"), (valid, "valid_loss", "validation")):
+        axes.plot([row["step"] for row in rows], [row[key] * unit for row in rows], label=label)
+    axes.axhline(xz or 0.0, ls="--", color="grey", label="xz, given the training text")
+    axes.set(xlabel="step", ylabel="bits a byte" if xz else "nats a token", ylim=(0, None))
     axes.legend()
-    write_atomically(path, lambda name: figure.savefig(name, dpi=150, format="png"))
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-# ----- Sample, evaluate, main -----------------------------------------------------------------------------------------
+# ----- Sample and evaluate ------------------------------------------------------------------------
 
 
-def load_checkpoint(config: Config, device: torch.device) -> tuple[Mamba, Tokenizer | None]:
-    """The model of config.checkpoint, our file or a folder of either layout, and its tokenizer.
+def load_checkpoint(path: Path) -> dict:
+    """What `train` saved: data only, never code. Raises ValueError for any other file."""
+    try:
+        content = torch.load(path, "cpu", weights_only=True)
+        MambaConfig(**content["model_config"])
+        return content
+    except (EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint of this script: {str(error)[:99]}") from error
 
-    That is our checkpoint's own; a folder's is config.tokenizer where that is set, else its tokenizer.json.
+
+def load_model(config: Config) -> tuple[Mamba, Tokenizer | None, dict]:
+    """The model of config.checkpoint, a file of ours or a folder, its tokenizer, its own config.
+
+    The tokenizer is --tokenizer where that is given, else the checkpoint's own, or None.
     """
-    path = Path(config.checkpoint or Path(config.out) / "checkpoint.pt")
-    require(path.exists(), f"--checkpoint {path}: no such file or folder; train first, or correct the path")
+    path, trained = Path(config.checkpoint or Path(config.out) / "checkpoint.pt"), {}
     if path.is_dir():
-        beside, named = path / "tokenizer.json", config.tokenizer
-        if named == Config.tokenizer and beside.is_file():
-            named = str(beside)
-        model = Mamba.from_pretrained(str(path)).to(device)
-        return model, None if named.startswith("bpe:") else load_tokenizer(named, [])
-    content = load_run(path, device)
-    model = Mamba(MambaConfig(**content["model_config"])).to(device)
-    model.load_state_dict(content["model"])
-    return model, content["tokenizer"] and Tokenizer.from_json(content["tokenizer"])
-
-
-def write_sample(model: nn.Module, tokenizer: Tokenizer, config: Config) -> str:
-    """Print the prompt and what the model writes after it, as it comes, in whole characters. Returns the text."""
-    device, prompt = next(model.parameters()).device, tokenizer.encode(config.prompt, special=True).astype(np.int64)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), config.prompt
-    options = (config.tokens, config.temperature, config.top_k or None, config.top_p, generator)
-    print(text, end="", flush=True)
-    for token in model.stream(torch.from_numpy(prompt)[None].to(device), *options):
-        piece = decoder.decode(tokenizer.decode_bytes(token.tolist()))
-        print(piece, end="", flush=True)
-        text += piece
-    print()
-    return text
+        model, own = read_folder(str(path)), path / "tokenizer.json"
+        tokenizer = load_tokenizer(str(own), []) if own.is_file() else None
+    else:
+        content = load_checkpoint(path)
+        model, trained = Mamba(MambaConfig(**content["model_config"])), content["config"]
+        model.load_state_dict(content["model"])
+        tokenizer = Tokenizer(**content["tokenizer"]) if content["tokenizer"] else None
+    if config.tokenizer != Config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer, [])
+    if tokenizer is None and not config.data.endswith(".bin"):
+        raise ValueError(f"{path} has no tokenizer: name its own by --tokenizer")
+    return model.to(start_process(config.device)), tokenizer, trained
 
 
 def sample(config: Config) -> str:
-    """The job `sample`."""
-    model, tokenizer = load_checkpoint(config, pick_device(config.device))
-    require(tokenizer is not None, f"--checkpoint {config.checkpoint}: has no tokenizer; name it by --tokenizer")
+    """The job `sample`: print the prompt and what the model writes after it."""
+    model, tokenizer, _ = load_model(config)
     return write_sample(model, tokenizer, config)
 
 
+def write_sample(model: Mamba, tokenizer: Tokenizer, config: Config) -> str:
+    """Print the prompt and what follows as it comes, in whole characters. Returns the text."""
+    ids, size, shown = tokenizer.encode(config.prompt, special=True), model.config.vocab_size, 0
+    if max(ids, default=0) >= size:
+        raise ValueError(f"--prompt: token {max(ids)} is beyond the model's {size}")
+    prompt = torch.tensor([ids], device=model.lm_head.weight.device)
+    generator = torch.Generator(prompt.device).manual_seed(config.seed)
+    options = (config.tokens, config.temperature, config.top_k, config.top_p, generator)
+    for token in model.stream(prompt.long(), *options):
+        ids.append(token.item())
+        text = tokenizer.decode_bytes(ids, special=True).decode("utf-8", "replace")
+        if not text.endswith("\ufffd"):  # else the last character has more tokens to come
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print()
+    return text[:shown]
+
+
 def evaluate_checkpoint(config: Config) -> dict:
-    """The job `eval`: loss and bits a byte on the validation part of the data."""
-    model, tokenizer = load_checkpoint(config, pick_device(config.device))
-    fits = tokenizer is not None or config.data.endswith(".bin")
-    require(fits, f"--checkpoint {config.checkpoint}: has no tokenizer for text; name its own by --tokenizer")
-    corpus, size = load_corpus(config.data, config.tokenizer, tokenizer), model.config.vocab_size
-    rule = f"has {corpus.vocab_size} tokens, the model's vocabulary {size}; give its --tokenizer"
-    require(corpus.vocab_size <= size, f"{corpus.source}: {rule}")
-    check_length(corpus.valid, 1, corpus.source)
+    """The job `eval`: the loss on all of --data, or else on the text that training held out."""
+    model, tokenizer, trained = load_model(config)
+    data, length = config.data or trained.get("data", ""), trained.get("length", DEFAULT_LENGTH)
+    resets = config.document_resets or trained.get("document_resets", False)
+    config = dataclasses.replace(config, length=config.length or length, document_resets=resets)
+    corpus = load_corpus(data, "", tokenizer, split=not config.data)
+    corpus.vocab_size = model.config.vocab_size
+    if len(corpus.valid) < 2:
+        raise ValueError(f"{data} has {len(corpus.valid)} tokens, and so none to predict")
     scores = evaluate(model, corpus, config)
-    print(f"{corpus.source}: {scores_text(scores)}, {scores['tokens']:,} tokens")
+    print(f"{data or 'the text that training held out'}: {scores}")
     return scores
 
 
+# ----- Appendix: the fused scans ------------------------------------------------------------------
+
+
+class FusedScan(torch.autograd.Function):
+    """`sequential_scan` as one pass in C or Triton, in float32; the states never leave the cache.
+
+    As in section 3.3.2 the forward pass keeps few states, one in BLOCK positions, and the backward
+    pass computes the others again. Each tile of channels adds up its own share of dB and dC.
+    """
+
+    TILE, BLOCK, MOST_STATES = 64, 16, 128  # channels side by side, positions, N
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, h0):
+        A = A.t() / math.log(2)  # the kernels take exponentials to base 2
+        x, delta, A, B, C = (tensor.contiguous() for tensor in (x, delta, A, B, C))
+        h, y = h0.mT.clone(memory_format=torch.contiguous_format), torch.empty_like(x)  # (B, N, D)
+        blocks, saved = -(-x.shape[1] // FusedScan.BLOCK), None
+        if any(ctx.needs_input_grad):
+            saved = h.new_empty(len(h), blocks, *A.shape)
+        FusedScan.run(x, delta, A, B, C, saved, h, y)
+        ctx.save_for_backward(x, delta, A, B, C, saved)
+        return y, h.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh):
+        x, delta, A, B, C, saved = ctx.saved_tensors
+        g = dh.mT.clone(memory_format=torch.contiguous_format)
+        dx, ddelta, dA = (torch.empty_like(tensor) for tensor in (x, x, g))
+        dB, dC = (x.new_empty(-(-len(A.t()) // FusedScan.TILE), *B.shape) for _ in range(2))
+        FusedScan.run(x, delta, A, B, C, saved, g, None, dy.contiguous(), dx, ddelta, dA, dB, dC)
+        return dx, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), g.mT
+
+    @staticmethod
+    def run(x, delta, A, B, C, saved, state, y, *gradients):
+        """Fill y and saved, and take state along; with gradients (dy, dx, ...) take it back."""
+        tensors = (x, delta, A, B, C, saved, state, y, *(gradients or [None] * 6))
+        (batch, L, D), N, T, W = x.shape, len(A), FusedScan.BLOCK, FusedScan.TILE
+        if uses_triton(x):
+            tiles, S = -(-D // W), 1 << (N - 1).bit_length()
+            memory = x.new_empty(batch, tiles, T, S, W) if gradients else None
+            with torch.cuda.device_of(x):
+                kernel = triton_kernel()[tiles, batch]
+                kernel(*tensors, memory, L, D, N, T=T, W=W, S=S, num_warps=2)
+        else:
+            sizes = map(ctypes.c_int64, (torch.get_num_threads(), batch, L, D, N))
+            addresses = [None if v is None else ctypes.c_void_p(v.data_ptr()) for v in tensors]
+            c_library().scan(*sizes, *addresses)
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether the fused scan is Triton's: on CUDA, or where its interpreter is asked for."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+C_SOURCE = r"""
+#include <stdint.h>
+#include <string.h>
+#define EACH _Pragma("omp simd") for (int w = 0; w < W; w++)  /* channel of a tile */
+typedef float row[W] __attribute__((aligned(64)));
+typedef const float *in;
+
+static inline float exp2_(float x) {  /* by its whole part and, by a polynomial, the rest */
+    union { float f; int32_t i; } n, r;
+    x = x < -127.f ? -127.f : x > 128.f ? 128.f : x;
+    n.f = x + 12582912.f;  /* 1.5 x 2^23 rounds */
+    float f = x - (n.f - 12582912.f);
+    r.f = .0555073358f + f * (.00967151299f + f * .00132647273f);
+    r.f = 1.f + f * (.693147004f + f * (.240222424f + f * r.f));
+    r.i += (int32_t)((uint32_t)n.i << 23);
+    return r.f;
+}
+static inline void load(float *to, in from, int m) { EACH to[w] = w < m ? from[w] : 0.f; }
+static inline void store(float *to, in from, int m) { memcpy(to, from, m * sizeof *to); }
+static inline void fetch(float *to, in from, int m, int64_t next) {
+    for (int w = 0; w < m; w += 16) __builtin_prefetch(from + next + w);
+    load(to, from, m);
+}
+
+/* n positions of a tile: takes h along, y += C_t h_t; keeps each a_t and h_{t-1} where asked to. */
+static void block(int n, int64_t N, row *x, row *delta, row *A, in B, in C, row *h, row *y,
+                  row *as, row *befores) {
+    for (int64_t i = 0; i < N; i++) {
+        row a, now;
+        memcpy(now, h[i], sizeof now);
+        for (int t = 0; t < n; t++) {
+            float b = B[t * N + i], c = C[t * N + i];
+            EACH a[w] = exp2_(delta[t][w] * A[i][w]);
+            if (as) memcpy(as[i * T + t], a, sizeof a), memcpy(befores[i * T + t], now, sizeof now);
+            EACH { now[w] = a[w] * now[w] + x[t][w] * b; y[t][w] += c * now[w]; }
+        }
+        memcpy(h[i], now, sizeof now);
+    }
+}
+
+/* A thread takes tiles of W channels, each from the first position to the last, and `state` is h.
+   With dy it goes back instead, and state is g, the gradient of a_{t+1} h_t, which comes from the
+   future; each block of T positions starts from its saved state. dB and dC are a tile's share. */
+void scan(int64_t threads, int64_t batch, int64_t L, int64_t D, int64_t N, in x, in delta, in A,
+          in B, in C, float *saved, float *state, float *y, in dy, float *dx, float *ddelta,
+          float *dA, float *dB, float *dC) {
+    int64_t blocks = (L + T - 1) / T, next = dy ? -T * D : T * D;
+    _Pragma("omp parallel for collapse(2) num_threads(threads)")
+    for (int64_t b = 0; b < batch; b++) for (int64_t d = 0; d < D; d += W) {
+        int m = D - d < W ? (int)(D - d) : W;
+        row As[N], dAs[N], hs[N], gs[N], as[dy ? N * T : 1], befores[dy ? N * T : 1];
+        row xs[T], deltas[T], ys[T], dys[T], dxs[T], ddeltas[T];
+        memset(dAs, 0, sizeof dAs);
+        for (int64_t i = 0; i < N; i++) load(As[i], A + i * D + d, m);
+        for (int64_t i = 0; i < N; i++) load(dy ? gs[i] : hs[i], state + (b * N + i) * D + d, m);
+        for (int64_t step = 0; step < blocks; step++) {
+            int64_t k = dy ? blocks - 1 - step : step, t0 = b * L + k * T;
+            int n = L - k * T < T ? (int)(L - k * T) : T;
+            for (int64_t i = 0; saved && i < N; i++) {
+                float *place = saved + ((b * blocks + k) * N + i) * D + d;
+                if (dy) load(hs[i], place, m); else store(place, hs[i], m);
+            }
+            for (int t = 0; t < n; t++) {
+                int64_t at = (t0 + t) * D + d;
+                fetch(xs[t], x + at, m, next); fetch(deltas[t], delta + at, m, next);
+                EACH ys[t][w] = dxs[t][w] = ddeltas[t][w] = 0.f;
+                if (dy) fetch(dys[t], dy + at, m, next);
+            }
+            block(n, N, xs, deltas, As, B + t0 * N, C + t0 * N, hs, ys, dy ? as : 0, befores);
+            for (int t = 0; t < n && !dy; t++) store(y + (t0 + t) * D + d, ys[t], m);
+            if (!dy) continue;
+            for (int64_t i = 0; i < N; i++) for (int t = n - 1; t >= 0; t--) {
+                int64_t at = (t0 + t) * N + i, share = d / W * batch * L * N + at;
+                float Bi = B[at], Ci = C[at], sum_B = 0.f, sum_C = 0.f;
+                float *before = befores[i * T + t], *h = t + 1 < n ? before + W : hs[i];
+                _Pragma("omp simd reduction(+ : sum_B, sum_C)") for (int w = 0; w < W; w++) {
+                    float dh = gs[i][w] + Ci * dys[t][w];
+                    gs[i][w] = dh * as[i * T + t][w];
+                    float dlog = gs[i][w] * before[w];  /* of delta_t A = log a_t */
+                    sum_B += dh * xs[t][w]; sum_C += dys[t][w] * h[w]; dxs[t][w] += dh * Bi;
+                    ddeltas[t][w] += dlog * As[i][w]; dAs[i][w] += dlog * deltas[t][w];
+                }
+                dB[share] = sum_B; dC[share] = sum_C;
+            }
+            for (int t = 0; t < n; t++) store(dx + (t0 + t) * D + d, dxs[t], m);
+            for (int t = 0; t < n; t++) {
+                EACH ddeltas[t][w] *= .693147181f;  /* A was divided by log 2 */
+                store(ddelta + (t0 + t) * D + d, ddeltas[t], m);
+            }
+        }
+        for (int64_t i = 0; i < N; i++) store(state + (b * N + i) * D + d, dy ? gs[i] : hs[i], m);
+        for (int64_t i = 0; dy && i < N; i++) store(dA + (b * N + i) * D + d, dAs[i], m);
+    }
+}
+"""
+
+
+@functools.cache
+def c_library() -> ctypes.CDLL:
+    """C_SOURCE, compiled by $CC or cc in a second and kept in the user's cache. Raises OSError."""
+    command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fPIC", "-shared"]
+    command += [f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}", "-fno-math-errno"]
+    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # the code is for this processor; another one may have the same home
+        processor = re.findall("model name.*|flags.*", cpuinfo.read_text("utf-8", "replace"))[:2]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for more in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
+        key = repr((C_SOURCE, command, more, processor)).encode()
+        path = folder / f"{hashlib.sha256(key).hexdigest()[:20]}.so"
+        if not path.exists():
+            build = [*command, *more, "-x", "c", "-", "-o", f"{path}.{os.getpid()}"]
+            done = subprocess.run(build, input=C_SOURCE, capture_output=True, text=True)
+            if done.returncode != 0:
+                continue
+            os.replace(f"{path}.{os.getpid()}", path)
+        return ctypes.CDLL(str(path))
+    raise OSError(f"{command[0]}: {done.stderr.strip()[-100:] or 'it failed'}")
+
+
+def triton_scan(
+    x, delta, A, B, C, saved, state, y, dy, dx, ddelta, dA, dB, dC, memory, L, D, N,
+    T: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """The scan of C_SOURCE for Triton: a program a tile; h and g (N, W) stay in registers."""
+    k, b, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    d, n, blocks = k * W + tl.arange(0, W), tl.arange(0, S), tl.cdiv(L, T)
+    at, tile = n[:, None] * D + d[None, :], (n[:, None] < N) & (d[None, :] < D)
+    A, h = tl.load(A + at, tile, 0.0), tl.load(state + b * N * D + at, tile, 0.0)
+    g, sum_A = h, tl.zeros([S, W], tl.float32)
+    if dy is not None:
+        memory += (b * tl.num_programs(0) + k) * T * S * W + n[:, None] * W
+        memory += tl.arange(0, W)[None, :]
+    for step in range(blocks):
+        block = step if dy is None else blocks - 1 - step
+        if saved is not None and dy is None:
+            tl.store(saved + (b * blocks + block) * N * D + at, h, tile)
+        if dy is not None:
+            h = tl.load(saved + (b * blocks + block) * N * D + at, tile, 0.0)
+            tl.debug_barrier()  # what one thread stores in memory another may load
+        for t in range(block * T, tl.minimum(block * T + T, L)):
+            channel, number = (b * L + t) * D + d, (b * L + t) * N + n
+            if dy is not None:
+                tl.store(memory + (t - block * T) * S * W, h)
+            x_t, delta_t = tl.load(x + channel, d < D, 0.0), tl.load(delta + channel, d < D, 0.0)
+            B_t, C_t = tl.load(B + number, n < N, 0.0), tl.load(C + number, n < N, 0.0)
+            h = tl.exp2(delta_t[None, :] * A) * h + x_t[None, :] * B_t[:, None]
+            if dy is None:
+                tl.store(y + channel, tl.sum(C_t[:, None] * h, 0), d < D)
+        if dy is not None:
+            tl.debug_barrier()
+            for back in range(tl.minimum(T, L - block * T)):
+                t = tl.minimum(block * T + T, L) - 1 - back
+                channel, number = (b * L + t) * D + d, (b * L + t) * N + n
+                share = k * batch * L * N + number
+                before = tl.load(memory + (t - block * T) * S * W)
+                x_t, delta_t = tl.load(x + channel, d < D, 0), tl.load(delta + channel, d < D, 0)
+                B_t, C_t = tl.load(B + number, n < N, 0), tl.load(C + number, n < N, 0)
+                dy_t = tl.load(dy + channel, d < D, 0)
+                dh = g + C_t[:, None] * dy_t[None, :]
+                g = dh * tl.exp2(delta_t[None, :] * A)
+                dlog = g * before  # of delta_t A = log a_t
+                sum_A += dlog * delta_t[None, :]
+                tl.store(dx + channel, tl.sum(dh * B_t[:, None], 0), d < D)
+                tl.store(ddelta + channel, 0.693147181 * tl.sum(dlog * A, 0), d < D)
+                tl.store(dB + share, tl.sum(dh * x_t[None, :], 1), n < N)
+                tl.store(dC + share, tl.sum(h * dy_t[None, :], 1), n < N)
+                h = before
+    if dy is None:
+        tl.store(state + b * N * D + at, h, tile)
+    else:
+        tl.store(state + b * N * D + at, g, tile)
+        tl.store(dA + b * N * D + at, sum_A, tile)
+
+
+@functools.cache
+def triton_kernel():
+    """`triton_scan` as a Triton kernel, compiled when first called; until then `tl` is no name."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    return triton.jit(triton_scan)
+
+
+# ----- Appendix: the choice of a scan -------------------------------------------------------------
+
+SCANS = {"sequential": sequential_scan, "chunked": ParallelScan.apply, "fused": FusedScan.apply}
+
+
+def choose_scan(backend: str, x: Tensor, A: Tensor) -> Callable:
+    """The function (x, delta, A, B, C, h) -> (y, h) of a backend; auto is the fastest there is."""
+    fits = x.dtype == torch.float32 and x.device.type in ("cpu", "cuda")
+    fits = fits and A.shape[1] <= FusedScan.MOST_STATES
+    if backend == "fused" and not fits:
+        raise ValueError(f"the fused scan cannot take {x.dtype}, {x.device}, {A.shape[1]} states")
+    if backend == "auto":
+        backend = "fused" if fits and can_compile(uses_triton(x)) else "chunked"
+    if backend not in SCANS:
+        raise ValueError(f"backend {backend!r} must be auto, {', '.join(SCANS)}")
+    return SCANS[backend]
+
+
+@functools.cache
+def can_compile(triton: bool) -> bool:
+    """Whether the fused scan can be had; says once why not."""
+    try:
+        triton_kernel() if triton else c_library()
+    except (ImportError, OSError) as error:
+        print(f"selective_scan goes by chunks, not fused: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> None:
+    """Raise ValueError that names the tensor, its shape and the shape that it must have."""
+    if u.ndim != 3 or A.ndim != 2 or u.numel() == 0:
+        raise ValueError(f"u {tuple(u.shape)} must be (B, L, D), A {tuple(A.shape)} must be (D, N)")
+    (batch, L, channels), N = u.shape, A.shape[1]
+    for name, tensor, shape in (
+        ("delta", delta, (batch, L, channels)), ("z", z, (batch, L, channels)),
+        ("A", A, (channels, N)), ("B", B, (batch, L, N)), ("C", C, (batch, L, N)),
+        ("D", D, (channels,)), ("delta_bias", delta_bias, (channels,)),
+        ("initial_state", initial_state, (batch, channels, N)), ("starts", starts, (batch, L)),
+    ):  # fmt: skip
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} for u {tuple(u.shape)}")
+    if starts is not None and (starts.dtype != torch.bool or (A >= 0).any()):
+        raise ValueError("starts must be bool, and A negative: where it is not, no start forgets")
+
+
+# ----- Appendix: tokenizers -----------------------------------------------------------------------
+
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what may separate documents
+CL100K = (  # how cl100k cuts text into the words within which it merges
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
+
+class Tokenizer:
+    """Text to ids and back: byte-level BPE by tiktoken, or a `tokenizer.json` by `tokenizers`.
+
+    ranks are the ids of byte strings, the lower merged first; file is a tokenizer.json's content,
+    whose post-processor may add a BOS to each text. A checkpoint keeps `arguments`.
+    """
+
+    def __init__(self, ranks=None, pattern="", special=None, file=None):
+        self.arguments = {"ranks": ranks, "pattern": pattern, "special": special, "file": file}
+        if file is None:
+            self.bpe = tiktoken.Encoding(
+                "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
+            self.bytes_of = {i: token for token, i in ranks.items()}
+            self.special, known = {i: text.encode() for text, i in special.items()}, special
+            self.vocab_size = self.bpe.n_vocab
+        else:
+            import tokenizers
+
+            try:
+                self.file = tokenizers.Tokenizer.from_str(file)
+            except Exception as error:  # the package has no kinds of its own
+                raise ValueError(f"tokenizer.json: {error}") from error
+            self.file.no_truncation()
+            self.file.no_padding()
+            known = self.file.get_vocab()
+            self.vocab_size = max(known.values()) + 1
+        self.separator = next((known[text] for text in ENDS if text in known), None)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of text; special tokens written in it are ordinary text unless `special`."""
+        if self.arguments["file"]:
+            self.file.encode_special_tokens = not special
+            return self.file.encode(text).ids
+        allowed, ids = set(self.arguments["special"]) if special else set(), []
+        for piece in re.split(r"(\s{4000})", text):  # at a million spaces tiktoken panics
+            ids += self.bpe.encode(piece, allowed_special=allowed, disallowed_special=())
+        return ids
+
+    def decode_bytes(self, ids, special: bool = False) -> bytes:
+        """Bytes of ids, of the special tokens only if `special`; ids that it lacks have none."""
+        ids = [int(i) for i in ids]
+        if self.arguments["file"]:
+            return self.file.decode(ids, skip_special_tokens=not special).encode()
+        table = self.bytes_of | self.special if special else self.bytes_of
+        return b"".join(table.get(i, b"") for i in ids)
+
+
+def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
+    """`byte`, `bpe:N` (trained on documents), a tokenizer.json or .tiktoken file, a tiktoken name.
+
+    A .tiktoken file has no pattern and gets cl100k's.
+    """
+    if name == "byte":
+        return Tokenizer({bytes([b]): b for b in range(256)}, r"(?s:.{1,99})", {ENDS[0]: 256})
+    if name.startswith("bpe:"):
+        return train_bpe(int(name[4:]), documents)
+    if name.endswith(".json"):
+        return Tokenizer(file=Path(name).read_text("utf-8"))
+    if name.endswith(".tiktoken"):
+        rows = [line.split() for line in Path(name).read_text("utf-8").splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        return Tokenizer(ranks, CL100K, {ENDS[0]: max(ranks.values()) + 1})
+    encoding = tiktoken.get_encoding(name)  # downloads it once
+    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+
+
+def train_bpe(size: int, documents: list[str]) -> Tokenizer:
+    """Byte-level BPE of `size` ids: over and over, join the commonest pair of neighbours in words.
+
+    Words are cut to 32 characters, or text without spaces would take minutes.
+    """
+    import regex  # tiktoken brings it
+
+    words = collections.Counter()
+    for text in documents:
+        for word in regex.findall(CL100K, text):
+            words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
+    parts, counts = [[bytes([b]) for b in word] for word in words], list(words.values())
+    total, places = collections.Counter(), collections.defaultdict(set)  # of each pair
+
+    def count_pairs(k: int, sign: int) -> None:
+        for pair in zip(parts[k], parts[k][1:], strict=False):
+            total[pair] += sign * counts[k]
+            places[pair].add(k)
+
+    for k in range(len(parts)):
+        count_pairs(k, 1)
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < size - 1:
+        pair = max(total, key=total.get, default=None)
+        if pair is None or total[pair] < 1:
+            raise ValueError(f"bpe:{size}: the text yields only {len(ranks) + 1} ids")
+        ranks.setdefault(b"".join(pair), len(ranks))
+        for k in places.pop(pair):
+            count_pairs(k, -1)
+            joined: list[bytes] = []
+            for part in parts[k]:
+                if joined and (joined[-1], part) == pair:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts[k] = joined
+            count_pairs(k, 1)
+        del total[pair]
+    return Tokenizer(ranks, CL100K, {ENDS[0]: size - 1})
+
+
+# ----- Appendix: model folders --------------------------------------------------------------------
+
+NAMES = {  # Hugging Face's name of each of our fields
+    "d_model": "hidden_size", "n_layer": "num_hidden_layers", "vocab_size": "vocab_size",
+    "d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand",
+    "dt_rank": "time_step_rank", "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
+
+
+def read_folder(folder: str) -> Mamba:
+    """The model in a folder in Hugging Face's layout, by `transformers`, or in the official one.
+
+    Raises ValueError for a config.json that is not of a plain Mamba, or whose weights do not fit.
+    """
+    fields = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    official = "model_type" not in fields
+    if official:
+        need = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "layer": "Mamba1"}
+        given = fields.get("ssm_cfg") or {}
+        fields["layer"] = given.pop("layer", "Mamba1")
+        ours = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
+        given |= {name: fields[name] for name in ours if name in fields}
+    else:
+        need = {"model_type": "mamba", "use_bias": False, "use_conv_bias": True}
+        given = {ours: fields[theirs] for ours, theirs in NAMES.items() if theirs in fields}
+        given["pad_vocab_size_multiple"] = 1
+    for name, value in need.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} is {fields[name]!r}, a plain Mamba's is {value!r}")
+    try:
+        model = Mamba(MambaConfig(**given))
+        if official:
+            tensors = torch.load(f"{folder}/pytorch_model.bin", "cpu", weights_only=True)
+            tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
+            tensors.setdefault("lm_head.weight", tensors["backbone.embeddings.weight"])
+        else:
+            from transformers import MambaForCausalLM
+
+            tensors = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no such model: {error!r}") from error
+    return model
+
+
+def write_folder(model: Mamba, folder: str) -> None:
+    """Write Hugging Face's layout, by `transformers`; the padding of the vocabulary is cut off."""
+    import transformers
+
+    config = dataclasses.replace(model.config, dt_rank=model.config.rank)
+    fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
+    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**fields))
+    tensors = model.state_dict()
+    for name in ("backbone.embeddings.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][: config.vocab_size]
+    theirs.load_state_dict(tensors)
+    theirs.save_pretrained(folder)
+
+
+# ----- Config and main ----------------------------------------------------------------------------
+
+
+def flag(default, text: str):
+    """A field of `Config`, which is a flag with this default and help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    data: str = flag("", "text file, .jsonl or .bin; empty: the prose that ships with Python")
+    tokenizer: str = flag("bpe:1024", "byte, bpe:N, tokenizer.json, .tiktoken or tiktoken's name")
+    d_model: int = flag(192, "width of the residual stream; paper: 768 (130M) to 2,560 (2.8B)")
+    n_layer: int = flag(4, "Mamba blocks; paper: 24 to 64")
+    d_state: int = flag(16, "states a channel, N")
+    steps: int = flag(1700, "optimiser steps; paper: 4,800 (130M)")
+    batch: int = flag(2, "sequences a step; paper: 256, half a million tokens")
+    accumulate: int = flag(1, "micro-batches of a process's part of the batch, to save memory")
+    length: int = flag(0, "tokens a sequence; 0: 1,024, to evaluate the checkpoint's; paper: 2,048")
+    lr: float = flag(4e-3, "peak learning rate; paper: 3e-3 (130M), five times GPT-3's")
+    min_lr: float = flag(1e-5, "learning rate at the end of the cosine")
+    warmup: float = flag(0.1, "part of the steps in which the rate rises")
+    weight_decay: float = flag(0.1, "of matrices; none for A_log, D, norms and biases")
+    beta2: float = flag(0.95, "AdamW's second beta; the first is 0.9")
+    clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
+    document_resets: bool = flag(
+        False, "empty the state at a document's start; not the paper's way"
+    )
+    eval_every: int = flag(200, "steps from one evaluation and checkpoint to the next")
+    eval_tokens: int = flag(20_000, "validation tokens for these, 0 for all; the last takes all")
+    compile: bool = flag(False, "torch.compile all but the scan")
+    checkpoint: str = flag("", "sample, eval: checkpoint or folder; empty: OUT/checkpoint.pt")
+    prompt: str = flag("The class", "sample: text to go on from")
+    tokens: int = flag(300, "sample: tokens to write")
+    temperature: float = flag(0.8, "sample: 0 takes the likeliest token")
+    top_k: int = flag(0, "sample: draw from the k likeliest tokens; 0: from all")
+    top_p: float = flag(1.0, "sample: draw from the fewest tokens that together are this likely")
+    seed: int = flag(0, "seed of initialisation, data order and samples")
+    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
+    out: str = flag("out/mamba", "folder of checkpoint, metrics, result and picture")
+    resume: bool = flag(False, "go on from OUT/checkpoint.pt")
+    smoke: bool = flag(False, "a tiny model for a few steps, written to OUT/smoke: does it run?")
+
+
+DEFAULT_LENGTH = 1024
+SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "tokenizer": "byte"}
 JOBS = {"train": train, "sample": sample, "eval": evaluate_checkpoint}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: a job and a flag for every field of `Config`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", nargs="?", default="train", choices=JOBS, help="train, sample from or eval a checkpoint")
-    return add_flags(parser, Config)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run a job from the command line. Returns 0; 1 when training diverged, 2 for bad input, 130 after Ctrl-C."""
-    arguments = vars(build_parser().parse_args(argv))
-    job = JOBS[arguments.pop("job")]
+    """Run a job. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser.add_argument("job", nargs="?", default="train", choices=JOBS, help="what to do")
+    for field in dataclasses.fields(Config):
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    given = vars(parser.parse_args(argv))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    if given["smoke"]:
+        given |= SMOKE | {"out": f"{given['out']}/smoke"}
     try:
-        job(Config(**arguments | (SMOKE if arguments["smoke"] else {})))
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        JOBS[given.pop("job")](Config(**given))
+    except (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError) as error:
+        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
+        if isinstance(error, ImportError):
+            text += f"; pip install {error.name}"
+        print(text, file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130

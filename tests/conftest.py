@@ -4,6 +4,8 @@ import os
 import sys
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: threads that wait must soon sleep
 import torch
 
 # Child processes read these; two threads keep sums, and so metrics, the same from machine to machine.

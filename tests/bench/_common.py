@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, tables with goals, result files, a process under another malloc."""
+"""What the benchmarks share: interleaved timing, tables, goals, result files, another malloc."""
 
 import argparse
 import hashlib
@@ -13,34 +13,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: threads that wait must soon sleep
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for `import mamba`: the scripts are run, not installed
 
-# glibc returns large blocks to the system and fetches them anew, page by page; so large that it never does.
-TUNED = {"MALLOC_MMAP_THRESHOLD_": 2**35, "MALLOC_TRIM_THRESHOLD_": 2**35, "MALLOC_TOP_PAD_": 2**28}
+# glibc returns large blocks to the system and fetches them anew, page by page; so large, never.
+TUNED = {"MALLOC_MMAP_THRESHOLD_": 2**35, "MALLOC_TRIM_THRESHOLD_": 2**35}
+TUNED |= {"MALLOC_TOP_PAD_": 2**28}
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Flags of every benchmark."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--out", default="out/bench", help="folder of the result file")
-    parser.add_argument(
-        "--malloc",
-        choices=("default", "tuned"),
-        default="default",
-        help="tuned: start again with glibc's malloc set to keep the memory that is freed (its own result file)",
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
+    text = "tuned: start again with a glibc that keeps freed memory (its own result file)"
+    parser.add_argument("--malloc", choices=("default", "tuned"), default="default", help=text)
+    threads = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=threads, help="threads of PyTorch")
     return parser
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Restart under the malloc that was asked for, since it reads its settings at start-up; set threads and seed."""
+    """Restart under the malloc asked for, which reads settings then; set threads and seed."""
     settings = {name: str(value) for name, value in TUNED.items()}
-    if args.malloc == "tuned" and any(os.environ.get(name) != value for name, value in settings.items()):
+    if args.malloc == "tuned" and not settings.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -52,10 +51,11 @@ def measure(run: Callable[[], object]) -> float:
 
 
 def measure_beside_others(run: Callable[[], object]) -> tuple[float, bool]:
-    """Seconds of one call, and whether other processes took more than a tenth of a processor meanwhile (Linux).
+    """Seconds of one call, and whether others took over a tenth of a processor meanwhile (Linux).
 
-    A parallel loop waits for its slowest thread, so that a busy neighbour can slow an implementation of many small
-    operations far more than one of few large ones (factors up to 100 were seen). Such a run measures the neighbour.
+    A parallel loop waits for its slowest thread, so that a busy neighbour can slow one
+    of many small operations far more than one of few large ones (up to 100 times was seen). Such a
+    run measures the neighbour.
     """
     busy, own, began = busy_seconds(), time.process_time(), time.perf_counter()
     run()
@@ -65,7 +65,7 @@ def measure_beside_others(run: Callable[[], object]) -> tuple[float, bool]:
 
 
 def busy_seconds() -> float:
-    """Processor time that all processes have taken since start-up; 0 where the system does not say."""
+    """Processor time of all processes since start-up; 0 where the system does not say."""
     try:
         user, nice, system = Path("/proc/stat").read_text().split()[1:4]
     except OSError:
@@ -73,25 +73,26 @@ def busy_seconds() -> float:
     return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def interleave(runs: dict[str, Callable[[], object]], rounds: int, budget: float) -> dict[str, list[float]]:
-    """Seconds of each call, round after round (a, b, c, a, b, c, ...), so that a change of the machine hits all.
+def interleave(runs: dict[str, Callable], rounds: int, budget: float) -> dict[str, list[float]]:
+    """Seconds of each call, round after round (a, b, c, a, b, c, ...): what changes hits all.
 
-    The first call of each warms up and is not counted, unless it alone takes the budget. Runs that other processes
-    disturbed are repeated, up to twice `rounds` more, and count only where there is no other. An implementation drops
-    out of later rounds once it has taken `budget` seconds undisturbed, or four times that in all.
+    The first call of each warms up and is not counted, unless it alone takes the budget. Runs that
+    other processes disturbed are repeated, up to twice `rounds` more, and count only where there is
+    no other. An implementation drops out of later rounds once it has taken `budget` seconds
+    undisturbed, or four times that in all.
     """
     clean, disturbed = ({name: [] for name in runs} for _ in range(2))
     for round_ in range(3 * rounds + 1):
         for name, run in runs.items():
-            spent = sum(clean[name])
-            if len(clean[name]) >= rounds or spent > budget or spent + sum(disturbed[name]) > 4 * budget:
+            spent, in_all = sum(clean[name]), sum(clean[name] + disturbed[name])
+            if len(clean[name]) >= rounds or spent > budget or in_all > 4 * budget:
                 continue
             seconds, beside_others = measure_beside_others(run)
             if round_ > 0 or seconds > budget:
                 (disturbed if beside_others else clean)[name].append(seconds)
     for name in runs:
         if not clean[name]:
-            print(f"note: other processes disturbed every run of {name}; repeat on an idle machine")
+            print(f"note: other processes disturbed every run of {name}")
     return {name: clean[name] or disturbed[name] for name in runs}
 
 
@@ -115,8 +116,8 @@ def table(rows: list[list[str]]) -> str:
     """Rows of text as a Markdown table; the first is the header, the first column stands left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join(f"| {line} |" for line in [lines[0], " | ".join(rule), *lines[1:]])
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def goal(name: str, ratio: float, at_least: float) -> dict:
@@ -132,18 +133,21 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def write_result(args: argparse.Namespace, name: str, **measured) -> None:
-    """OUT/name.json (name-tuned.json under tuned malloc): measurements and where they come from."""
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    versions = {"python": platform.python_version()}
-    versions |= {p: installed[p] for p in ("torch", "numpy", "mambapy", "transformers") if p in installed}
-    record = {"argv": sys.argv, "malloc": args.malloc, "versions": versions, "cpu": cpu_name(), "cpus": os.cpu_count()}
-    record |= {"threads": torch.get_num_threads(), "load": os.getloadavg()}
-    hashes = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in ROOT.glob("*.py")}
-    record |= {"script_sha256": {name: h for name, h in hashes.items() if name in sys.modules}} | measured
+    """OUT/name.json (name-tuned.json under tuned malloc): measurements and their origin."""
+    named = ("torch", "numpy", "mambapy", "transformers")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in named}
+    record = {"argv": sys.argv, "malloc": args.malloc, "cpu": cpu_name(), "cpus": os.cpu_count()}
+    record["versions"] = {"python": platform.python_version()} | versions
+    record |= {"threads": torch.get_num_threads(), "load": os.getloadavg(), "script_sha256": {}}
+    for path in ROOT.glob("*.py"):
+        if path.stem in sys.modules:
+            record["script_sha256"][path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
+    record |= measured
     path = Path(args.out) / f"{name}{'-tuned' if args.malloc == 'tuned' else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -151,7 +155,7 @@ def write_result(args: argparse.Namespace, name: str, **measured) -> None:
 
 
 def need_peers() -> None:
-    """Exit with the install command where the peers are not there; quieten transformers' notes on missing kernels."""
+    """Exit with the install command where there are no peers; quieten transformers' notes."""
     try:
         importlib.import_module("mambapy.mamba")
         importlib.import_module("transformers").logging.set_verbosity_error()

@@ -1,23 +1,27 @@
 """Letting the state run on: `python tests/claims/carried_state.py`.
 
-A recurrent model need not start every window of a text from nothing: the state at the end of one batch can be where the
-next one starts, its gradient cut, so that a text is read on and on at no cost. Users of recurrent models have done so
-for decades; the paper starts every sequence from nothing and has no figure. Here a Mamba is trained on short windows in
-either way (mamba.py's --carry-state or not), at equal tokens, and each is then evaluated in either way, on the same
-windows: what is gained, and where in the window? To carry the state a batch's rows must read the text in its order, so
-that its windows cannot be shuffled; a third model, in that order and yet from nothing, tells one from the other.
+A recurrent model need not start every window of a text from nothing: the state at the end of one
+batch can be where the next one starts, its gradient cut, so that a text is read on and on at no
+cost. Users of recurrent models have done so for decades; the paper starts every sequence from
+nothing and has no figure. Here a Mamba is trained on short windows in either way, at equal tokens,
+and each is then evaluated in either way, on the same windows: what is gained, and where in the
+window? To carry the state a batch's rows must read the text in its order, so that its windows
+cannot be drawn at random; a third model, in that order and yet from nothing, tells one from the
+other.
 
-The recipe is mamba.py's, and nothing was tuned. Windows are short, since what is not known at the start of a window
-is the smaller a part of it the longer it is.
+The recipe is mamba.py's, and nothing was tuned. Windows are short, since what is not known at the
+start of a window is the smaller a part of it the longer it is.
 """
 
 import itertools
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from _claims import device, finish, mamba, markdown, mean_sd, parse, plus_minus
+from _claims import finish, mamba, markdown, mean_sd, model_of, parse, plus_minus, train_on_text
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -35,40 +39,66 @@ class Settings:
     eval_tokens: int = mamba.flag(0, "validation tokens, 0 for all")
 
 
-SMOKE = {"tokenizer": "byte", "d_model": 16, "steps": 4, "batch": 4, "length": 16, "eval_tokens": 300}
+SMOKE = {"tokenizer": "byte", "d_model": 16, "steps": 4, "batch": 4, "length": 16}
+SMOKE |= {"eval_tokens": 300}
 WAYS = {"from nothing": False, "carried": True}  # of evaluating: is the state carried?
-TRAINED = {  # how a model is trained: are its windows in the text's order, and is the state carried?
+TRAINED = {  # how: are the windows in the text's order, and is the state carried?
     "from nothing, shuffled": (False, False),
     "from nothing, in order": (True, False),
     "carried, in order": (True, True),
 }
 
 
+def in_order(tokens: np.ndarray, batch: int, length: int) -> np.ndarray:
+    """Where windows begin, (windows, batch): each row reads its own stretch."""
+    windows = (len(tokens) - 1) // batch // length
+    return (np.arange(windows)[:, None] + windows * np.arange(batch)) * length
+
+
+def train_in_order(model: mamba.Mamba, corpus: mamba.Corpus, config, carry: bool) -> None:
+    """mamba.py's steps, but on windows in the text's order, with the state carried on or not."""
+    optimizer, state = mamba.make_optimizer(model, config), None
+    device = model.lm_head.weight.device
+    order = in_order(corpus.train, config.batch, config.length)
+    for step in range(config.steps):
+        offsets = order[step % len(order)]
+        x, y, _ = mamba.read_windows(corpus, corpus.train, offsets, config, device)
+        before = state if carry and step % len(order) else None
+        loss, state = model(x, before, return_state=True, targets=y)
+        state = [(window.detach(), h.detach()) for window, h in state]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = mamba.learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @torch.no_grad()
-def loss_by_position(model: mamba.Mamba, corpus: mamba.Corpus, config: mamba.Config, carry: bool) -> list[float]:
+def loss_by_position(model, corpus: mamba.Corpus, config: mamba.Config, carry: bool) -> list:
     """Mean loss (nats a token) at each position of a window, over the validation text.
 
-    The text is read in config.batch contiguous stretches, window after window, with the state carried on or not.
+    It is read in config.batch contiguous stretches, with the state carried on or not.
     """
-    batches = mamba.Batches(corpus.valid, config.batch, config.length, seed=0, carry=True)
-    total, state = torch.zeros(config.length, dtype=torch.float64), None
-    for step in range(batches.windows):
-        x, y, _ = mamba.gather(corpus, corpus.valid, batches.offsets(step), config, device())
+    device, state = model.lm_head.weight.device, None
+    total = torch.zeros(config.length, dtype=torch.float64)
+    order = in_order(corpus.valid, config.batch, config.length)
+    for offsets in order:
+        x, y, _ = mamba.read_windows(corpus, corpus.valid, offsets, config, device)
         logits, state = model(x, state if carry else None, return_state=True)
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-        total += losses.sum(0).double().cpu()
-    return (total / (batches.windows * config.batch)).tolist()
+        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        total += losses.view(y.shape).sum(0).double().cpu()
+    return (total / order.size).tolist()
 
 
-def run(s: Settings, corpus: mamba.Corpus, in_order: bool, carried: bool, seed: int) -> dict[str, list[float]]:
-    """One model, trained with windows in order or not and the state carried or not: its loss, evaluated in each way."""
-    sizes = {"d_model": s.d_model, "n_layer": s.n_layer, "steps": s.steps, "batch": s.batch, "length": s.length}
-    one = mamba.Run(mamba.Config(**sizes, lr=s.lr, carry_state=in_order, seed=seed), corpus, device())
-    if not carried:
-        one.batches.fresh = lambda step: True
-    for _ in range(s.steps):
-        one.train_step()
-    return {way: loss_by_position(one.model, corpus, one.config, carry) for way, carry in WAYS.items()}
+def run(s: Settings, corpus: mamba.Corpus, ordered: bool, carried: bool, seed: int) -> dict:
+    """One model, trained in order or not and carried or not: its loss, evaluated in each way."""
+    model, config = model_of(s, corpus, seed)
+    if ordered:
+        train_in_order(model, corpus, config, carried)
+    else:
+        train_on_text(model, corpus, config)
+    return {way: loss_by_position(model, corpus, config, carry) for way, carry in WAYS.items()}
 
 
 def spans(length: int) -> dict[str, slice]:
@@ -79,23 +109,25 @@ def spans(length: int) -> dict[str, slice]:
 
 
 def summarise(s: Settings, runs: list[dict]) -> dict:
-    """Mean and s.d. over the runs of the loss in each stretch, and the curves, for each way of evaluating."""
+    """For each way of evaluating, mean and s.d. of the loss in each stretch, and the curves."""
     found = {}
     for way in WAYS:
         curves = [run[way] for run in runs]
-        parts = {name: [sum(c[part]) / len(c[part]) for c in curves] for name, part in spans(s.length).items()}
-        found[way] = {"loss": {name: mean_sd(values) for name, values in parts.items()}, "by_position": curves}
+        losses = {}
+        for name, part in spans(s.length).items():
+            losses[name] = mean_sd([sum(c[part]) / len(c[part]) for c in curves])
+        found[way] = {"loss": losses, "by_position": curves}
     return found
 
 
 def table(result: dict) -> str:
     """The README's table."""
-    rows = [
-        [trained, way, *(plus_minus(score, 3) for score in arm[way]["loss"].values())]
-        for trained, arm in result["trained"].items()
-        for way in WAYS
-    ]
-    head = [f"position {name}" if name != "all" else "all" for name in spans(result["settings"]["length"])]
+    rows, names = [], spans(result["settings"]["length"])
+    for trained, arm in result["trained"].items():
+        for way in WAYS:
+            scores = [plus_minus(score, 3) for score in arm[way]["loss"].values()]
+            rows.append([trained, way, *scores])
+    head = [f"position {name}" if name != "all" else "all" for name in names]
     return markdown(["trained", "evaluated", *head], rows, left=2)
 
 
@@ -118,14 +150,15 @@ def main(argv: list[str] | None = None) -> None:
     """Train in either way, write the result file and the picture, print the table."""
     s, asked = parse(__doc__, Settings, None, SMOKE, argv)
     began, arms = time.perf_counter(), {}
-    mamba.keep_memory()
     corpus = mamba.load_corpus(s.data, s.tokenizer)
     corpus.valid = corpus.valid[: s.eval_tokens or None]
-    for trained, (in_order, carried) in TRAINED.items():
-        arms[trained] = summarise(s, [run(s, corpus, in_order, carried, seed) for seed in asked.seeds])
-        shown = " · ".join(f"evaluated {way} {arms[trained][way]['loss']['all']['mean']:.3f}" for way in WAYS)
-        print(f"{time.perf_counter() - began:5.0f} s  trained {trained}: {shown} nats a token", flush=True)
-    content = {"unit": "nats a token", "tokens_seen": s.steps * s.batch * s.length, "trained": arms}
+    for trained, (ordered, carried) in TRAINED.items():
+        arm = summarise(s, [run(s, corpus, ordered, carried, seed) for seed in asked.seeds])
+        arms[trained] = arm
+        shown = " · ".join(f"{way} {arm[way]['loss']['all']['mean']:.3f}" for way in WAYS)
+        print(f"{time.perf_counter() - began:5.0f} s  trained {trained}: {shown}", flush=True)
+    content = {"unit": "nats a token", "tokens_seen": s.steps * s.batch * s.length}
+    content["trained"] = arms
     print(table(finish("carried_state", asked, s, began, content, draw)))
 
 

@@ -1,18 +1,20 @@
 """Induction heads: `python tests/claims/induction_heads.py`.
 
-The claim (section 4.1.2, table 11 and figure 2 of arXiv 2312.00752): a two-layer Mamba trained to recall at length 256
-what followed a special symbol does it at every length from 64 to 1,048,576, 4,000 times what it has seen, while
-attention with rotary positions falls to 31.3 % of the answers at length 512.
+The claim (section 4.1.2, table 11 and figure 2 of arXiv 2312.00752): a two-layer Mamba trained to
+recall at length 256 what followed a special symbol does it at every length from 64 to 1,048,576,
+4,000 times what it has seen, while attention with rotary positions falls to 31.3 % of the answers
+at length 512.
 
-The sequence: random symbols, and among them once, at a random place, the special one; the last symbol is the special
-one again, and the model must answer with the symbol that followed it the first time. Mamba reads a sequence in chunks
-and carries its state from one to the next, so that memory is constant in the length; transformer.py stands beside it at
-the lengths that it reaches in this time.
+The sequence: random symbols, and among them once, at a random place, the special one; the last
+symbol is the special one again, and the model must answer with the symbol that followed it the
+first time. Mamba reads a sequence in chunks and carries its state from one to the next, so that
+memory is constant in the length; transformer.py stands beside it at the lengths that it reaches.
 
-Scaled down, beside the paper: see `Settings`; `--paper` has the paper's settings. So few steps teach nothing at length
-256, and so training begins with shorter sequences; never longer ones. The Transformer needs more steps than Mamba and
-has them. Settings were chosen on seed 0, which is not reported: Mamba's out of four, by the longest length it solves.
-Guessing gives 1 in (vocab - 1). Long sequences are few: the table says how many.
+Scaled down, beside the paper: see `Settings`; `--paper` has the paper's settings. So few steps
+teach nothing at length 256, and so training begins with shorter sequences; never longer ones. The
+Transformer needs more steps than Mamba and has them. Settings were chosen on seed 0, which is not
+reported: Mamba's out of four, by the longest length it solves. Guessing gives 1 in (vocab - 1).
+Long sequences are few: the table says how many.
 """
 
 import time
@@ -42,39 +44,41 @@ class Settings:
     """Sizes of the task, the models and the run."""
 
     length: int = mamba.flag(256, "length trained at; paper: 256")
-    first_length: int = mamba.flag(16, "but at first at this one, then at doubles of it, for equal steps; paper: 256")
+    first_length: int = mamba.flag(16, "but at first at this one, then at doubles; paper: 256")
     shortest: int = mamba.flag(64, "evaluated at this length, and at each doubled; paper: 64")
     longest: int = mamba.flag(2**20, "and up to this one; paper: 1,048,576")
     attention_longest: int = mamba.flag(2**12, "and the Transformer up to this one; paper: 16,384")
     chunk: int = mamba.flag(2048, "symbols that Mamba reads at a time when it is evaluated")
     sequences: int = mamba.flag(128, "sequences evaluated at a length")
-    budget: int = mamba.flag(2**18, "symbols evaluated at a length, at most, but at least `few` sequences")
-    few: int = mamba.flag(4, "see budget")
+    budget: int = mamba.flag(2**18, "most symbols evaluated at a length")
+    few: int = mamba.flag(4, "but at least so many sequences")
     vocab: int = mamba.flag(16, "symbols, with the special one; paper: 16")
     d_model: int = mamba.flag(64, "width; paper: 64")
     n_layer: int = mamba.flag(2, "layers; paper: 2")
-    n_head: int = mamba.flag(4, "heads of the Transformer; its SwiGLU is transformer.py's for the width")
+    n_head: int = mamba.flag(4, "heads of the Transformer")
     steps: int = mamba.flag(1500, "steps of Mamba; paper: 25 x 8,192")
     attention_steps: int = mamba.flag(2000, "steps of the Transformer; paper: 25 x 8,192")
-    batch: int = mamba.flag(8, "sequences a step, more while they are shorter, at equal symbols; paper: 8")
-    lr: float = mamba.flag(2e-3, "constant learning rate of Adam without decay; paper: 1e-3")
+    batch: int = mamba.flag(8, "sequences a step, more while they are shorter; paper: 8")
+    lr: float = mamba.flag(2e-3, "constant learning rate; paper: 1e-3")
     every: int = mamba.flag(100, "steps between evaluations at the length trained at")
 
 
-PAPER = {"first_length": 256, "steps": 25 * 8192, "attention_steps": 25 * 8192, "lr": 1e-3, "every": 8192}
-PAPER |= {"sequences": 512, "budget": 2**24, "few": 64, "attention_longest": 2**14}
-SMOKE = {"length": 16, "first_length": 8, "shortest": 8, "longest": 64, "attention_longest": 32, "chunk": 24}
-SMOKE |= {"sequences": 8, "budget": 128, "few": 2, "d_model": 16, "steps": 4, "attention_steps": 4, "every": 2}
-SMOKE |= {"batch": 4}
+PAPER = {"first_length": 256, "steps": 25 * 8192, "attention_steps": 25 * 8192, "lr": 1e-3}
+PAPER |= {"every": 8192, "sequences": 512, "budget": 2**24, "few": 64, "attention_longest": 2**14}
+SMOKE = {"length": 16, "first_length": 8, "shortest": 8, "longest": 64, "attention_longest": 32}
+SMOKE |= {"chunk": 24, "sequences": 8, "budget": 128, "few": 2, "d_model": 16, "steps": 4}
+SMOKE |= {"attention_steps": 4, "every": 2, "batch": 4}
 
 MODELS = ("Mamba", "Transformer++")
-PAPER_FIGURES = {"Mamba": dict.fromkeys((2**k for k in range(6, 21)), "100"), "Transformer++": {512: "31.3"}}
+PAPER_FIGURES = {"Mamba": dict.fromkeys((2**k for k in range(6, 21)), "100")}
+PAPER_FIGURES["Transformer++"] = {512: "31.3"}
 
 
-def induction(batch: int, length: int, vocab: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs (B, length) and targets (B, 1): what followed the first of the two special symbols (the last of vocab).
+def induction(batch: int, length: int, vocab: int, random) -> tuple[Tensor, Tensor]:
+    """Inputs (B, length) and targets (B, 1): what followed the first of the two special symbols.
 
-    The second stands at the end, the first at a place before, each equally likely from which an answer follows.
+    That is the last of vocab. The second stands at the end, the first at any place before, each
+    equally likely, that leaves room for an answer.
     """
     inputs = torch.randint(vocab - 1, (batch, length), generator=random)
     place = torch.randint(length - 2, (batch, 1), generator=random)
@@ -92,7 +96,7 @@ def make(kind: str, s: Settings) -> nn.Module:
 
 @torch.no_grad()
 def answers(model: nn.Module, inputs: Tensor, chunk: int) -> Tensor:
-    """The model's symbol (B,) after inputs (B, L); Mamba reads them chunk by chunk, and keeps nothing but its state."""
+    """The model's symbol (B,) after inputs (B, L); Mamba reads them chunk by chunk."""
     if not isinstance(model, mamba.Mamba):
         return model(inputs.to(device()))[:, -1].argmax(-1).cpu()
     state = None
@@ -101,9 +105,9 @@ def answers(model: nn.Module, inputs: Tensor, chunk: int) -> Tensor:
     return logits[:, -1].argmax(-1).cpu()
 
 
-def accuracy(model: nn.Module, s: Settings, length: int, count: int, random: torch.Generator) -> float:
+def accuracy(model: nn.Module, s: Settings, length: int, count: int, random) -> float:
     """Per cent of right answers to `count` new sequences of that length."""
-    right, rows = 0, max(1, min(16, 2**14 // length) if not isinstance(model, mamba.Mamba) else 16)
+    right, rows = 0, 16 if isinstance(model, mamba.Mamba) else max(1, min(16, 2**14 // length))
     for first in range(0, count, rows):
         inputs, targets = induction(min(rows, count - first), length, s.vocab, random)
         right += (answers(model, inputs, s.chunk) == targets[:, 0]).sum().item()
@@ -120,14 +124,10 @@ def run(kind: str, s: Settings, seed: int) -> dict:
         length = lengths[step - 1]
         return induction(s.batch * s.length // length, length, s.vocab, random)
 
-    curve = train(
-        model,
-        batch,
-        steps,
-        s.lr,
-        s.every,
-        lambda: accuracy(model, s, s.length, s.sequences, generator(seed, 1)),
-    )
+    def check() -> float:
+        return accuracy(model, s, s.length, s.sequences, generator(seed, 1))
+
+    curve = train(model, batch, steps, s.lr, s.every, check)
     scores, seconds = {}, {}
     length = s.shortest
     while length <= (s.longest if kind == "Mamba" else s.attention_longest):
@@ -162,16 +162,11 @@ def draw(result: dict, plt, path) -> None:
     """Accuracy by step of training, and by length: mean and range over the seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
     for kind, model in result["models"].items():
-        curves = [
-            (left, [step for step, _ in model["curves"][0]], [[v for _, v in c] for c in model["curves"]]),
-            (
-                right,
-                [*map(int, model["accuracy"])],
-                list(zip(*(v["each"] for v in model["accuracy"].values()), strict=True)),
-            ),
-        ]
-        for axes, x, each in curves:
-            at = list(zip(*each, strict=True))  # the seeds' values at each x
+        steps = [step for step, _ in model["curves"][0]]
+        by_step = [[curve[i][1] for curve in model["curves"]] for i in range(len(steps))]
+        by_length = [score["each"] for score in model["accuracy"].values()]
+        lengths = [int(length) for length in model["accuracy"]]
+        for axes, x, at in (left, steps, by_step), (right, lengths, by_length):
             axes.plot(x, [sum(v) / len(v) for v in at], "o-", ms=3, label=kind)
             axes.fill_between(x, [*map(min, at)], [*map(max, at)], alpha=0.2)
     length = result["settings"]["length"]
@@ -190,7 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     """Train both models once a seed, write the result file and the picture, print the table."""
     s, asked = parse(__doc__, Settings, PAPER, SMOKE, argv)
     began, models = time.perf_counter(), {}
-    mamba.keep_memory()
     for kind in MODELS:
         runs = []
         for seed in asked.seeds:
@@ -198,11 +192,12 @@ def main(argv: list[str] | None = None) -> None:
             ends = list(runs[-1]["accuracy"].items())
             shown = " · ".join(f"{length:,}: {right:.0f} %" for length, right in ends)
             print(f"{time.perf_counter() - began:5.0f} s  {kind}, seed {seed}: {shown}", flush=True)
-        scores = {length: mean_sd([r["accuracy"][length] for r in runs]) for length in runs[0]["accuracy"]}
-        curves = [r["curve"] for r in runs]
-        seconds = [r["seconds"] for r in runs]
-        models[kind] = {"parameters": runs[0]["parameters"], "accuracy": scores, "curves": curves, "seconds": seconds}
-    content = {"unit": "per cent of right answers", "guessing": 100 / (s.vocab - 1), "models": models}
+        lengths, model = runs[0]["accuracy"], {"parameters": runs[0]["parameters"]}
+        model["accuracy"] = {n: mean_sd([r["accuracy"][n] for r in runs]) for n in lengths}
+        models[kind] = model | {"curves": [r["curve"] for r in runs]}
+        models[kind]["seconds"] = [r["seconds"] for r in runs]
+    content = {"unit": "per cent of right answers", "guessing": 100 / (s.vocab - 1)}
+    content["models"] = models
     print(table(finish("induction_heads", asked, s, began, content, draw)))
 
 

@@ -1,10 +1,11 @@
-"""The CUDA path of mamba.py on a real GPU: right against float64, and how fast. One command, some minutes:
+"""The CUDA path of mamba.py on a real GPU: right against float64, and how fast; some minutes:
 
     python tests/gpu/check.py [--sweep] [--out DIR]
 
-It needs torch, triton and numpy, prints tables, and writes OUT/result.json. The exit status is 1 where a result is
-wrong. Where the `mamba_ssm` package is installed its CUDA kernels run beside ours. --sweep tries other tile sizes of
-the kernels. Without a GPU, `TRITON_INTERPRET=1 python tests/gpu/check.py --quick` only proves that the program runs.
+It needs torch, triton and numpy, prints tables, and writes OUT/result.json. The exit status is 1
+where a result is wrong. Where the `mamba_ssm` package is installed its kernels run beside ours.
+--sweep tries other tiles of the kernel. Without a GPU, `TRITON_INTERPRET=1 python
+tests/gpu/check.py --quick` only proves that the program runs.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-CASES = {  # (B, L, D, N), share of document starts, dtype of the activations, largest relative error
+CASES = {  # (B, L, D, N), share of document starts, dtype, largest relative error
     "float32": ((2, 200, 96, 16), 0.02, torch.float32, 1e-5),
     "odd sizes": ((3, 67, 65, 5), 0.1, torch.float32, 1e-5),
     "one position": ((2, 1, 130, 16), 0.0, torch.float32, 1e-5),
@@ -45,14 +46,23 @@ CASES = {  # (B, L, D, N), share of document starts, dtype of the activations, l
 
 
 def draw(shape, starts: float, dtype: torch.dtype) -> dict:
-    """Arguments of `selective_scan`; u, z, B and C are slices of wider tensors, as the model's are."""
+    """Arguments of `selective_scan`; u, z, B and C are slices, as the model's are."""
     B, L, D, N = shape
     torch.manual_seed(0)
     u, z = torch.randn(B, L, 2 * D, device=DEVICE, dtype=dtype).chunk(2, dim=-1)
     Bs, Cs = torch.randn(B, L, 2 * N, device=DEVICE, dtype=dtype).chunk(2, dim=-1)
-    x = {"u": u, "delta": torch.randn(B, L, D, device=DEVICE, dtype=dtype), "B": Bs, "C": Cs, "z": z}
+    x = {
+        "u": u,
+        "delta": torch.randn(B, L, D, device=DEVICE, dtype=dtype),
+        "B": Bs,
+        "C": Cs,
+        "z": z,
+    }
     x |= {"A": -torch.rand(D, N, device=DEVICE) * 4, "D": torch.randn(D, device=DEVICE)}
-    x |= {"delta_bias": torch.randn(D, device=DEVICE) - 1, "initial_state": torch.randn(B, D, N, device=DEVICE)}
+    x |= {
+        "delta_bias": torch.randn(D, device=DEVICE) - 1,
+        "initial_state": torch.randn(B, D, N, device=DEVICE),
+    }
     return x | {"starts": torch.rand(B, L, device=DEVICE) < starts, "delta_softplus": True}
 
 
@@ -69,7 +79,11 @@ def recurrence(u, delta, A, B, C, D, z, delta_bias, initial_state, starts, delta
 
 def differentiate(scan, x: dict, dtype: torch.dtype | None = None) -> dict:
     """y, the last state and every gradient."""
-    leaves = {k: (v if dtype is None else v.to(dtype)).detach().requires_grad_() for k, v in x.items() if k in NAMES}
+    leaves = {
+        k: (v if dtype is None else v.to(dtype)).detach().requires_grad_()
+        for k, v in x.items()
+        if k in NAMES
+    }
     outputs = scan(**x | leaves)
     torch.manual_seed(1)
     upstream = [torch.randn(o.shape, device=DEVICE).bfloat16().to(o.dtype) for o in outputs]
@@ -79,27 +93,50 @@ def differentiate(scan, x: dict, dtype: torch.dtype | None = None) -> dict:
 
 def check_scan() -> list[dict]:
     """The fused scan against the recurrence, and twice against itself."""
-    scan, rows = functools.partial(mamba.selective_scan, return_final_state=True, backend="fused"), []
+    scan, rows = (
+        functools.partial(mamba.selective_scan, return_final_state=True, backend="fused"),
+        [],
+    )
     for name, (shape, starts, dtype, allowed) in CASES.items():
         x = draw(shape, starts, dtype)
-        ours, again, truth = differentiate(scan, x), differentiate(scan, x), differentiate(recurrence, x, torch.float64)
-        errors = {k: ((ours[k].double() - v).norm() / v.norm().clamp(min=1e-30)).item() for k, v in truth.items()}
+        ours, again, truth = (
+            differentiate(scan, x),
+            differentiate(scan, x),
+            differentiate(recurrence, x, torch.float64),
+        )
+        errors = {
+            k: ((ours[k].double() - v).norm() / v.norm().clamp(min=1e-30)).item()
+            for k, v in truth.items()
+        }
         worst, same = max(errors, key=errors.get), all(torch.equal(ours[k], again[k]) for k in ours)
         right = errors[worst] <= allowed and same
-        rows.append({"case": name, "error": errors[worst], "of": worst, "allowed": allowed, "same twice": same})
+        rows.append(
+            {
+                "case": name,
+                "error": errors[worst],
+                "of": worst,
+                "allowed": allowed,
+                "same twice": same,
+            }
+        )
         rows[-1]["right"] = right
-        print(f"{name:16} {shape!s:20} worst {errors[worst]:.1e} ({worst}), allowed {allowed:.0e}, same {same}")
+        found = f"worst {errors[worst]:.1e} ({worst}), allowed {allowed:.0e}, same {same}"
+        print(f"{name:16} {shape!s:20} {found}")
     return rows
 
 
 def check_decoding() -> dict:
-    """Logits of the stepper (a CUDA graph, on a GPU) against those of the whole sequence."""
+    """Logits by steps against those of the whole sequence."""
     torch.manual_seed(0)
-    model = mamba.Mamba(mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=99)).to(DEVICE).requires_grad_(False)
+    model = mamba.Mamba(mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=99))
+    model = model.to(DEVICE).requires_grad_(False)
     tokens = torch.randint(99, (3, 40), device=DEVICE)
     logits, (_, state) = model(tokens), model(tokens[:, :20], return_state=True)
-    step = model.stepper(state)
-    error = max((step(tokens[:, t]) - logits[:, t]).norm().item() for t in range(20, 40)) / logits[:, 0].norm().item()
+    errors = []
+    for t in range(20, 40):
+        step, state = model.step(tokens[:, t], state)
+        errors.append((step - logits[:, t]).norm().item())
+    error = max(errors) / logits[:, 0].norm().item()
     print(f"decoding by steps: worst {error:.1e}, allowed 1e-4")
     return {"case": "decoding", "error": error, "allowed": 1e-4, "right": error <= 1e-4}
 
@@ -124,7 +161,7 @@ def seconds(run, repeats: int = 10) -> float:
 
 
 def peak_bytes(run) -> int:
-    """Memory that a call takes beyond what is there before, its results included; 0 without a GPU."""
+    """Memory that a call takes, its results included; 0 without a GPU."""
     if DEVICE.type != "cuda":
         return 0
     torch.cuda.synchronize()
@@ -154,10 +191,13 @@ def exponentials_a_second() -> float:
 
 
 def floor(shape, dtype: torch.dtype, bandwidth: float, exponentials: float) -> dict:
-    """The least seconds: memory that must move at `bandwidth`, or exponentials (B L D N) at their rate."""
+    """The least seconds: of memory at `bandwidth`, or of B L D N exponentials at their rate."""
     B, L, D, N = shape
     size, rows, weights = dtype.itemsize, B * L * D, B * L * N
-    least = {"forward": 4 * rows + 2 * weights, "backward": 7 * rows + 4 * weights}  # u delta z y; and dy du ddelta dz
+    least = {
+        "forward": 4 * rows + 2 * weights,
+        "backward": 7 * rows + 4 * weights,
+    }  # u delta z y; and dy du ddelta dz
     return {k: max(size * n / bandwidth, rows * N / exponentials) for k, n in least.items()}
 
 
@@ -166,10 +206,17 @@ def time_scan(shape, args) -> dict:
     x = draw(shape, 0, torch.bfloat16) | {"starts": None, "initial_state": None}
     leaves = {k: x[k].detach().requires_grad_() for k in NAMES if x[k] is not None}
     bound = floor(shape, torch.bfloat16, args.bandwidth * 1e12, args.exponentials)
-    runs = {b: functools.partial(mamba.selective_scan, **x | leaves, backend=b) for b in ("fused", "chunked")}
+    runs = {
+        b: functools.partial(mamba.selective_scan, **x | leaves, backend=b)
+        for b in ("fused", "chunked")
+    }
     with contextlib.suppress(ImportError):  # (B, D, L) is the layout of the official kernels
-        official = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-        turned = {k: v.detach().mT.contiguous().requires_grad_() for k, v in leaves.items() if v.ndim == 3}
+        official = importlib.import_module(
+            "mamba_ssm.ops.selective_scan_interface"
+        ).selective_scan_fn
+        turned = {
+            k: v.detach().mT.contiguous().requires_grad_() for k, v in leaves.items() if v.ndim == 3
+        }
         turned |= {k: leaves[k] for k in ("A", "D", "delta_bias")}
         runs["official CUDA"] = functools.partial(official, **turned, delta_softplus=True)
     table = {"shape": shape, "floor": bound}
@@ -180,55 +227,61 @@ def time_scan(shape, args) -> dict:
         wanted = list((turned if name == "official CUDA" else leaves).values())
         back = functools.partial(torch.autograd.grad, y, wanted, upstream, retain_graph=True)
         row = {"forward": seconds(run), "backward": seconds(back)}
-        row["peak"] = peak_bytes(lambda run=run, of=wanted, g=upstream: torch.autograd.grad(run(), of, g))
+        row["peak"] = peak_bytes(
+            lambda run=run, of=wanted, g=upstream: torch.autograd.grad(run(), of, g)
+        )
         row["floors"] = {k: row[k] / bound[k] for k in bound}
-        row["memory over inputs and outputs"] = row["peak"] / (2 * inputs + 2 * y.numel() * y.element_size())
+        row["memory over inputs and outputs"] = row["peak"] / (
+            2 * inputs + 2 * y.numel() * y.element_size()
+        )
         table[name] = row
-        times = "".join(f", {k} {1e3 * row[k]:8.3f} ms ({row['floors'][k]:.1f} floors)" for k in bound)
+        times = "".join(
+            f", {k} {1e3 * row[k]:8.3f} ms ({row['floors'][k]:.1f} floors)" for k in bound
+        )
         print(f"{shape!s:22} {name:14}{times}, peak {row['peak'] / 2**20:.0f} MiB")
         del y
     return table
 
 
 def sweep(shape) -> list[dict]:
-    """The fused scan by other tiles, best first."""
+    """The fused scan by other tiles and blocks, best first."""
     x, rows = draw(shape, 0, torch.bfloat16) | {"starts": None, "initial_state": None}, []
     leaves = {k: x[k].detach().requires_grad_() for k in NAMES if x[k] is not None}
-    kept = {k: getattr(mamba.TritonScan, k) for k in ("TILE", "WARPS", "BLOCK", "ROWS", "PROGRAMS")}
-    for tile, warps, block, rows_, programs in itertools.product(
-        (32, 64, 128), (1, 2, 4), (32, 64), (2, 4, 8), (512, 2048)
-    ):
-        if tile < 16 * warps:
-            continue
-        for name, value in zip(kept, (tile, warps, block, rows_, programs), strict=True):
-            setattr(mamba.TritonScan, name, value)
-        y = mamba.selective_scan(**x | leaves, backend="fused")
-        forward = seconds(lambda: mamba.selective_scan(**x | leaves, backend="fused"), 5)
-        backward = seconds(
-            lambda y=y: torch.autograd.grad(y, [*leaves.values()], torch.ones_like(y), retain_graph=True), 5
-        )
-        rows.append({"tile": tile, "warps": warps, "block": block, "rows": rows_, "programs": programs})
-        rows[-1] |= {"forward": forward, "backward": backward}
-    for name, value in kept.items():
-        setattr(mamba.TritonScan, name, value)
+    run = functools.partial(mamba.selective_scan, **x | leaves, backend="fused")
+    kept = mamba.FusedScan.TILE, mamba.FusedScan.BLOCK
+    for tile, block in itertools.product((32, 64, 128), (8, 16, 32)):
+        mamba.FusedScan.TILE, mamba.FusedScan.BLOCK = tile, block
+        y = run()
+        of = [*leaves.values()], torch.ones_like(y)
+        back = functools.partial(torch.autograd.grad, y, *of, retain_graph=True)
+        rows.append({"tile": tile, "block": block})
+        rows[-1] |= {"forward": seconds(run, 5), "backward": seconds(back, 5)}
+    mamba.FusedScan.TILE, mamba.FusedScan.BLOCK = kept
     rows.sort(key=lambda row: row["forward"] + row["backward"])
-    for row in rows[:8]:
-        print("  ".join(f"{k} {v * 1e3:.3f} ms" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    for row in rows:
+        times = f"forward {1e3 * row['forward']:.3f} ms, backward {1e3 * row['backward']:.3f} ms"
+        print(f"tile {row['tile']}, block {row['block']}: {times}")
     return rows
 
 
 def models(quick: bool) -> dict:
     """Mamba-130M, or a tiny one, and a Transformer++ of its size."""
     if quick:
-        ours, theirs = mamba.MambaConfig(32, 2, 100), transformer.TransformerConfig(32, 2, 2, vocab_size=100)
+        ours, theirs = (
+            mamba.MambaConfig(32, 2, 100),
+            transformer.TransformerConfig(32, 2, 2, vocab_size=100),
+        )
     else:
         ours = mamba.MambaConfig(768, 24, 50277)
         theirs = transformer.TransformerConfig(768, 12, 12, vocab_size=50277, tie_embeddings=True)
-    return {"mamba.py": mamba.Mamba(ours).to(DEVICE), "transformer.py": transformer.Transformer(theirs).to(DEVICE)}
+    return {
+        "mamba.py": mamba.Mamba(ours).to(DEVICE),
+        "transformer.py": transformer.Transformer(theirs).to(DEVICE),
+    }
 
 
 def time_models(args) -> dict:
-    """Tokens a second of a training step at 8 x 2048 under bfloat16 autocast, and of writing at batch 1, 16, 128."""
+    """Tokens a second of training at 8 x 2048 under bfloat16, and of writing by batch."""
     rows, (batch, length) = {}, (2, 16) if args.quick else (8, 2048)
     for name, model in models(args.quick).items():
         tokens = torch.randint(100, (batch, length + 1), device=DEVICE)
@@ -241,13 +294,18 @@ def time_models(args) -> dict:
             optimizer.step()
             optimizer.zero_grad()
 
-        row = {"parameters": sum(p.numel() for p in model.parameters()), "training": batch * length / seconds(train, 5)}
+        row = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "training": batch * length / seconds(train, 5),
+        }
         model.to(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
         new = 4 if args.quick else 128
         for rows_ in (1, 2) if args.quick else (1, 16, 128):
             prompt = torch.randint(100, (rows_, 8 if args.quick else 2048), device=DEVICE)
             both = [seconds(functools.partial(model.generate, prompt, n), 3) for n in (1, new + 1)]
-            row[f"writing, batch {rows_}"] = rows_ * new / (both[1] - both[0])  # the prompt's time taken off
+            row[f"writing, batch {rows_}"] = (
+                rows_ * new / (both[1] - both[0])
+            )  # the prompt's time taken off
         rows[name] = row
         print(name, ", ".join(f"{k} {v:,.0f}" for k, v in row.items()))
         del model, optimizer
@@ -258,13 +316,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes of the kernels")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="memory, TB/s (an H200's copy: 4.3)")
+    parser.add_argument(
+        "--bandwidth", type=float, default=4.3, help="memory, TB/s (an H200's copy: 4.3)"
+    )
     parser.add_argument("--out", default="out/gpu", help="folder of result.json")
     args = parser.parse_args()
     if DEVICE.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("no CUDA device here; only a trial run is possible, by TRITON_INTERPRET=1 and --quick")
+        parser.error(
+            "no CUDA device here; only a trial run is possible, by TRITON_INTERPRET=1 and --quick"
+        )
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "Triton's interpreter"
-    result = {"device": name, "torch": torch.__version__, "python": platform.python_version(), "argv": sys.argv[1:]}
+    result = {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "argv": sys.argv[1:],
+    }
     if args.quick:
         small = {"odd sizes": CASES["odd sizes"], "float16": CASES["float16"]}
         shrunk = {k: ((2, 9, 5, 3), *rest) for k, (_, *rest) in small.items()}
