@@ -91,7 +91,7 @@ def selective_scan(
         h = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state.to(dtype)
         y, h = choose_scan(backend, x, A)(delta * x, decay, A, B, C, h)
         if D is not None:
-            y = y + D.to(dtype) * x
+            y = torch.addcmul(y, x, D.to(dtype))
         if z is not None:
             y = y * F.silu(z.to(dtype))
     return (y.to(u.dtype), h) if return_final_state else y.to(u.dtype)
@@ -501,12 +501,14 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
     """Where the windows of a step begin, (batch,): drawn for the step, so that resuming is exact.
 
-    Windows of packed contexts begin at multiples of the length, and so each keeps to one context.
+    A window of packed contexts keeps to one of them.
     """
-    rng, last = np.random.default_rng((config.seed, step)), len(corpus.train) - config.length
+    rng, batch, length = np.random.default_rng((config.seed, step)), config.batch, config.length
     if corpus.context_length is None:
-        return rng.integers(last, size=config.batch)
-    return config.length * rng.integers(-(-last // config.length), size=config.batch)
+        return rng.integers(len(corpus.train) - length, size=batch)
+    contexts = rng.integers((len(corpus.train) - 1) // corpus.context_length, size=batch)
+    pieces = rng.integers(corpus.context_length // length, size=batch)
+    return corpus.context_length * contexts + length * pieces
 
 
 def read_windows(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device):
@@ -623,8 +625,13 @@ def train(config: Config) -> dict:
     print(f"{len(corpus.valid):,} held out, for which xz, given the others, needs {xz} bits a byte")
 
     out.mkdir(parents=True, exist_ok=True)
-    pressed: list[bool] = []
-    usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    pressed, usual = [], signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, usual)  # pressed again, Ctrl-C ends the process at once
+
+    signal.signal(signal.SIGINT, on_interrupt)
     with (out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)).open("w") as log:
         log.writelines(json.dumps(row) + "\n" for row in history)
         for step in range(first + 1, config.steps + 1):
@@ -863,8 +870,8 @@ static inline float exp2_(float x) {  /* by its whole part and, by a polynomial,
     x = x < -127.f ? -127.f : x > 128.f ? 128.f : x;
     n.f = x + 12582912.f;  /* 1.5 x 2^23 rounds */
     float f = x - (n.f - 12582912.f);
-    r.f = .0555073358f + f * (.00967151299f + f * .00132647273f);
-    r.f = 1.f + f * (.693147004f + f * (.240222424f + f * r.f));
+    r.f = .0555033247f + f * (.00961843736f + f * (.00133988744f + f * .000153533619f));
+    r.f = 1.f + f * (.693147203f + f * (.240226479f + f * r.f));
     r.i += (int32_t)((uint32_t)n.i << 23);
     return r.f;
 }
@@ -952,7 +959,8 @@ void scan(int64_t threads, int64_t batch, int64_t L, int64_t D, int64_t N, in x,
 def c_library() -> ctypes.CDLL:
     """C_SOURCE, compiled by $CC or cc in a second and kept in the user's cache. Raises OSError."""
     command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fPIC", "-shared"]
-    command += [f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}", "-fno-math-errno"]
+    command += ["-fno-math-errno", "-fno-trapping-math"]  # else it does not vectorise
+    command += [f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}"]
     processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
     if cpuinfo.exists():  # the code is for this processor; another one may have the same home
         processor = re.findall("model name.*|flags.*", cpuinfo.read_text("utf-8", "replace"))[:2]
@@ -1217,11 +1225,11 @@ def read_folder(folder: str) -> Mamba:
     fields = json.loads((Path(folder) / "config.json").read_text("utf-8"))
     official = "model_type" not in fields
     if official:
+        fields = fields | (fields.get("ssm_cfg") or {})
         need = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "layer": "Mamba1"}
-        given = fields.get("ssm_cfg") or {}
-        fields["layer"] = given.pop("layer", "Mamba1")
-        ours = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-        given |= {name: fields[name] for name in ours if name in fields}
+        need |= {"bias": False, "conv_bias": True}
+        names = [field.name for field in dataclasses.fields(MambaConfig)]
+        given = {name: fields[name] for name in names if name in fields}
     else:
         need = {"model_type": "mamba", "use_bias": False, "use_conv_bias": True}
         given = {ours: fields[theirs] for ours, theirs in NAMES.items() if theirs in fields}
