@@ -39,7 +39,6 @@ import lzma
 import math
 import os
 import pickle
-import platform
 import re
 import shlex
 import signal
@@ -199,10 +198,6 @@ class MambaConfig:
     norm_eps: float = 1e-5
 
     @property
-    def d_inner(self) -> int:
-        return int(self.expand * self.d_model)
-
-    @property
     def rank(self) -> int:
         return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
 
@@ -234,7 +229,7 @@ class MambaBlock(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        E, N, R = config.d_inner, config.d_state, config.rank
+        E, N, R = config.expand * config.d_model, config.d_state, config.rank
         self.in_proj = nn.Linear(config.d_model, 2 * E, bias=False)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=True)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
@@ -678,7 +673,7 @@ def train(config: Config) -> dict:
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         plot(history, xz, out / "loss.png")
         if corpus.tokenizer and config.prompt:
-            write_sample(model, corpus.tokenizer, config)
+            sample(config, model, corpus.tokenizer)
     return result
 
 
@@ -763,14 +758,10 @@ def load_model(config: Config) -> tuple[Mamba, Tokenizer | None, dict]:
     return model.to(start_process(config.device)), tokenizer, trained
 
 
-def sample(config: Config) -> str:
-    """The job `sample`: print the prompt and what the model writes after it."""
-    model, tokenizer, _ = load_model(config)
-    return write_sample(model, tokenizer, config)
-
-
-def write_sample(model: Mamba, tokenizer: Tokenizer, config: Config) -> str:
-    """Print the prompt and what follows as it comes, in whole characters. Returns the text."""
+def sample(config: Config, model: Mamba | None = None, tokenizer: Tokenizer | None = None) -> str:
+    """The job `sample`: print the prompt and what the model writes after it. Returns the text."""
+    if model is None:
+        model, tokenizer, _ = load_model(config)
     ids, size, shown = tokenizer.encode(config.prompt, special=True), model.config.vocab_size, 0
     if max(ids, default=0) >= size:
         raise ValueError(f"--prompt: token {max(ids)} is beyond the model's {size}")
@@ -841,7 +832,7 @@ class FusedScan(torch.autograd.Function):
         """Fill y and saved, and take state along; with gradients (dy, dx, ...) take it back."""
         tensors = (x, delta, A, B, C, saved, state, y, *(gradients or [None] * 6))
         (batch, L, D), N, T, W = x.shape, len(A), FusedScan.BLOCK, FusedScan.TILE
-        if uses_triton(x):
+        if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
             tiles, S = -(-D // W), 1 << (N - 1).bit_length()
             memory = x.new_empty(batch, tiles, T, S, W) if gradients else None
             with torch.cuda.device_of(x):
@@ -851,11 +842,6 @@ class FusedScan(torch.autograd.Function):
             sizes = map(ctypes.c_int64, (torch.get_num_threads(), batch, L, D, N))
             addresses = [None if v is None else ctypes.c_void_p(v.data_ptr()) for v in tensors]
             c_library().scan(*sizes, *addresses)
-
-
-def uses_triton(x: Tensor) -> bool:
-    """Whether the fused scan is Triton's: on CUDA, or where its interpreter is asked for."""
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 C_SOURCE = r"""
@@ -961,7 +947,7 @@ def c_library() -> ctypes.CDLL:
     command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fPIC", "-shared"]
     command += ["-fno-math-errno", "-fno-trapping-math"]  # else it does not vectorise
     command += [f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}"]
-    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    processor, cpuinfo = "", Path("/proc/cpuinfo")
     if cpuinfo.exists():  # the code is for this processor; another one may have the same home
         processor = re.findall("model name.*|flags.*", cpuinfo.read_text("utf-8", "replace"))[:2]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
@@ -1056,17 +1042,17 @@ def choose_scan(backend: str, x: Tensor, A: Tensor) -> Callable:
     if backend == "fused" and not fits:
         raise ValueError(f"the fused scan cannot take {x.dtype}, {x.device}, {A.shape[1]} states")
     if backend == "auto":
-        backend = "fused" if fits and can_compile(uses_triton(x)) else "chunked"
+        backend = "fused" if fits and can_compile(x.device.type) else "chunked"
     if backend not in SCANS:
         raise ValueError(f"backend {backend!r} must be auto, {', '.join(SCANS)}")
     return SCANS[backend]
 
 
 @functools.cache
-def can_compile(triton: bool) -> bool:
-    """Whether the fused scan can be had; says once why not."""
+def can_compile(device: str) -> bool:
+    """Whether the fused scan can be had on cpu or cuda; says once why not."""
     try:
-        triton_kernel() if triton else c_library()
+        triton_kernel() if device == "cuda" else c_library()
     except (ImportError, OSError) as error:
         print(f"selective_scan goes by chunks, not fused: {error}", file=sys.stderr)
         return False
@@ -1155,7 +1141,7 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     if name == "byte":
         return Tokenizer({bytes([b]): b for b in range(256)}, r"(?s:.{1,99})", {ENDS[0]: 256})
     if name.startswith("bpe:"):
-        return train_bpe(int(name[4:]), documents)
+        return train_bpe(name, documents)
     if name.endswith(".json"):
         return Tokenizer(file=Path(name).read_text("utf-8"))
     if name.endswith(".tiktoken"):
@@ -1166,14 +1152,14 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
 
 
-def train_bpe(size: int, documents: list[str]) -> Tokenizer:
-    """Byte-level BPE of `size` ids: over and over, join the commonest pair of neighbours in words.
+def train_bpe(name: str, documents: list[str]) -> Tokenizer:
+    """Byte-level BPE `bpe:N` of N ids: over and over, join the commonest pair of neighbours in words.
 
     Words are cut to 32 characters, or text without spaces would take minutes.
     """
     import regex  # tiktoken brings it
 
-    words = collections.Counter()
+    size, words = int(name.removeprefix("bpe:")), collections.Counter()
     for text in documents:
         for word in regex.findall(CL100K, text):
             words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
@@ -1191,7 +1177,7 @@ def train_bpe(size: int, documents: list[str]) -> Tokenizer:
     while len(ranks) < size - 1:
         pair = max(total, key=total.get, default=None)
         if pair is None or total[pair] < 1:
-            raise ValueError(f"bpe:{size}: the text yields only {len(ranks) + 1} ids")
+            raise ValueError(f"{name}: the text yields only {len(ranks) + 1} ids")
         ranks.setdefault(b"".join(pair), len(ranks))
         for k in places.pop(pair):
             count_pairs(k, -1)

@@ -19,6 +19,7 @@ import torch
 
 import iclm_sort
 import mamba
+import transformer
 from iclm_sort import Config, build_graph, drop_duplicates, nearest_neighbours, ordering_report, pack, traverse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -494,9 +495,9 @@ def test_report_over_many_blocks():
 
 
 def test_learnt_merges_are_those_of_the_other_scripts():
-    texts = [text for _, text in zip(range(15), mamba.python_documents(), strict=False)]
+    texts = [text for _, text in zip(range(15), transformer.python_documents(), strict=False)]
     ours = iclm_sort.open_vocabulary("bpe:350", texts)
-    theirs = mamba.load_tokenizer("bpe:350", texts)
+    theirs = transformer.load_tokenizer("bpe:350", texts)
     assert ours.encode(texts[:5]) == [theirs.encode(text).tolist() for text in texts[:5]]
     assert (ours.size, ours.separator) == (theirs.vocab_size, theirs.separator)
 
@@ -742,11 +743,11 @@ def test_sorted_tokens_are_read_by_mamba(tmp_path, here, capsys):
     given = mamba.load_corpus(str(out / "train.bin"), "byte")
     assert given.separator == about["document_separator"] == 299 and given.vocab_size == 300
     texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
-    expected = [x for i in order for x in (*given.tokenizer.encode(texts[i]).tolist(), 299)]
+    expected = [x for i in order for x in (*given.tokenizer.encode(texts[i]), 299)]
     contexts = {tuple(c) for c in itertools.zip_longest(*[iter(expected)] * 64, fillvalue=299)}
     assert {tuple(c) for c in tokens.reshape(-1, 64).tolist()} == contexts  # the same ids and cuts, in another order
     assert mamba.main(["--data", str(out / "train.bin"), "--smoke", "--out", str(tmp_path / "mamba")]) == 0
-    assert "bits a byte" in capsys.readouterr().out and (tmp_path / "mamba" / "result.json").is_file()
+    assert (tmp_path / "mamba" / "smoke" / "result.json").is_file()
 
 
 def test_embeddings_of_one_number_are_drawn(tmp_path, here):

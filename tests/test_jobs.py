@@ -1,4 +1,4 @@
-"""The jobs train, sample and eval, as a user runs them, over every script that has them: one text, two models."""
+"""transformer.py's jobs train, sample and eval, as a user runs them."""
 
 import copy
 import dataclasses
@@ -17,18 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mamba
 import transformer
 from tests._helpers import close, corpus_of, far_from_zero, sentences, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCRIPTS = {"mamba": mamba, "transformer": transformer}
+SCRIPTS = {"transformer": transformer}
 MODELS = {
-    "mamba": (mamba.Mamba, mamba.MambaConfig),
     "transformer": (transformer.Transformer, transformer.TransformerConfig),
 }
-OWN = {"mamba": {"d_state": 4}, "transformer": {"n_head": 2}}  # sizes that only one of them has
+OWN = {"transformer": {"n_head": 2}}
 VANILLA = {"position": "learned", "mlp": "gelu", "norm": "layernorm"}
 VANILLA_FLAGS = "--position learned --mlp gelu --norm layernorm"
 
@@ -131,7 +129,6 @@ def test_a_tiny_batch_is_learnt_by_heart(script):
 
 
 MATRICES = {
-    "mamba": "embeddings.weight in_proj.weight conv1d.weight out_proj.weight",
     "transformer": "embed_tokens.weight q_proj.weight k_proj.weight v_proj.weight o_proj.weight up_proj.weight "
     "down_proj.weight",
 }
@@ -139,7 +136,6 @@ MATRICES = {
 
 @each(
     "changes,matrices",
-    mamba=[({}, "x_proj.weight dt_proj.weight"), ({"selective": ()}, "")],
     transformer=[({}, "gate_proj.weight"), (VANILLA, "embed_positions.weight")],
 )
 def test_what_decays(script, changes, matrices):
@@ -273,7 +269,7 @@ def stop_after(script, monkeypatch, step):
 
 def test_a_run_writes_its_files_and_can_be_repeated(script, run, tmp_path, monkeypatch):
     assert [run("b"), run("c", "--seed", "1")] == [0, 0]
-    picture = ["loss.png"] if script is mamba else []  # its text is the same in every script, and slow
+    picture = []  # it is slow
     if picture:
         monkeypatch.undo()
     assert run("a") == 0
@@ -296,7 +292,6 @@ def test_a_run_writes_its_files_and_can_be_repeated(script, run, tmp_path, monke
 @each(
     "flags",
     [""],
-    mamba=["--carry-state", "--carry-state --accumulate 2 --document-resets"],
     transformer=["--n-kv-head 1 --accumulate 2 --document-resets", VANILLA_FLAGS],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(script, run, tmp_path, monkeypatch, capsys, flags):
@@ -314,7 +309,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(script, run, tmp_pa
     assert first.pop("config") != second.pop("config") and same(first, second)
 
 
-@each("flags", mamba=["--carry-state"], transformer=[""])
+@each("flags", transformer=[""])
 def test_ctrl_c_before_the_first_step(script, run, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(script, "stopped", lambda *_: True)
     assert run("out", *flags.split()) == 130
@@ -350,7 +345,7 @@ def test_the_command_that_ctrl_c_prints_resumes(script, run, tmp_path):
     assert steps == [*range(1, len(steps) + 1)] and len(steps) > int(stopped)
 
 
-@each("flags", mamba=["--accumulate 2 --carry-state"], transformer=["--accumulate 2"])
+@each("flags", transformer=["--accumulate 2"])
 def test_two_processes_are_one(script, run, tmp_path, flags):
     assert run("one", *flags.split()) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script.__file__]
@@ -359,7 +354,7 @@ def test_two_processes_are_one(script, run, tmp_path, flags):
     assert done.returncode == 0, done.stderr.decode()
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=0)
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
-    assert one.keys() == two.keys() and ("carried" in one) == (script is mamba)
+    assert one.keys() == two.keys()
     for part in one.keys() & {"model", "carried"}:
         close(two[part], one[part], 1e-3)
     assert done.stdout.count(b"stopped") == 0 and done.stdout.count(b"step 20/20") == 1  # one process speaks
@@ -406,7 +401,7 @@ def test_a_full_disk_is_an_oserror_and_keeps_the_old_file(script, tmp_path):
     assert path.read_text() == "old" and len([*tmp_path.iterdir()]) == 1
 
 
-@each("rate", [math.inf], mamba=[1e30])  # after 1e30, attention's last norm still makes a finite loss: that of all 0
+@each("rate", [math.inf])  # after 1e30, attention's last norm still makes a finite loss: that of all 0
 def test_a_model_that_scores_nan_is_not_saved(script, run, tmp_path, monkeypatch, rate):
     usual = script.learning_rate
     monkeypatch.setattr(script, "learning_rate", lambda step, config: rate if step == 9 else usual(step, config))
@@ -418,7 +413,7 @@ def test_a_model_that_scores_nan_is_not_saved(script, run, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("size", [33, 64, 65, 1000])
 def test_an_epoch_reads_each_window_once(script, size):
-    arguments = (np.arange(size), 3, 32, 0) + ((False,) if script is mamba else ())  # whether to carry the state
+    arguments = (np.arange(size), 3, 32, 0)
     batches = script.Batches(*arguments)
     windows = np.concatenate([batches.offsets(step) for step in range(2 * batches.windows)])  # six epochs
     assert batches.windows == (size - 1) // 32 and windows.min() >= 0 and windows.max() + 33 <= size
@@ -439,7 +434,7 @@ def test_a_document_starts_after_a_separator(script):
 
 
 def test_epochs_and_seeds_differ(script):
-    own = (False,) if script is mamba else ()
+    own = ()
     epochs = [script.Batches(np.arange(1000), 3, 32, seed, *own).shuffled(e) for seed in (0, 1) for e in range(4)]
     assert len({tuple(epoch // 32) for epoch in epochs}) == 8  # each another order,
     assert len({epoch.min() for epoch in epochs}) > 2  # from other offsets
@@ -449,17 +444,12 @@ def predictor(model):
     """A function (token, begins) -> logits (V,) of the next one: Mamba's by steps, attention's of the whole prefix."""
     past = None
 
-    def by_steps(token, begins):
-        nonlocal past
-        logits, past = model.step(torch.tensor([token]), model.init_state(1) if begins else past)
-        return logits[0]
-
     def by_prefix(token, begins):
         nonlocal past
         past = [token] if begins else [*past, token]
         return model(torch.tensor([past]))[0, -1]
 
-    return by_steps if isinstance(model, mamba.Mamba) else by_prefix
+    return by_prefix
 
 
 def slow_evaluation(model, corpus, length, carry, resets):
@@ -480,7 +470,6 @@ MODES = [(length, resets) for length in (1, 7, 64, 500) for resets in (False, Tr
 @each(
     "length,resets,variant",
     [(*mode, "plain") for mode in MODES],
-    mamba=[(*mode, "carry") for mode in MODES],
     transformer=[(*mode, "vanilla") for mode in MODES],
 )
 def test_every_token_but_the_first_is_scored_once(script, length, resets, variant):
@@ -497,7 +486,7 @@ def test_every_token_but_the_first_is_scored_once(script, length, resets, varian
     assert script.evaluate(model, corpus, config)["tokens"] == 50
 
 
-@each("flags", [""], mamba=["--length 37 --batch 3 --carry-state"], transformer=["--length 37 --batch 3"])
+@each("flags", [""], transformer=["--length 37 --batch 3"])
 def test_the_eval_job(script, run, tmp_path, capsys, flags):
     assert run("out") == 0 and capsys.readouterr() and run("out", *flags.split(), job="eval") == 0
     model, tokenizer = script.load_checkpoint(script.Config(out=str(tmp_path / "out")), torch.device("cpu"))
@@ -511,7 +500,7 @@ def test_the_eval_job(script, run, tmp_path, capsys, flags):
 def test_training_beats_the_unigram_by_a_bit_a_byte(script, run, tmp_path):
     (tmp_path / "long.txt").write_text(sentences(2, 20_000), "utf-8")
     flags = "--n-layer 2 --d-model 32 --steps 60 --batch 8 --length 64 --eval-every 60"
-    own = {"mamba": ["--d-state", "8"], "transformer": []}[script.__name__]
+    own = []
     assert run("out", *flags.split(), *own, data="long.txt") == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["validation"]["bits_a_byte"] < result["baselines_bits_a_byte"]["byte unigram"] - 1
@@ -619,11 +608,6 @@ BAD = {  # flags after the usual ones; what the line must say: the value, the ru
 }
 
 BAD_OWN = {
-    "mamba": {
-        "--carry-state --batch 128": "too few for 128 stretches of --length 32; lower",
-        "--selective delta,E": r"\['E'\]: must be among delta, B and C; leave",
-        "--d-state 0": "d_state 0: must be at least 1; raise",
-    },
     "transformer": {
         "--n-head 5": "n_head 5: must cut d_model 16 into even widths; change",
         "--n-head 16": "n_head 16: must cut d_model 16 into even widths; change",
@@ -688,11 +672,6 @@ WRONG_FOLDERS = {  # files of a checkpoint folder, or fields of its config.json;
     ),
 }
 WRONG_OWN = {
-    "mamba": {
-        "steps": ({"time_step_min": 0}, "dt_min 0: must be in .0, dt_max.; correct"),
-        "rank": ({"time_step_rank": -1}, "rank -1: must be at least 1; raise"),
-        "expand": ({"expand": None}, r"folder: config.json has a wrong value \(.*\); correct"),
-    },
     "transformer": {
         "heads": ({"num_attention_heads": 0}, r"folder: config.json has a wrong value \(.*zero.*\); correct"),
         "rope": ({"rope_parameters": 7}, r"folder: config.json has a wrong value \(.*int.*\); correct"),
@@ -725,15 +704,6 @@ def test_numbers_beside_the_tensors_are_left_out(script, tmp_path, no_safetensor
     content = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     torch.save(content | {"epoch": 3}, tmp_path / "pytorch_model.bin")
     assert torch.equal(script.read_folder(str(tmp_path))(tokens), model(tokens))
-
-
-def test_the_other_scripts_checkpoint_is_refused(script, run, tmp_path, capsys):
-    other = transformer if script is mamba else mamba
-    flags = [*tiny_run(other), "--steps", "1", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
-    assert other.main(flags) == 0 and capsys.readouterr()
-    for job, resume in (("sample", []), ("eval", []), ("train", ["--resume"])):
-        assert run("out", *resume, job=job) == 2
-        assert re.search("checkpoint.pt: is no checkpoint of this script; give", capsys.readouterr().err)
 
 
 def test_a_run_whose_log_was_cut_goes_on(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The fused scan in Triton, without a GPU: its results by Triton's interpreter, and that it compiles for one."""
+"""The fused scan in Triton, without a GPU: by its interpreter, and that it compiles for one."""
 
 import functools
 import json
@@ -11,142 +11,129 @@ import pytest
 import torch
 
 import mamba
-from tests import test_mamba as scans
+from tests.test_mamba import LAYOUTS, check, differentiate, draw, in_pieces, recurrence, scan_by
 
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:overflow"),  # NumPy's, for 1 / (1 + e^x) at a large x, which is rightly 0
+    pytest.mark.filterwarnings("ignore:overflow"),  # NumPy's, of 1 / (1 + e^x), which is rightly 0
 ]
-TILINGS = {  # BLOCK, ROWS, TILE and PROGRAMS of TritonScan
-    "one segment, ragged tiles": {"BLOCK": 8, "ROWS": 4, "TILE": 4, "PROGRAMS": 1},
-    "segments of one block": {"BLOCK": 4, "ROWS": 2, "TILE": 8, "PROGRAMS": 512},
-    "blocks longer than the sequence": {"BLOCK": 64, "ROWS": 4, "TILE": 16, "PROGRAMS": 512},
-}
+small = functools.partial(draw, 1, 13, 3, 4)
+optional = ["D", "z", "delta_bias", "initial_state", "starts"]
 CASES = {
-    "L = 1": functools.partial(scans.draw, 2, 1, 5, 3),
-    "L prime": functools.partial(scans.draw, 1, 23, 7, 16),
-    "no optional tensors": functools.partial(
-        scans.draw, 2, 9, 5, 1, positive=True, without=["D", "z", "delta_bias", "initial_state", "starts"]
-    ),
-    "exp(delta A) is 0": functools.partial(scans.draw, 1, 13, 3, 4, scale=1e5),
-    "delta near 0": functools.partial(scans.draw, 1, 13, 3, 4, scale=1e-7, positive=True),
-    "softplus is tiny": lambda: scans.draw(1, 13, 3, 4) | {"delta_bias": torch.tensor([-12.0, -9.0, -6.0])},
-    "A near 0": functools.partial(scans.draw, 1, 13, 3, 4, A=1e-6, starts=0),
-    "A large": functools.partial(scans.draw, 1, 13, 3, 4, A=1e3),
-    "all starts": functools.partial(scans.draw, 1, 13, 3, 4, starts=1.1),
-    "many starts": functools.partial(scans.draw, 2, 21, 3, 5, starts=0.3),
+    "L = 1": functools.partial(draw, 2, 1, 5, 3),
+    "L prime": functools.partial(draw, 1, 23, 7, 16),
+    "no optional tensors": functools.partial(draw, 2, 9, 5, 1, positive=True, without=optional),
+    "exp(delta A) is 0": functools.partial(small, scale=1e5),
+    "delta near 0": functools.partial(small, scale=1e-7, positive=True),
+    "softplus is tiny": lambda: small() | {"delta_bias": torch.tensor([-12.0, -9.0, -6.0])},
+    "A near 0": functools.partial(small, A=1e-6, starts=0),
+    "A large": functools.partial(small, A=1e3),
+    "all starts": functools.partial(small, starts=1.1),
+    "many starts": functools.partial(draw, 2, 21, 3, 5, starts=0.3),
 }
+fused = scan_by("fused")
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name, value in TILINGS["segments of one block"].items():
-        monkeypatch.setattr(mamba.TritonScan, name, value)
+    tile(monkeypatch, 4, 8)
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+def tile(monkeypatch, block, width):
+    monkeypatch.setattr(mamba.FusedScan, "BLOCK", block)
+    monkeypatch.setattr(mamba.FusedScan, "TILE", width)
+
+
+@pytest.mark.parametrize(("block", "width"), [(1, 2), (8, 4), (4, 8), (64, 16)])
 @pytest.mark.parametrize("name", CASES)
-def test_scan_is_the_recurrence(name, tiling, monkeypatch):
-    for option, value in TILINGS[tiling].items():
-        monkeypatch.setattr(mamba.TritonScan, option, value)
-    x, layout = CASES[name](), scans.LAYOUTS[len(name) % 4]
-    truth = scans.differentiate(scans.recurrence, x, layout, torch.float64)
-    scans.check(scans.differentiate(scans.with_state("fused"), x, layout), truth, 1e-5)
-
-
-def test_this_is_tritons_scan():
-    x = scans.draw(1, 5, 3, 4)["u"]
-    assert mamba.fused_kind(x) is mamba.TritonScan
-    assert type(mamba.triton_forward).__module__.startswith("triton") or mamba.triton_problem() is None
+def test_scan_is_the_recurrence(name, block, width, monkeypatch):
+    tile(monkeypatch, block, width)
+    monkeypatch.setattr(mamba, "c_library", None)  # it is Triton's
+    x, layout = CASES[name](), LAYOUTS[len(name) % 4]
+    truth = differentiate(recurrence, x, layout, torch.float64)
+    check(differentiate(fused, x, layout), truth, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_computed_in_float32(dtype):
-    x = scans.draw(1, 11, 5, 4)
-    half = x | {k: x[k].to(dtype) for k in ("u", "delta", "B", "C", "z")}
-    ours = scans.differentiate(scans.with_state("fused"), half)
-    whole = half | {k: half[k].float() for k in ("u", "delta", "B", "C", "z")}
-    truth = scans.differentiate(scans.with_state("fused"), whole)
+    x = draw(1, 11, 5, 4)
+    half = x | {name: x[name].to(dtype) for name in ("u", "delta", "B", "C", "z")}
+    single = half | {name: half[name].float() for name in ("u", "delta", "B", "C", "z")}
+    ours, truth = differentiate(fused, half), differentiate(fused, single)
     assert ours["y"].dtype == dtype and ours["state"].dtype == torch.float32
+    assert torch.equal(ours["y"], truth["y"].to(dtype))
     assert torch.equal(ours["state"], truth["state"])
-    assert dtype == torch.bfloat16 or torch.equal(ours["y"], truth["y"].half())  # the interpreter cuts bfloat16 off
-    scans.check(ours, truth, 2 * torch.finfo(dtype).eps)
-
-
-def test_inputs_are_not_copied(monkeypatch):
-    """Whatever their strides; only starts, A and vectors of D values may be."""
-    x = scans.draw(2, 9, 5, 4)
-    wide = {k: torch.nn.functional.pad(x[k], (3, 2))[..., 3:-2] for k in ("u", "delta", "z", "B", "C")}
-    scan = mamba.TritonScan(**{k: v for k, v in (x | wide).items() if k != "initial_state"})
-    assert all(scan.inputs[k].data_ptr() == wide[k].data_ptr() for k in wide)
+    check(ours, truth, 2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("cuts", [[1], [12], [4, 5, 11]])
 def test_a_sequence_may_be_cut_anywhere(cuts):
-    x = scans.draw(1, 13, 5, 4, starts=0)
-    pieces = scans.differentiate(scans.in_pieces(cuts, True, "fused"), x)
-    scans.check(pieces, scans.differentiate(scans.with_state("fused"), x), 1e-5)
+    x = draw(1, 13, 5, 4)
+    check(differentiate(in_pieces(cuts, True, "fused"), x), differentiate(fused, x), 1e-5)
 
 
 def test_runs_are_bitwise_equal():
-    x = scans.draw(2, 13, 9, 4)
-    first, second = (scans.differentiate(scans.with_state("fused"), x) for _ in range(2))
+    x = draw(2, 13, 9, 4)
+    first, second = differentiate(fused, x), differentiate(fused, x)
     assert all(torch.equal(first[k], second[k]) for k in first)
+    with torch.no_grad():
+        y, state = fused(**x)
+    assert torch.equal(y, first["y"]) and torch.equal(state, first["state"])
 
 
 COMPILE = """
-import itertools, json, sys, triton, mamba
+import os, torch, triton, mamba
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-assert mamba.triton_problem() is None
-options = {"SOFTPLUS": True, "BLOCK": 64, "ROWS": mamba.TritonScan.ROWS, "W": mamba.TritonScan.TILE, "STATES": 16}
-whole = {"y", "dy", "du", "ddelta", "dz", "u", "delta", "B", "C", "z"}  # in the model's dtype, the rest in float32
-optional = {"D", "z", "delta_bias", "starts", "dz", "saved", "decay"}
-for name, dtype, without in json.loads(sys.stdin.read()):
-    kernel, signature, constants = getattr(mamba, name), {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in options or argument in without or argument in optional - {"saved"} and "optional" in without:
-            signature[argument], constants[(i,)] = "constexpr", options.get(argument)
-        elif argument in ("L", "channels", "N", "span") or argument[-2:] in ("_b", "_l", "_d", "_n"):
-            signature[argument] = "i32"
-        else:
-            signature[argument] = "*u8" if argument == "starts" else f"*{dtype if argument in whole else 'fp32'}"
-    source = ASTSource(kernel, signature, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": mamba.TritonScan.WARPS})
-    print(name, dtype, len(built.asm["cubin"]), ".local" in built.asm["ptx"], "atom." in built.asm["ptx"])
+kernel = mamba.triton_kernel()
+
+class Compiler:  # what FusedScan.run launches, compiled and not run
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *given, num_warps, **constants):
+        given, signature = dict(zip(kernel.arg_names, given)) | constants, {}
+        kinds = {int: "i32", torch.Tensor: "*fp32"}
+        for name, value in given.items():
+            constant = name in constants or value is None
+            signature[name] = "constexpr" if constant else kinds[type(value)]
+        constants = {(i,): given[k] for i, k in enumerate(given) if signature[k] == "constexpr"}
+        source, options = ASTSource(kernel, signature, constants), {"num_warps": num_warps}
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        ptx, saved, dy = built.asm["ptx"], given["saved"] is not None, given["dy"] is not None
+        print(saved, dy, len(built.asm["cubin"]), ".local" in ptx, "atom." in ptx)
+
+mamba.triton_kernel, os.environ["TRITON_INTERPRET"] = Compiler, "1"
+x = [torch.rand(2, 40, n, requires_grad=True) for n in (70, 70, 16, 16)]
+x = [*x[:2], torch.rand(70, 16), *x[2:], torch.rand(2, 70, 16)]
+y, h = mamba.FusedScan.apply(*x)
+(y.sum() + h.sum()).backward()
+with torch.no_grad():
+    mamba.FusedScan.apply(*x)
 """
 
 
-def test_the_kernels_compile_for_an_h200():
-    """In another process, for this one has the interpreter; no GPU is needed. Nothing spills, nothing is atomic."""
-    gradients = ["du", "ddelta", "dz", "dA", "dB", "dC", "dD", "dbias"]
-    todo = [
-        ("triton_forward", "bf16", ["decay"]),
-        ("triton_forward", "fp32", ["optional"]),
-        ("triton_forward", "fp16", ["y", "C", "saved", "z"]),  # the segments' ends
-        ("triton_backward", "bf16", []),
-        ("triton_backward", "fp32", ["optional"]),
-        ("triton_backward", "fp16", ["u", "B", "saved", "memory", *gradients]),
-    ]
+def test_the_kernel_compiles_for_an_h200():
+    """In another process, for this one has the interpreter; no GPU. No spills, no atomics."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], input=json.dumps(todo), env=environment, cwd=Path(mamba.__file__).parent,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    command, folder = [sys.executable, "-c", COMPILE], Path(mamba.__file__).parent
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == len(todo) and all(int(size) > 1000 for _, _, size, _, _ in rows), rows
-    assert all(spills == atomics == "False" for *_, spills, atomics in rows), rows
+    kinds = [["True", "False"], ["True", "True"], ["False", "False"]]  # saved, dy
+    assert [row[:2] for row in rows] == kinds and all(int(row[2]) > 1000 for row in rows), rows
+    assert all(row[3:] == ["False", "False"] for row in rows), rows
 
 
 def test_the_check_for_a_gpu_runs(tmp_path):
-    """`tests/gpu/check.py` at tiny sizes: the program itself must not fail first where there is a GPU."""
+    """`tests/gpu/check.py` at tiny sizes, so that where there is a GPU it does not fail itself."""
     script = Path(mamba.__file__).with_name("tests") / "gpu" / "check.py"
     command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)  # the fixture asked for the interpreter
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["checks"]) == 3 and all(row["right"] for row in result["checks"])
-    assert result["scan"][0]["fused"]["backward"] > 0 and result["models"]["mamba.py"]["training"] > 0
+    assert result["scan"][0]["fused"]["backward"] > 0
+    assert result["models"]["mamba.py"]["training"] > 0
