@@ -38,7 +38,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -493,17 +492,28 @@ def xz_bits(corpus: Corpus) -> float | None:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
-def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
-    """Where the windows of a step begin, (batch,): drawn for the step, so that resuming is exact.
+@functools.lru_cache(maxsize=2)
+def epoch_offsets(size: int, length: int, context: int | None, seed: int, epoch: int) -> np.ndarray:
+    """Where the windows of an epoch begin, shuffled: side by side, from a position of its own.
 
-    A window of packed contexts keeps to one of them.
+    Windows of packed contexts begin with them, or further pieces of `length` on, and join no two.
     """
-    rng, batch, length = np.random.default_rng((config.seed, step)), config.batch, config.length
-    if corpus.context_length is None:
-        return rng.integers(len(corpus.train) - length, size=batch)
-    contexts = rng.integers((len(corpus.train) - 1) // corpus.context_length, size=batch)
-    pieces = rng.integers(corpus.context_length // length, size=batch)
-    return corpus.context_length * contexts + length * pieces
+    rng = np.random.default_rng((seed, epoch))
+    if context is None:
+        windows = np.arange((size - 1) // length) * length
+        return rng.permutation(windows + rng.integers(size - len(windows) * length))
+    starts = np.arange((size - 1) // context)[:, None] * context
+    return rng.permutation((starts + np.arange(context // length) * length).flatten())
+
+
+def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
+    """Where the windows of a step begin, (batch,): known from the step, and so resuming is exact."""
+    size, length, context, offsets = len(corpus.train), config.length, corpus.context_length, []
+    windows = len(epoch_offsets(size, length, context, config.seed, 0))
+    for n in range(step * config.batch, (step + 1) * config.batch):
+        epoch = epoch_offsets(size, length, context, config.seed, n // windows)
+        offsets.append(epoch[n % windows])
+    return np.array(offsets)
 
 
 def read_windows(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device):
@@ -732,9 +742,11 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, "cpu", weights_only=True)
         MambaConfig(**content["model_config"])
-        return content
-    except (EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file has many kinds
         raise ValueError(f"{path} is no checkpoint of this script: {str(error)[:99]}") from error
+    return content
 
 
 def load_model(config: Config) -> tuple[Mamba, Tokenizer | None, dict]:
@@ -1153,7 +1165,7 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
 
 
 def train_bpe(name: str, documents: list[str]) -> Tokenizer:
-    """Byte-level BPE `bpe:N` of N ids: over and over, join the commonest pair of neighbours in words.
+    """Byte-level BPE `bpe:N` of N ids: over and over, join the commonest pair of neighbours.
 
     Words are cut to 32 characters, or text without spaces would take minutes.
     """
@@ -1208,34 +1220,41 @@ def read_folder(folder: str) -> Mamba:
 
     Raises ValueError for a config.json that is not of a plain Mamba, or whose weights do not fit.
     """
-    fields = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    official = "model_type" not in fields
-    if official:
-        fields = fields | (fields.get("ssm_cfg") or {})
-        need = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "layer": "Mamba1"}
-        need |= {"bias": False, "conv_bias": True}
-        names = [field.name for field in dataclasses.fields(MambaConfig)]
-        given = {name: fields[name] for name in names if name in fields}
-    else:
-        need = {"model_type": "mamba", "use_bias": False, "use_conv_bias": True}
-        given = {ours: fields[theirs] for ours, theirs in NAMES.items() if theirs in fields}
-        given["pad_vocab_size_multiple"] = 1
-    for name, value in need.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{folder}: {name} is {fields[name]!r}, a plain Mamba's is {value!r}")
+    path, given = Path(folder), {}
     try:
+        fields = json.loads((path / "config.json").read_text("utf-8"))
+        official = "model_type" not in fields
+        if official:
+            fields |= fields.get("ssm_cfg") or {}
+            need = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "layer": "Mamba1"}
+            need |= {"bias": False, "conv_bias": True}
+            names = {field.name: field.name for field in dataclasses.fields(MambaConfig)}
+        else:
+            need = {"model_type": "mamba", "hidden_act": "silu"}
+            need |= {"use_bias": False, "use_conv_bias": True}
+            names, given = NAMES, {"pad_vocab_size_multiple": 1}
+        for name, value in need.items():
+            if fields.get(name, value) != value:
+                raise ValueError(f"{name} is {fields[name]!r}, a plain Mamba's is {value!r}")
+        given |= {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
         model = Mamba(MambaConfig(**given))
         if official:
-            tensors = torch.load(f"{folder}/pytorch_model.bin", "cpu", weights_only=True)
+            tensors = torch.load(path / "pytorch_model.bin", "cpu", weights_only=True)
             tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
             tensors.setdefault("lm_head.weight", tensors["backbone.embeddings.weight"])
         else:
             from transformers import MambaForCausalLM
 
-            tensors = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+            options = {"dtype": torch.float32, "output_loading_info": True}
+            theirs, report = MambaForCausalLM.from_pretrained(folder, **options)
+            if any(report.values()):  # else what is missing would be drawn anew
+                raise ValueError(f"the weights do not fit: {report}")
+            tensors = theirs.state_dict()
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no such model: {error!r}") from error
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # each format has kinds of its own
+        raise ValueError(f"{folder} holds no such model: {error}") from error
     return model
 
 

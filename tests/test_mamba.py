@@ -789,15 +789,20 @@ def corpus_of(tokens, separator=256):
     return mamba.Corpus(tokens, tokens, tokenizer, 257, separator)
 
 
-def test_windows_are_drawn_from_all_the_text():
-    corpus, config = corpus_of(np.arange(200)), mamba.Config(length=190, batch=50)
-    offsets = mamba.window_offsets(corpus, config, 3)
-    assert set(offsets) == set(range(10))  # the last one's target is the last token
-    assert (offsets == mamba.window_offsets(corpus, config, 3)).all()
-    assert (offsets != mamba.window_offsets(corpus, config, 4)).any()
-    assert (
-        offsets != mamba.window_offsets(corpus, mamba.Config(length=190, batch=50, seed=1), 3)
-    ).any()
+@pytest.mark.parametrize("size", [33, 64, 65, 1000])
+def test_an_epoch_reads_each_window_once(size):
+    corpus, config = corpus_of(np.arange(size)), mamba.Config(length=32, batch=3)
+    count = (size - 1) // 32
+    steps = [mamba.window_offsets(corpus, config, step) for step in range(2 * count)]
+    epochs = np.concatenate(steps).reshape(6, count)
+    assert epochs.min() >= 0 and epochs.max() + 33 <= size
+    for epoch in epochs:
+        assert (np.diff(np.sort(epoch)) == 32).all()
+    mamba.epoch_offsets.cache_clear()
+    assert (mamba.window_offsets(corpus, config, 1) == steps[1]).all()  # needs no replay
+    if size == 1000:
+        other = mamba.window_offsets(corpus, mamba.Config(length=32, batch=3, seed=1), 1)
+        assert (other != steps[1]).any() and len({tuple(epoch) for epoch in epochs}) == 6
 
 
 def test_a_document_starts_after_a_separator():
@@ -1193,6 +1198,7 @@ BAD = {  # flags after the usual ones; what the line must say
     "--out nothing --resume": "nothing/checkpoint.pt",
     "sample --checkpoint junk/checkpoint.pt": "is no checkpoint",
     "sample --checkpoint zero.pt": "is no checkpoint",
+    "sample --checkpoint four.pt": "is no checkpoint",
     "sample --checkpoint other.pt": "is no checkpoint",
     "sample --checkpoint nowhere.pt": "nowhere.pt",
     "sample --checkpoint junk": "config.json",
@@ -1214,6 +1220,7 @@ def bad_inputs(tmp_path_factory):
     (folder / "odd.bin").write_bytes(b"abc")
     (folder / "junk").mkdir()
     (folder / "junk" / "checkpoint.pt").write_bytes(b"not tensors at all")
+    (folder / "four.pt").write_bytes(b"junk")
     (folder / "zero.pt").write_bytes(b"")
     torch.save([1, 2], folder / "other.pt")
     with pytest.MonkeyPatch.context() as patch:
