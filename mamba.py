@@ -507,7 +507,7 @@ def epoch_offsets(size: int, length: int, context: int | None, seed: int, epoch:
 
 
 def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
-    """Where the windows of a step begin, (batch,): known from the step, and so resuming is exact."""
+    """Where the windows of a step begin, (batch,): known from the step, so resuming is exact."""
     size, length, context, offsets = len(corpus.train), config.length, corpus.context_length, []
     windows = len(epoch_offsets(size, length, context, config.seed, 0))
     for n in range(step * config.batch, (step + 1) * config.batch):

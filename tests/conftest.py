@@ -1,4 +1,4 @@
-"""Settings for every test: the same random state, the same number of threads, no window for a picture."""
+"""Settings for every test: the same random state and number of threads, no window for a picture."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: threads that wait must soon sleep
 import torch
 
-# Child processes read these; two threads keep sums, and so metrics, the same from machine to machine.
+# Child processes read these; two threads keep sums, and so metrics, the same on every machine.
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ["MPLBACKEND"] = "Agg"
 torch.set_num_threads(2)
@@ -22,7 +22,7 @@ def same_random_state() -> None:
 
 @pytest.fixture
 def one_thread():
-    """For tests whose tensors are small: a second thread costs time, much of it where the machine is shared."""
+    """For tests whose tensors are small: a second thread costs time, most where others run."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)

@@ -20,7 +20,15 @@ import torch
 import iclm_sort
 import mamba
 import transformer
-from iclm_sort import Config, build_graph, drop_duplicates, nearest_neighbours, ordering_report, pack, traverse
+from iclm_sort import (
+    Config,
+    build_graph,
+    drop_duplicates,
+    nearest_neighbours,
+    ordering_report,
+    pack,
+    traverse,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent

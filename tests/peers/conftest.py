@@ -1,4 +1,4 @@
-"""Without the peers installed these modules are skipped, visibly; with REQUIRE_PEERS=1 set, they fail instead."""
+"""Without the peers these modules are skipped, visibly; with REQUIRE_PEERS=1 set, they fail instead."""
 
 import contextlib
 import importlib
@@ -12,7 +12,9 @@ import pytest
 INSTALL = "pip install -r tests/peers/requirements.txt"
 
 with contextlib.suppress(ImportError), pytest.MonkeyPatch.context() as environment:
-    environment.setenv("TRITON_INTERPRET", "1")  # read when Triton is first imported: its own functions obey it too
+    environment.setenv(
+        "TRITON_INTERPRET", "1"
+    )  # read when Triton is first imported: its own functions obey it too
     importlib.import_module("triton.language")
 
 
@@ -39,6 +41,8 @@ class MissingPeers(pytest.Module):
         pytest.skip(message, allow_module_level=True)
 
 
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
     """Put the stand-in where the module would be; None lets pytest import the module as usual."""
     return MissingPeers.from_parent(parent, path=module_path) if missing_peers() else None
