@@ -13,7 +13,7 @@ def close(ours, truth, tolerance=1e-10):
 
 
 def far_from_zero(model):
-    """The model in float64, its weights moved away from 0, so that nothing is hidden by being small."""
+    """The model in float64, its weights moved away from 0, so that nothing hides by being small."""
     model = model.double()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""Without the peers these modules are skipped, visibly; with REQUIRE_PEERS=1 set, they fail instead."""
+"""Without the peers these modules are skipped, visibly; with REQUIRE_PEERS=1 they fail instead."""
 
 import contextlib
 import importlib
