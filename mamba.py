@@ -1292,7 +1292,7 @@ class Config:
     steps: int = flag(1700, "optimiser steps; paper: 4,800 (130M)")
     batch: int = flag(2, "sequences a step; paper: 256, half a million tokens")
     accumulate: int = flag(1, "micro-batches of a process's part of the batch, to save memory")
-    length: int = flag(0, "tokens a sequence; 0: 1,024, to evaluate the checkpoint's; paper: 2,048")
+    length: int = flag(0, "tokens a sequence; 0: 512, to evaluate the checkpoint's; paper: 2,048")
     lr: float = flag(4e-3, "peak learning rate; paper: 3e-3 (130M), five times GPT-3's")
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine")
     warmup: float = flag(0.1, "part of the steps in which the rate rises")
@@ -1318,7 +1318,7 @@ class Config:
     smoke: bool = flag(False, "a tiny model for a few steps, written to OUT/smoke: does it run?")
 
 
-DEFAULT_LENGTH = 1024
+DEFAULT_LENGTH = 512
 SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "tokenizer": "byte"}
 JOBS = {"train": train, "sample": sample, "eval": evaluate_checkpoint}
 
