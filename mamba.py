@@ -465,8 +465,12 @@ def load_corpus(path: str, tokenizer_name: str, tokenizer=None, split: bool = Tr
         return Corpus(tokens[:cut], tokens[cut:], tokenizer, *meaning)
     documents = [Path(path).read_text("utf-8-sig")] if path else python_documents()
     if path.endswith(".jsonl"):
-        rows = [line for line in documents[0].split("\n") if line.strip()]
-        documents = [json.loads(row)["text"] for row in rows]
+        rows, documents = documents[0].split("\n"), []
+        for number, row in enumerate(rows, 1):
+            try:
+                documents += [json.loads(row)["text"] + ""] if row.strip() else []
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: no string `text`: {error}") from error
     train, valid = [], documents
     if split:
         train, valid = split_documents(drop_repeated_paragraphs(documents))

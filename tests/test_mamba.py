@@ -1186,7 +1186,7 @@ BAD = {  # flags after the usual ones; what the line must say
     "--data empty.txt": "--length 32 must be below",
     "--data short.txt": "--length 32 must be below the text's",
     "--data latin.txt": "can't decode byte",
-    "--data rows.jsonl": "text",
+    "--data rows.jsonl": "rows.jsonl, line 3",
     "--data x.bin": "token 300 is beyond the model's 257",
     "--data odd.bin": "odd.json",
     "--tokenizer wordpiece": "Unknown encoding wordpiece",
@@ -1215,7 +1215,7 @@ def bad_inputs(tmp_path_factory):
     for name, content in {"text": sentences(1), "empty": "", "short": "x" * 30}.items():
         (folder / f"{name}.txt").write_text(content, "utf-8")
     (folder / "latin.txt").write_bytes(b"caf\xe9" * 100)
-    (folder / "rows.jsonl").write_text('{"body": "a"}\n')
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": 3}\n')
     write_bin(folder, [300] * 1000)
     (folder / "odd.bin").write_bytes(b"abc")
     (folder / "junk").mkdir()
