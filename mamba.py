@@ -84,10 +84,11 @@ def selective_scan(
             delta = delta + delta_bias.to(dtype)
         if delta_softplus:
             delta = F.softplus(delta)
-        # A document forgets what was before it: exp(1e30 A) is exactly 0, in the gradients too.
+        # Where a document begins the step size is 1e30: exp(1e30 A) is 0, and the past is gone.
         decay = delta if starts is None else delta.masked_fill(starts.unsqueeze(-1), 1e30)
         h = A.new_zeros(len(u), *A.shape) if initial_state is None else initial_state.to(dtype)
-        y, h = choose_scan(backend, x, A)(delta * x, decay, A, B, C, h)
+        scan = choose_scan(backend, x, A)
+        y, h = scan(delta * x, decay, A, B, C, h)
         if D is not None:
             y = torch.addcmul(y, x, D.to(dtype))
         if z is not None:
@@ -96,86 +97,28 @@ def selective_scan(
 
 
 def sequential_scan(x, delta, A, B, C, h):
-    """Equation 2, position by position; the other backends compute this function, faster.
+    """Equation 2, position by position; the other backends compute the same, faster.
 
-    x = delta * u and delta: (B, L, D); A: (D, N); B, C: (B, L, N); h, the state before: (B, D, N).
-    Returns y (B, L, D) and the last state (B, D, N).
+    x, which is delta * u here, and delta: (B, L, D); A: (D, N); B, C: (B, L, N); h, the state before:
+    (B, D, N). Returns y (B, L, D) and the last state (B, D, N).
     """
     ys = []
     for t in range(x.shape[1]):
         A_bar = torch.exp(delta[:, t, :, None] * A)  # equation 4: (B, D, N), between 0 and 1
-        h = A_bar * h + x[:, t, :, None] * B[:, t, None, :]
+        h = A_bar * h + x[:, t, :, None] * B[:, t, None, :]  # B by Euler's rule
         ys.append((h * C[:, t, None, :]).sum(-1))
     return torch.stack(ys, dim=1), h
 
 
-def selective_scan_step(state, u, delta, A, B, C, D=None, z=None, bias=None, softplus=False):
+def selective_scan_step(
+    state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False
+) -> tuple[Tensor, Tensor]:
     """`selective_scan` at one position: u, delta, z (B, D), B, C (B, N) -> y (B, D) and state."""
     u, delta, B, C = (tensor.unsqueeze(1) for tensor in (u, delta, B, C))
     z = None if z is None else z.unsqueeze(1)
-    options = (state, None, True, "sequential")
-    y, state = selective_scan(u, delta, A, B, C, D, z, bias, softplus, *options)
+    more = (delta_bias, delta_softplus, state, None, True, "sequential")
+    y, state = selective_scan(u, delta, A, B, C, D, z, *more)
     return y.squeeze(1), state
-
-
-class ParallelScan(torch.autograd.Function):
-    """`sequential_scan` in pure PyTorch, by chunks of T positions, with its own backward pass.
-
-    Exponentials and products are taken for a whole chunk; only h_t = a_t h_{t-1} + b_t goes one
-    position at a time, over all channels and states. A chunk's arrays (B, T, N, D) stay in cache,
-    and the states (B, L, D, N) never exist as a whole: as in section 3.3.2, the backward pass
-    computes them again, from each chunk's first state. Nothing divides by a decay, which may be 0.
-    """
-
-    CHUNK = 400_000  # elements of an array, so that a few of them fit the cache
-
-    @staticmethod
-    def states(x, delta, A, B, h):
-        """Decays a_t and states h_t of a chunk, (B, T, N, D) each, from h (B, N, D) before it."""
-        a = (delta.unsqueeze(2) * A).exp_()
-        hs = x.unsqueeze(2) * B.unsqueeze(3)
-        for a_t, h_t in zip(a.unbind(1), hs.unbind(1), strict=True):
-            h = h_t.addcmul_(a_t, h)
-        return a, hs
-
-    @staticmethod
-    def forward(ctx, x, delta, A, B, C, h0):
-        A, h = A.t().contiguous(), h0.mT.contiguous()  # (N, D), (B, N, D): channels last
-        ctx.T = max(8, min(128, ParallelScan.CHUNK // h.numel()))
-        y, first_states = torch.empty_like(x), []
-        for t in range(0, x.shape[1], ctx.T):
-            now = slice(t, t + ctx.T)
-            first_states.append(h)
-            _, hs = ParallelScan.states(x[:, now], delta[:, now], A, B[:, now], h)
-            y[:, now] = (C[:, now, None] @ hs).squeeze(2)
-            h = hs[:, -1].clone()
-        ctx.save_for_backward(x, delta, A, B, C, *first_states)
-        return y, h.mT
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def backward(ctx, dy, dh):
-        x, delta, A, B, C, *first_states = ctx.saved_tensors
-        dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
-        dA, carry = torch.zeros_like(A), dh.mT  # carry: the gradient from the next chunk
-        for k in reversed(range(len(first_states))):
-            now, h0 = slice(k * ctx.T, (k + 1) * ctx.T), first_states[k]
-            a, hs = ParallelScan.states(x[:, now], delta[:, now], A, B[:, now], h0)
-            dC[:, now] = (hs @ dy[:, now, :, None]).squeeze(3)
-            g = dy[:, now, None] * C[:, now, :, None]  # g_t, of h_t, is C_t dy_t + a_{t+1} g_{t+1}
-            g[:, -1] += carry
-            for t in range(g.shape[1] - 2, -1, -1):
-                g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])
-            carry = a[:, 0] * g[:, 0]
-            dB[:, now] = (g @ x[:, now, :, None]).squeeze(3)
-            dx[:, now] = (B[:, now, None] @ g).squeeze(2)
-            g.mul_(a)[:, 1:].mul_(hs[:, :-1])  # now of delta_t A, since a_t = exp(delta_t A):
-            g[:, 0].mul_(h0)  # g_t a_t h_{t-1}
-            ddelta[:, now] = (g * A).sum(2)
-            dA += g.mul_(delta[:, now, None]).sum((0, 1))
-        return dx, ddelta, dA.t(), dB, dC, carry.mT
 
 
 # ----- The block and the model --------------------------------------------------------------------
@@ -190,7 +133,7 @@ class MambaConfig:
     vocab_size: int = 50277  # number of logits
     d_state: int = 16  # N, states a channel
     d_conv: int = 4  # taps of the convolution
-    expand: int = 2  # E: the block is this much wider than the residual stream
+    expand: int = 2  # the block is this much wider than the residual stream
     dt_rank: int | str = "auto"  # R; auto is d_model / 16, rounded up
     tie_embeddings: bool = True  # the head's weight is the embedding's
     pad_vocab_size_multiple: int = 8  # the embedding has this many rows, or a multiple
@@ -228,7 +171,11 @@ class MambaBlock(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        E, N, R = config.expand * config.d_model, config.d_state, config.rank
+        E, N, R = (
+            config.expand * config.d_model,
+            config.d_state,
+            config.rank,
+        )  # E: the block's width
         self.in_proj = nn.Linear(config.d_model, 2 * E, bias=False)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=True)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
@@ -244,11 +191,14 @@ class MambaBlock(nn.Module):
             self.out_proj.weight /= math.sqrt(config.n_layer)
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The selection, x (..., E) -> delta (..., E), A (E, N), B and C (..., N): Algorithm 2."""
+        """Algorithm 2's selection: x (..., E) -> delta (..., E), A (E, N), B and C (..., N).
+
+        delta is still without its bias and softplus, which the scan adds.
+        """
         rank, N = self.dt_proj.in_features, self.A_log.shape[1]
         delta, B, C = self.x_proj(x).split([rank, N, N], dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        return F.linear(delta, self.dt_proj.weight), A, B, C  # the scan adds dt_proj's bias
+        return F.linear(delta, self.dt_proj.weight), A, B, C
 
     def forward(self, x: Tensor, state=None, starts: Tensor | None = None):
         """x (B, L, d_model) -> y of that shape, and the state after it.
@@ -301,9 +251,12 @@ class Mamba(nn.Module):
         """tokens (B, L) -> logits (B, L, V); with targets (B, L) their mean loss in nats instead.
 
         starts (B, L) bool marks where a document begins. return_state adds the state from which the
-        next call goes on, the list of the blocks' states.
+        next call goes on: for each layer the window (B, W-1, E) and the SSM's state (B, E, N).
         """
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda and targets is not None):
+        precision = contextlib.nullcontext()
+        if tokens.is_cuda and targets is not None:
+            precision = torch.autocast("cuda", torch.bfloat16)  # around float32 parameters
+        with precision:
             x, state = self.hidden(tokens, state, starts)
             result = self.logits(x) if targets is None else self.loss(x, targets)
         return (result, state) if return_state else result
@@ -382,13 +335,76 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
+# ----- The parallel scan --------------------------------------------------------------------------
+
+
+class ParallelScan(torch.autograd.Function):
+    """`sequential_scan` in pure PyTorch, by chunks of T positions, with its own backward pass.
+
+    Exponentials and products are taken for a whole chunk; only h_t = a_t h_{t-1} + b_t goes one
+    position at a time, over all channels and states. A chunk's arrays (B, T, N, D) stay in cache,
+    and the states (B, L, D, N) never exist as a whole: as in section 3.3.2, the backward pass
+    computes them again, from each chunk's first state. Nothing divides by a decay, which may be 0.
+    """
+
+    CHUNK = 400_000  # elements of an array, so that a few of them fit the cache
+
+    @staticmethod
+    def states(x, delta, A, B, h):
+        """Decays a_t and states h_t of a chunk, (B, T, N, D) each, from h (B, N, D) before it."""
+        a = (delta.unsqueeze(2) * A).exp_()
+        hs = x.unsqueeze(2) * B.unsqueeze(3)
+        for a_t, h_t in zip(a.unbind(1), hs.unbind(1), strict=True):
+            h = h_t.addcmul_(a_t, h)
+        return a, hs
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, h0):
+        A, h = A.t().contiguous(), h0.mT.contiguous()  # (N, D), (B, N, D): channels last
+        ctx.T = max(8, min(128, ParallelScan.CHUNK // h.numel()))
+        y, first_states = torch.empty_like(x), []
+        for t in range(0, x.shape[1], ctx.T):
+            now = slice(t, t + ctx.T)
+            first_states.append(h)
+            _, hs = ParallelScan.states(x[:, now], delta[:, now], A, B[:, now], h)
+            y[:, now] = (C[:, now, None] @ hs).squeeze(2)
+            h = hs[:, -1].clone()
+        ctx.save_for_backward(x, delta, A, B, C, *first_states)
+        return y, h.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def backward(ctx, dy, dh):
+        x, delta, A, B, C, *first_states = ctx.saved_tensors
+        dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
+        dA, carry = torch.zeros_like(A), dh.mT  # carry: the gradient from the next chunk
+        for k in reversed(range(len(first_states))):
+            now, h0 = slice(k * ctx.T, (k + 1) * ctx.T), first_states[k]
+            a, hs = ParallelScan.states(x[:, now], delta[:, now], A, B[:, now], h0)
+            dC[:, now] = (hs @ dy[:, now, :, None]).squeeze(3)
+            g = dy[:, now, None] * C[:, now, :, None]  # g_t, of h_t, is C_t dy_t + a_{t+1} g_{t+1}
+            g[:, -1] += carry
+            for t in range(g.shape[1] - 2, -1, -1):
+                g[:, t].addcmul_(a[:, t + 1], g[:, t + 1])
+            carry = a[:, 0] * g[:, 0]
+            dB[:, now] = (g @ x[:, now, :, None]).squeeze(3)
+            dx[:, now] = (B[:, now, None] @ g).squeeze(2)
+            g.mul_(a)[:, 1:].mul_(hs[:, :-1])  # now of delta_t A, since a_t = exp(delta_t A):
+            g[:, 0].mul_(h0)  # g_t a_t h_{t-1}
+            ddelta[:, now] = (g * A).sum(2)
+            dA += g.mul_(delta[:, now, None]).sum((0, 1))
+        return dx, ddelta, dA.t(), dB, dC, carry.mT
+
+
 # ----- Data: documents -> tokens -> train and valid -----------------------------------------------
 
 
 def python_documents() -> list[str]:
     """Prose that ships with Python: its reference topics, then the docstrings of each module.
 
-    Sources are parsed, never imported; tests and what some systems package apart are left out.
+    Files are parsed, never imported; tests, and modules that some systems lack, are left out.
     """
     from pydoc_data.topics import topics
 
@@ -407,28 +423,31 @@ def python_documents() -> list[str]:
 
 
 def drop_repeated_paragraphs(documents: list[str]) -> list[str]:
-    """The documents without the paragraphs, of 60 characters and more, that an earlier one has.
+    """The documents without paragraphs of 60 characters or more that occurred before.
 
     Otherwise held-out text stands in the training text too, and copying looks like learning.
     """
     seen, kept = set(), []
     for document in documents:
-        paragraphs = document.strip().split("\n\n")
-        kept.append("\n\n".join(p for p in paragraphs if len(p) < 60 or p not in seen))
-        seen.update(paragraphs)
+        paragraphs = []
+        for paragraph in document.strip().split("\n\n"):
+            if len(paragraph) < 60 or paragraph not in seen:
+                paragraphs.append(paragraph)
+                seen.add(paragraph)
+        kept.append("\n\n".join(paragraphs))
     return [document for document in kept if document.strip()]
 
 
 def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     """For training, and every 20th for validation; of few documents, the last 5 % of the text.
 
-    A document that alone is a fiftieth of the text stays in training: it would decide the score.
+    A document of more than a fiftieth of the text stays in training: it would decide the score.
     """
     most = sum(map(len, documents)) / 50
-    held_out = [i for i, text in enumerate(documents) if len(text) <= most][19::20]
-    if held_out:
-        train = [text for i, text in enumerate(documents) if i not in held_out]
-        return train, [documents[i] for i in held_out]
+    valid = [i for i, text in enumerate(documents) if len(text) <= most][19::20]
+    if valid:
+        train = sorted(set(range(len(documents))) - set(valid))
+        return [documents[i] for i in train], [documents[i] for i in valid]
     text = "\n\n".join(documents)
     return [text[: len(text) * 19 // 20]], [text[len(text) * 19 // 20 :]]
 
@@ -442,27 +461,33 @@ class Corpus:
     tokenizer: Tokenizer | None
     vocab_size: int
     separator: int | None  # the id after each document
-    context_length: int | None = None  # of packed contexts, which no window may join
+    context_length: int | None = None  # of packed contexts: no window joins two
 
 
 def load_corpus(path: str, tokenizer_name: str, tokenizer=None, split: bool = True) -> Corpus:
     """The corpus of a text file, a .jsonl with a `text` a line, a .bin, or else of Python's prose.
 
-    tokenizer, from a checkpoint, goes before tokenizer_name; a new one never sees validation text.
     A .bin has a .json beside it: dtype ("uint16" or "uint32", little-endian), vocab_size, tokenizer
-    (a name, a file beside it, or null), document_separator (or null), maybe context_length. Without
-    `split` all is for validation.
+    (a name, a file beside it, or null), document_separator (or null), maybe context_length.
+    tokenizer, from a checkpoint, takes precedence over tokenizer_name; a new one never sees
+    validation text. Without `split` all is for validation.
     """
     if path.endswith(".bin"):
-        about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
-        tokens = np.memmap(path, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]], "r")
-        if tokenizer is None and (name := about["tokenizer"]):
+        try:
+            about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
+            tokens = np.memmap(path, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]], "r")
+            size, separator, name = (
+                about[k] for k in ("vocab_size", "document_separator", "tokenizer")
+            )
+            context = about.get("context_length") or None
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} and the .json beside it do not fit: {error!r}") from error
+        if name is not None:
             beside = Path(path).with_name(name)
             tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
         cut = len(tokens) - min(len(tokens) // 20, 10_000_000) if split else 0
-        cut -= cut % (about.get("context_length") or 1)
-        meaning = (about["vocab_size"], about["document_separator"], about.get("context_length"))
-        return Corpus(tokens[:cut], tokens[cut:], tokenizer, *meaning)
+        cut -= cut % (context or 1)
+        return Corpus(tokens[:cut], tokens[cut:], tokenizer, int(size), separator, context)
     documents = [Path(path).read_text("utf-8-sig")] if path else python_documents()
     if path.endswith(".jsonl"):
         rows, documents = documents[0].split("\n"), []
@@ -497,25 +522,22 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_offsets(size: int, length: int, context: int | None, seed: int, epoch: int) -> np.ndarray:
+def epoch_offsets(size: int, length: int, packed: bool, seed: int, epoch: int) -> np.ndarray:
     """Where the windows of an epoch begin, shuffled: side by side, from a position of its own.
 
-    Windows of packed contexts begin with them, or further pieces of `length` on, and join no two.
+    Windows of packed contexts begin at multiples of the length, and so none joins two contexts.
     """
-    rng = np.random.default_rng((seed, epoch))
-    if context is None:
-        windows = np.arange((size - 1) // length) * length
-        return rng.permutation(windows + rng.integers(size - len(windows) * length))
-    starts = np.arange((size - 1) // context)[:, None] * context
-    return rng.permutation((starts + np.arange(context // length) * length).flatten())
+    rng, windows = np.random.default_rng((seed, epoch)), (size - 1) // length
+    first = 0 if packed else rng.integers(size - windows * length)
+    return first + length * rng.permutation(windows)
 
 
 def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
     """Where the windows of a step begin, (batch,): known from the step, so resuming is exact."""
-    size, length, context, offsets = len(corpus.train), config.length, corpus.context_length, []
-    windows = len(epoch_offsets(size, length, context, config.seed, 0))
+    size, length, packed = len(corpus.train), config.length, corpus.context_length is not None
+    offsets, windows = [], (size - 1) // length
     for n in range(step * config.batch, (step + 1) * config.batch):
-        epoch = epoch_offsets(size, length, context, config.seed, n // windows)
+        epoch = epoch_offsets(size, length, packed, config.seed, n // windows)
         offsets.append(epoch[n % windows])
     return np.array(offsets)
 
@@ -609,12 +631,12 @@ def train(config: Config) -> dict:
     """
     began, out, device = time.perf_counter(), Path(config.out), start_process(config.device)
     config = dataclasses.replace(config, length=config.length or DEFAULT_LENGTH)
-    saved = {"step": 0, "history": [], "tokenizer": None, "config": {}}
+    saved = {"step": 0, "history": [], "tokenizer": None, "config": {}, "size": None}
     if config.resume:
         saved = load_checkpoint(out / "checkpoint.pt")
     tokenizer = Tokenizer(**saved["tokenizer"]) if saved["tokenizer"] else None
     corpus = load_corpus(config.data, config.tokenizer, tokenizer)
-    check_run(config, corpus, saved["config"])
+    check_run(config, corpus, saved)
     torch.manual_seed(config.seed)
     sizes = MambaConfig(config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
     model = Mamba(sizes).to(device)
@@ -631,17 +653,15 @@ def train(config: Config) -> dict:
         forward = nn.parallel.DistributedDataParallel(forward)
     count, xz = sum(p.numel() for p in model.parameters()), xz_bits(corpus)
     print(f"{count:,} parameters on {device} · {len(corpus.train):,} tokens to train on")
-    print(f"{len(corpus.valid):,} held out, for which xz, given the others, needs {xz} bits a byte")
+    print(f"{len(corpus.valid):,} held out; xz, given the training text: {xz} bits a byte")
 
     out.mkdir(parents=True, exist_ok=True)
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(*_) -> None:
-        pressed.append(True)
-        signal.signal(signal.SIGINT, usual)  # pressed again, Ctrl-C ends the process at once
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    with (out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)).open("w") as log:
+    pressed: list[bool] = []
+    with contextlib.ExitStack() as stack:
+        usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+        stack.callback(signal.signal, signal.SIGINT, usual)
+        path = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
+        log = stack.enter_context(path.open("w"))
         log.writelines(json.dumps(row) + "\n" for row in history)
         for step in range(first + 1, config.steps + 1):
             loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
@@ -658,6 +678,7 @@ def train(config: Config) -> dict:
                 saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(sizes)}
                 saved |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
                 saved |= {"config": dataclasses.asdict(config), "history": history, "step": step}
+                saved |= {"size": len(corpus.train)}
                 saved |= {"tokenizer": corpus.tokenizer and corpus.tokenizer.arguments}
                 torch.save(saved, out / "checkpoint.tmp")
                 os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
@@ -673,7 +694,6 @@ def train(config: Config) -> dict:
                 command = shlex.join(word for word in sys.argv if word != "--resume")
                 print(f"stopped after step {step}; to go on: python {command} --resume")
                 raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, usual)
 
     scores = evaluate(model, corpus, config)
     result = {"validation": scores, "baselines_bits_a_byte": {"xz": xz}, "parameters": count}
@@ -707,17 +727,23 @@ def start_process(name: str) -> torch.device:
     return device
 
 
-def check_run(config: Config, corpus: Corpus, then: dict) -> None:
-    """Raise ValueError if config does not fit the corpus or, on --resume, the config of then."""
+def check_run(config: Config, corpus: Corpus, saved: dict) -> None:
+    """Raise ValueError if config does not fit the corpus, or what a checkpoint saved."""
     length, context = config.length, corpus.context_length or config.length
-    if not 0 < length < len(corpus.train) or len(corpus.valid) < 2:
-        raise ValueError(f"--length {length} must be below the text's {len(corpus.train)} tokens")
-    if length > context:
-        raise ValueError(f"--length {length} must be at most the data's context_length, {context}")
-    free = ("accumulate", "compile", "device", "out", "prompt", "resume", "tokens")
-    for name, value in then.items():
+    if length >= len(corpus.train) or len(corpus.valid) < 2:
+        sizes = f"{len(corpus.train)} tokens to train on and {len(corpus.valid)} held out"
+        raise ValueError(f"{sizes} are too few for --length {length}")
+    if context % length:
+        raise ValueError(f"--length {length} must divide the data's context_length, {context}")
+    if config.document_resets and corpus.separator is None:
+        raise ValueError("--document-resets needs a document_separator, and the data have none")
+    free = ("accumulate", "compile", "device", "out", "resume", "smoke", "checkpoint", "prompt")
+    free += ("tokens", "temperature", "top_k", "top_p")
+    for name, value in saved["config"].items():
         if name not in free and value != getattr(config, name):
             raise ValueError(f"--resume: {name} was {value!r} and is {getattr(config, name)!r}")
+    if config.resume and saved["size"] != len(corpus.train):
+        raise ValueError("--resume: the data have changed")
 
 
 def plot(history: list[dict], xz: float | None, path: Path) -> None:
@@ -727,7 +753,7 @@ def plot(history: list[dict], xz: float | None, path: Path) -> None:
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
     valid = [row for row in history if "valid_loss" in row]
-    unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if xz else 1.0
+    unit = (valid[-1]["valid_bits_a_byte"] or 0.0) / valid[-1]["valid_loss"] if xz else 1.0
     figure, axes = plt.subplots(layout="constrained")
     for rows, key, label in ((history, "loss", "training"), (valid, "valid_loss", "validation")):
         axes.plot([row["step"] for row in rows], [row[key] * unit for row in rows], label=label)
@@ -769,8 +795,6 @@ def load_model(config: Config) -> tuple[Mamba, Tokenizer | None, dict]:
         tokenizer = Tokenizer(**content["tokenizer"]) if content["tokenizer"] else None
     if config.tokenizer != Config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer, [])
-    if tokenizer is None and not config.data.endswith(".bin"):
-        raise ValueError(f"{path} has no tokenizer: name its own by --tokenizer")
     return model.to(start_process(config.device)), tokenizer, trained
 
 
@@ -778,6 +802,8 @@ def sample(config: Config, model: Mamba | None = None, tokenizer: Tokenizer | No
     """The job `sample`: print the prompt and what the model writes after it. Returns the text."""
     if model is None:
         model, tokenizer, _ = load_model(config)
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer: name its own by --tokenizer")
     ids, size, shown = tokenizer.encode(config.prompt, special=True), model.config.vocab_size, 0
     if max(ids, default=0) >= size:
         raise ValueError(f"--prompt: token {max(ids)} is beyond the model's {size}")
@@ -800,12 +826,15 @@ def evaluate_checkpoint(config: Config) -> dict:
     data, length = config.data or trained.get("data", ""), trained.get("length", DEFAULT_LENGTH)
     resets = config.document_resets or trained.get("document_resets", False)
     config = dataclasses.replace(config, length=config.length or length, document_resets=resets)
+    if tokenizer is None and not data.endswith(".bin"):
+        raise ValueError("the checkpoint has no tokenizer for text: name its own by --tokenizer")
     corpus = load_corpus(data, "", tokenizer, split=not config.data)
     corpus.vocab_size = model.config.vocab_size
     if len(corpus.valid) < 2:
         raise ValueError(f"{data} has {len(corpus.valid)} tokens, and so none to predict")
     scores = evaluate(model, corpus, config)
-    print(f"{data or 'the text that training held out'}: {scores}")
+    part = "" if config.data else ", the part that is held out"
+    print(f"{data or 'Python documentation'}{part}: {scores}")
     return scores
 
 
@@ -1038,7 +1067,7 @@ def triton_scan(
 
 @functools.cache
 def triton_kernel():
-    """`triton_scan` as a Triton kernel, compiled when first called; until then `tl` is no name."""
+    """`triton_scan` as a Triton kernel, compiled when first called; before, `tl` is undefined."""
     global tl
     import triton
     import triton.language as tl
@@ -1053,14 +1082,13 @@ SCANS = {"sequential": sequential_scan, "chunked": ParallelScan.apply, "fused": 
 
 def choose_scan(backend: str, x: Tensor, A: Tensor) -> Callable:
     """The function (x, delta, A, B, C, h) -> (y, h) of a backend; auto is the fastest there is."""
-    fits = x.dtype == torch.float32 and x.device.type in ("cpu", "cuda")
-    fits = fits and A.shape[1] <= FusedScan.MOST_STATES
-    if backend == "fused" and not fits:
-        raise ValueError(f"the fused scan cannot take {x.dtype}, {x.device}, {A.shape[1]} states")
+    fits = x.dtype == torch.float32 and A.shape[1] <= FusedScan.MOST_STATES
+    fits = fits and x.device.type in ("cpu", "cuda")
     if backend == "auto":
         backend = "fused" if fits and can_compile(x.device.type) else "chunked"
-    if backend not in SCANS:
-        raise ValueError(f"backend {backend!r} must be auto, {', '.join(SCANS)}")
+    if backend not in SCANS or (backend == "fused" and not fits):
+        wanted = f"backend {backend!r} must be auto, {', '.join(SCANS)}"
+        raise ValueError(f"{wanted}; fused cannot take {x.dtype} and {A.shape[1]} states")
     return SCANS[backend]
 
 
@@ -1070,7 +1098,7 @@ def can_compile(device: str) -> bool:
     try:
         triton_kernel() if device == "cuda" else c_library()
     except (ImportError, OSError) as error:
-        print(f"selective_scan goes by chunks, not fused: {error}", file=sys.stderr)
+        print(f"selective_scan is chunked, not fused: {error}", file=sys.stderr)
         return False
     return True
 
@@ -1141,7 +1169,7 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids, special: bool = False) -> bytes:
-        """Bytes of ids, of the special tokens only if `special`; ids that it lacks have none."""
+        """Bytes of ids, of special tokens only if `special`; unknown ids yield none."""
         ids = [int(i) for i in ids]
         if self.arguments["file"]:
             return self.file.decode(ids, skip_special_tokens=not special).encode()
@@ -1163,6 +1191,8 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     if name.endswith(".tiktoken"):
         rows = [line.split() for line in Path(name).read_text("utf-8").splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        if not {bytes([b]) for b in range(256)} <= ranks.keys():
+            raise ValueError(f"{name} must rank every single byte")
         return Tokenizer(ranks, CL100K, {ENDS[0]: max(ranks.values()) + 1})
     encoding = tiktoken.get_encoding(name)  # downloads it once
     return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
@@ -1176,6 +1206,8 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
     import regex  # tiktoken brings it
 
     size, words = int(name.removeprefix("bpe:")), collections.Counter()
+    if size < 257:
+        raise ValueError(f"{name}: there must be at least 257 ids, for bytes and a separator")
     for text in documents:
         for word in regex.findall(CL100K, text):
             words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
@@ -1292,8 +1324,8 @@ class Config:
     tokenizer: str = flag("bpe:1024", "byte, bpe:N, tokenizer.json, .tiktoken or tiktoken's name")
     d_model: int = flag(192, "width of the residual stream; paper: 768 (130M) to 2,560 (2.8B)")
     n_layer: int = flag(4, "Mamba blocks; paper: 24 to 64")
-    d_state: int = flag(16, "states a channel, N")
-    steps: int = flag(1700, "optimiser steps; paper: 4,800 (130M)")
+    d_state: int = flag(16, "states per channel, N")
+    steps: int = flag(1400, "optimiser steps; paper: 4,800 (130M)")
     batch: int = flag(2, "sequences a step; paper: 256, half a million tokens")
     accumulate: int = flag(1, "micro-batches of a process's part of the batch, to save memory")
     length: int = flag(0, "tokens a sequence; 0: 512, to evaluate the checkpoint's; paper: 2,048")
@@ -1321,6 +1353,13 @@ class Config:
     resume: bool = flag(False, "go on from OUT/checkpoint.pt")
     smoke: bool = flag(False, "a tiny model for a few steps, written to OUT/smoke: does it run?")
 
+    def __post_init__(self):
+        positive = ("d_model", "n_layer", "d_state", "steps", "batch", "accumulate", "eval_every")
+        for name, value in dataclasses.asdict(self).items():
+            least = 1 if name in (*positive, "tokens") else 0
+            if not isinstance(value, str) and not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
 
 DEFAULT_LENGTH = 512
 SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "tokenizer": "byte"}
@@ -1343,9 +1382,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     if given["smoke"]:
         given |= SMOKE | {"out": f"{given['out']}/smoke"}
+    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
         JOBS[given.pop("job")](Config(**given))
-    except (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError) as error:
+    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
         text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
         if isinstance(error, ImportError):
             text += f"; pip install {error.name}"
