@@ -6,7 +6,7 @@
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
 
-    python mamba.py                       trains on Python's documentation: MINUTES, BITS
+    python mamba.py                       trains on Python's documentation: 5 minutes on two cores
     python mamba.py sample --prompt "A"   writes text with that checkpoint: seconds
     python mamba.py eval --data FILE      scores that checkpoint on your text: seconds
 
@@ -99,8 +99,8 @@ def selective_scan(
 def sequential_scan(x, delta, A, B, C, h):
     """Equation 2, position by position; the other backends compute the same, faster.
 
-    x, which is delta * u here, and delta: (B, L, D); A: (D, N); B, C: (B, L, N); h, the state before:
-    (B, D, N). Returns y (B, L, D) and the last state (B, D, N).
+    x, which is delta * u here, and delta: (B, L, D); A: (D, N); B, C: (B, L, N); h, the state
+    before: (B, D, N). Returns y (B, L, D) and the last state (B, D, N).
     """
     ys = []
     for t in range(x.shape[1]):
