@@ -114,11 +114,20 @@ def selective_scan_step(
     state, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` at one position: u, delta, z (B, D), B, C (B, N) -> y (B, D) and state."""
-    u, delta, B, C = (tensor.unsqueeze(1) for tensor in (u, delta, B, C))
-    z = None if z is None else z.unsqueeze(1)
-    more = (delta_bias, delta_softplus, state, None, True, "sequential")
-    y, state = selective_scan(u, delta, A, B, C, D, z, *more)
-    return y.squeeze(1), state
+    dtype = u.dtype
+    u, delta, B, C = (tensor.to(state.dtype) for tensor in (u, delta, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)
+    A_bar = torch.exp(delta.unsqueeze(-1) * A)
+    state = torch.addcmul((delta * u).unsqueeze(-1) * B.unsqueeze(1), A_bar, state)
+    y = (state @ C.unsqueeze(-1)).squeeze(-1)
+    if D is not None:
+        y = torch.addcmul(y, D, u)
+    if z is not None:
+        y = y * F.silu(z.to(state.dtype))
+    return y.to(dtype), state
 
 
 # ----- The block and the model --------------------------------------------------------------------
@@ -678,8 +687,8 @@ def train(config: Config) -> dict:
                 saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(sizes)}
                 saved |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
                 saved |= {"config": dataclasses.asdict(config), "history": history, "step": step}
-                saved |= {"size": len(corpus.train)}
                 saved |= {"tokenizer": corpus.tokenizer and corpus.tokenizer.arguments}
+                saved |= {"size": len(corpus.train)}
                 torch.save(saved, out / "checkpoint.tmp")
                 os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
             if step == first + 1:
@@ -1107,13 +1116,13 @@ def check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, starts) -> No
     """Raise ValueError that names the tensor, its shape and the shape that it must have."""
     if u.ndim != 3 or A.ndim != 2 or u.numel() == 0:
         raise ValueError(f"u {tuple(u.shape)} must be (B, L, D), A {tuple(A.shape)} must be (D, N)")
-    (batch, L, channels), N = u.shape, A.shape[1]
-    for name, tensor, shape in (
-        ("delta", delta, (batch, L, channels)), ("z", z, (batch, L, channels)),
-        ("A", A, (channels, N)), ("B", B, (batch, L, N)), ("C", C, (batch, L, N)),
-        ("D", D, (channels,)), ("delta_bias", delta_bias, (channels,)),
-        ("initial_state", initial_state, (batch, channels, N)), ("starts", starts, (batch, L)),
+    sizes = dict(zip("BLDN", (*u.shape, A.shape[1]), strict=True))
+    for name, tensor, axes in (
+        ("delta", delta, "BLD"), ("z", z, "BLD"), ("A", A, "DN"), ("B", B, "BLN"), ("C", C, "BLN"),
+        ("D", D, "D"), ("delta_bias", delta_bias, "D"), ("initial_state", initial_state, "BDN"),
+        ("starts", starts, "BL"),
     ):  # fmt: skip
+        shape = tuple(sizes[axis] for axis in axes)
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} for u {tuple(u.shape)}")
     if starts is not None and (starts.dtype != torch.bool or (A >= 0).any()):
