@@ -1371,7 +1371,7 @@ class Config:
 
 
 DEFAULT_LENGTH = 512
-SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 32, "tokenizer": "byte"}
+SMOKE = {"d_model": 16, "n_layer": 2, "steps": 4, "batch": 4, "length": 64, "tokenizer": "byte"}
 JOBS = {"train": train, "sample": sample, "eval": evaluate_checkpoint}
 
 

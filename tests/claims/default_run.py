@@ -57,7 +57,7 @@ def draw(script: str, curves: list[list[dict]], baselines: dict[str, float], pat
     axes.fill_between(steps, [min(b) for b in bits], [max(b) for b in bits], alpha=0.3)
     for i, (name, value) in enumerate(baselines.items()):
         axes.axhline(value, ls="--", lw=1, color=f"C{i + 1}", label=name)
-    axes.set(xlabel="step", ylabel="validation bits a byte", ylim=(1.5, 5.0))
+    axes.set(xlabel="step", ylabel="validation bits a byte", ylim=(1.5, None))
     axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
