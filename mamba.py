@@ -842,8 +842,8 @@ def evaluate_checkpoint(config: Config) -> dict:
     if len(corpus.valid) < 2:
         raise ValueError(f"{data} has {len(corpus.valid)} tokens, and so none to predict")
     scores = evaluate(model, corpus, config)
-    part = "" if config.data else ", the part that is held out"
-    print(f"{data or 'Python documentation'}{part}: {scores}")
+    source, part = data or "Python documentation", "all" if config.data else "the held-out part"
+    print(f"{source}, {part}: {scores}")
     return scores
 
 
@@ -1006,6 +1006,9 @@ def c_library() -> ctypes.CDLL:
         processor = re.findall("model name.*|flags.*", cpuinfo.read_text("utf-8", "replace"))[:2]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if os.name == "posix" and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise OSError(f"{folder} must be yours alone: what is in it is run")
     for more in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
         key = repr((C_SOURCE, command, more, processor)).encode()
         path = folder / f"{hashlib.sha256(key).hexdigest()[:20]}.so"
@@ -1016,7 +1019,7 @@ def c_library() -> ctypes.CDLL:
                 continue
             os.replace(f"{path}.{os.getpid()}", path)
         return ctypes.CDLL(str(path))
-    raise OSError(f"{command[0]}: {done.stderr.strip()[-100:] or 'it failed'}")
+    raise OSError(f"{command[0]} failed: {done.stderr.strip()[-100:]}")
 
 
 def triton_scan(
