@@ -34,6 +34,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -44,8 +45,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,13 +141,12 @@ class MambaConfig:
 
     d_model: int = 768  # width of the residual stream
     n_layer: int = 24
-    vocab_size: int = 50277  # number of logits
+    vocab_size: int = 50280
     d_state: int = 16  # N, states a channel
     d_conv: int = 4  # taps of the convolution
     expand: int = 2  # the block is this much wider than the residual stream
     dt_rank: int | str = "auto"  # R; auto is d_model / 16, rounded up
     tie_embeddings: bool = True  # the head's weight is the embedding's
-    pad_vocab_size_multiple: int = 8  # the embedding has this many rows, or a multiple
     norm_eps: float = 1e-5
 
     @property
@@ -180,11 +181,7 @@ class MambaBlock(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        E, N, R = (
-            config.expand * config.d_model,
-            config.d_state,
-            config.rank,
-        )  # E: the block's width
+        N, R, E = config.d_state, config.rank, config.expand * config.d_model  # E: block's width
         self.in_proj = nn.Linear(config.d_model, 2 * E, bias=False)
         self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E, bias=True)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
@@ -242,16 +239,14 @@ class Mamba(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.config, multiple = config, config.pad_vocab_size_multiple
-        rows = -(-config.vocab_size // multiple) * multiple
-        self.backbone = nn.Module()
-        self.backbone.embeddings = nn.Embedding(rows, config.d_model)
+        self.config, self.backbone = config, nn.Module()
+        self.backbone.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.backbone.layers = nn.ModuleList(nn.Module() for _ in range(config.n_layer))
         for layer in self.backbone.layers:
             layer.norm = nn.RMSNorm(config.d_model, config.norm_eps)
             layer.mixer = MambaBlock(config)
         self.backbone.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, rows, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
@@ -267,7 +262,7 @@ class Mamba(nn.Module):
             precision = torch.autocast("cuda", torch.bfloat16)  # around float32 parameters
         with precision:
             x, state = self.hidden(tokens, state, starts)
-            result = self.logits(x) if targets is None else self.loss(x, targets)
+            result = self.lm_head(x) if targets is None else self.loss(x, targets)
         return (result, state) if return_state else result
 
     def hidden(self, tokens, state=None, starts=None) -> tuple[Tensor, list]:
@@ -284,54 +279,41 @@ class Mamba(nn.Module):
             after.append(block_state)
         return self.backbone.norm_f(x.to(dtype)), after
 
-    def logits(self, x: Tensor) -> Tensor:
-        """What `hidden` returns -> logits (..., V), without the padding of the vocabulary."""
-        return F.linear(x, self.lm_head.weight[: self.config.vocab_size])
-
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy; on a CPU by pieces, so that the logits never exist as a whole."""
-        x, weight, pieces = x.flatten(0, 1), self.lm_head.weight[: self.config.vocab_size], None
+        x, targets, pieces = x.flatten(0, 1), targets.flatten(), None
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             pieces = nn.LinearCrossEntropyOptions(512, chunking_method=None, acc_policy="balanced")
-        return F.linear_cross_entropy(x, weight, targets.flatten(), options=pieces)
+        return F.linear_cross_entropy(x, self.lm_head.weight, targets, options=pieces)
 
     # ----- Generation
 
     def step(self, token: Tensor, state: list) -> tuple[Tensor, list]:
         """token (B,) -> logits (B, V) and the next state, in constant time and memory a token."""
         x, state = self.hidden(token, state)
-        return self.logits(x), state
+        return self.lm_head(x), state
 
     @torch.inference_mode()
-    def stream(
+    def generate(
         self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
-    ) -> Iterator[Tensor]:
-        """Yield the tokens (B,) after a prompt (B, L): one parallel prefill, then step by step.
+    ) -> Tensor:
+        """tokens (B, L) -> (B, L + max_new_tokens): one parallel prefill, then step by step.
 
         Raises FloatingPointError where the logits are not finite.
         """
-        if tokens.numel() == 0:
-            raise ValueError("the prompt is empty: give at least one token")
         x, state = self.hidden(tokens)
-        logits = self.logits(x[:, -1])
+        logits = self.lm_head(x[:, -1])
         for i in range(max_new_tokens):
             if not logits.isfinite().all():
                 raise FloatingPointError(f"the logits of new token {i + 1} are not finite")
             token = sample_token(logits, temperature, top_k, top_p, generator)
-            yield token
-            if i + 1 < max_new_tokens:
-                logits, state = self.step(token, state)
-
-    def generate(self, tokens: Tensor, max_new_tokens: int, *options, **more) -> Tensor:
-        """tokens (B, L) and max_new_tokens more, (B, L + n); the options are those of `stream`."""
-        new = self.stream(tokens, max_new_tokens, *options, **more)
-        return torch.cat([tokens, *(token.unsqueeze(1) for token in new)], dim=1)
+            tokens = torch.cat([tokens, token.unsqueeze(1)], dim=1)
+            logits, state = self.step(token, state)
+        return tokens
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
     """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k, top_p cut the tail."""
-    if not (temperature >= 0 and (top_k or 0) >= 0 and 0 < (top_p or 1) <= 1):
-        raise ValueError(f"{temperature=} must be at least 0, {top_k=} too, {top_p=} in (0, 1]")
     if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -417,14 +399,12 @@ def python_documents() -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    apart = (
-        r"(^|/)(tests?|(site|dist)-packages|idlelib|lib2to3|distutils|ensurepip|tkinter|turtle.*"
-    )
-    apart += r"|pydoc_data|config-.*|_sysconfig.*|sitecustomize\.py)(/|$)"
+    left_out = "tests?|(site|dist)-packages|idlelib|lib2to3|distutils|ensurepip|tkinter|turtle.*"
+    left_out += r"|pydoc_data|config-.*|_sysconfig.*|sitecustomize\.py"
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     documents, root = [topics[name] for name in sorted(topics)], Path(sysconfig.get_path("stdlib"))
     for file in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if not re.search(apart, file):
+        if not re.search(f"(^|/)({left_out})(/|$)", file):
             nodes = ast.walk(ast.parse((root / file).read_bytes()))
             texts = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
             documents.append("\n\n".join([file, *filter(None, texts)]))
@@ -473,30 +453,14 @@ class Corpus:
     context_length: int | None = None  # of packed contexts: no window joins two
 
 
-def load_corpus(path: str, tokenizer_name: str, tokenizer=None, split: bool = True) -> Corpus:
+def load_corpus(path: str, tokenizer: Tokenizer | str, split: bool = True) -> Corpus:
     """The corpus of a text file, a .jsonl with a `text` a line, a .bin, or else of Python's prose.
 
-    A .bin has a .json beside it: dtype ("uint16" or "uint32", little-endian), vocab_size, tokenizer
-    (a name, a file beside it, or null), document_separator (or null), maybe context_length.
-    tokenizer, from a checkpoint, takes precedence over tokenizer_name; a new one never sees
-    validation text. Without `split` all is for validation.
+    A tokenizer given by name that is trained here never sees validation text. Without `split` all
+    is for validation.
     """
     if path.endswith(".bin"):
-        try:
-            about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
-            tokens = np.memmap(path, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]], "r")
-            size, separator, name = (
-                about[k] for k in ("vocab_size", "document_separator", "tokenizer")
-            )
-            context = about.get("context_length") or None
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path} and the .json beside it do not fit: {error!r}") from error
-        if name is not None:
-            beside = Path(path).with_name(name)
-            tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
-        cut = len(tokens) - min(len(tokens) // 20, 10_000_000) if split else 0
-        cut -= cut % (context or 1)
-        return Corpus(tokens[:cut], tokens[cut:], tokenizer, int(size), separator, context)
+        return read_tokens(path, split)
     documents = [Path(path).read_text("utf-8-sig")] if path else python_documents()
     if path.endswith(".jsonl"):
         rows, documents = documents[0].split("\n"), []
@@ -508,12 +472,36 @@ def load_corpus(path: str, tokenizer_name: str, tokenizer=None, split: bool = Tr
     train, valid = [], documents
     if split:
         train, valid = split_documents(drop_repeated_paragraphs(documents))
-    tokenizer = tokenizer or load_tokenizer(tokenizer_name, train)
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, train)
     halves, end = [], [] if tokenizer.separator is None else [tokenizer.separator]
     for texts in (train, valid):
         ids = [np.array(tokenizer.encode(text) + end, np.uint32) for text in texts]
         halves.append(np.concatenate([*ids, np.array([], np.uint32)]))
     return Corpus(*halves, tokenizer, tokenizer.vocab_size, tokenizer.separator)
+
+
+def read_tokens(path: str, split: bool) -> Corpus:
+    """The corpus of a .bin of little-endian ids, described by a .json of the same name.
+
+    That has vocab_size, dtype (uint16 or uint32), tokenizer (a name, a file there, or null),
+    document_separator (an id or null) and, for packed contexts, context_length.
+    """
+    try:
+        about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
+        tokens = np.memmap(path, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]], "r")
+        size, separator, name = about["vocab_size"], about["document_separator"], about["tokenizer"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} and the .json beside it do not fit: {error!r}") from error
+    tokenizer, context = None, about.get("context_length")
+    if name is not None:
+        beside = Path(path).with_name(name)
+        tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
+    cut = 0
+    if split:
+        cut = len(tokens) - min(len(tokens) // 20, 10_000_000)
+        cut -= cut % (context or 1)
+    return Corpus(tokens[:cut], tokens[cut:], tokenizer, size, separator, context)
 
 
 def xz_bits(corpus: Corpus) -> float | None:
@@ -530,25 +518,21 @@ def xz_bits(corpus: Corpus) -> float | None:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_offsets(size: int, length: int, packed: bool, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of an epoch begin, shuffled: side by side, from a position of its own.
-
-    Windows of packed contexts begin at multiples of the length, and so none joins two contexts.
-    """
-    rng, windows = np.random.default_rng((seed, epoch)), (size - 1) // length
-    first = 0 if packed else rng.integers(size - windows * length)
-    return first + length * rng.permutation(windows)
-
-
 def window_offsets(corpus: Corpus, config: Config, step: int) -> np.ndarray:
-    """Where the windows of a step begin, (batch,): known from the step, so resuming is exact."""
-    size, length, packed = len(corpus.train), config.length, corpus.context_length is not None
-    offsets, windows = [], (size - 1) // length
-    for n in range(step * config.batch, (step + 1) * config.batch):
-        epoch = epoch_offsets(size, length, packed, config.seed, n // windows)
-        offsets.append(epoch[n % windows])
-    return np.array(offsets)
+    """Where the windows of a step begin, (batch,): known from the step, so resuming is exact.
+
+    An epoch has all windows side by side, shuffled, from a position of its own. Windows of packed
+    contexts begin at multiples of the length, and so none joins two contexts.
+    """
+    windows = (len(corpus.train) - 1) // config.length
+    first, order = step * config.batch, []
+    for epoch in range(first // windows, (first + config.batch - 1) // windows + 1):
+        rng = np.random.default_rng((config.seed, epoch))
+        start = 0
+        if corpus.context_length is None:
+            start = rng.integers(len(corpus.train) - windows * config.length)
+        order.append(start + config.length * rng.permutation(windows))
+    return np.concatenate(order)[first % windows :][: config.batch]
 
 
 def read_windows(corpus: Corpus, tokens: np.ndarray, offsets, config: Config, device):
@@ -640,20 +624,19 @@ def train(config: Config) -> dict:
     """
     began, out, device = time.perf_counter(), Path(config.out), start_process(config.device)
     config = dataclasses.replace(config, length=config.length or DEFAULT_LENGTH)
-    saved = {"step": 0, "history": [], "tokenizer": None, "config": {}, "size": None}
+    model, tokenizer, saved = None, None, {"config": {}, "history": []}
     if config.resume:
-        saved = load_checkpoint(out / "checkpoint.pt")
-    tokenizer = Tokenizer(**saved["tokenizer"]) if saved["tokenizer"] else None
-    corpus = load_corpus(config.data, config.tokenizer, tokenizer)
+        model, tokenizer, saved = load_model(out / "checkpoint.pt")
+    corpus = load_corpus(config.data, tokenizer or config.tokenizer)
     check_run(config, corpus, saved)
-    torch.manual_seed(config.seed)
-    sizes = MambaConfig(config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
-    model = Mamba(sizes).to(device)
-    optimizer, first, history = make_optimizer(model, config), saved["step"], saved["history"]
+    if model is None:
+        torch.manual_seed(config.seed)
+        sizes = MambaConfig(config.d_model, config.n_layer, corpus.vocab_size, config.d_state)
+        model = Mamba(sizes)
+    model.to(device)
+    optimizer, history = make_optimizer(model, config), saved["history"]
     if config.resume:
-        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
     forward = model
     if config.compile:
         SCANS.update({name: torch.compiler.disable(scan) for name, scan in SCANS.items()})  # loops
@@ -666,66 +649,59 @@ def train(config: Config) -> dict:
 
     out.mkdir(parents=True, exist_ok=True)
     pressed: list[bool] = []
-    with contextlib.ExitStack() as stack:
-        usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-        stack.callback(signal.signal, signal.SIGINT, usual)
-        path = out / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
-        log = stack.enter_context(path.open("w"))
-        log.writelines(json.dumps(row) + "\n" for row in history)
-        for step in range(first + 1, config.steps + 1):
-            loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
-            history.append({"step": step, "loss": loss, "norm": norm})
-            stop = torch.tensor(len(pressed), device=device)
-            if WORLD > 1:
-                dist.all_reduce(stop)  # all processes stop at the same step
-            due = step % config.eval_every == 0 or step == config.steps
-            if due:
-                scores = evaluate(model, corpus, config, config.eval_tokens)
-                history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
-            print(json.dumps(history[-1]), file=log, flush=True)
-            if RANK == 0 and (due or stop):
-                saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(sizes)}
-                saved |= {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-                saved |= {"config": dataclasses.asdict(config), "history": history, "step": step}
-                saved |= {"tokenizer": corpus.tokenizer and corpus.tokenizer.arguments}
-                saved |= {"size": len(corpus.train)}
-                torch.save(saved, out / "checkpoint.tmp")
-                os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
-            if step == first + 1:
-                start = time.perf_counter()  # the first step warms up
-            if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
-                pace = (time.perf_counter() - start) / max(1, step - first - 1)
-                parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
-                parts.append(f"{pace * 1e3:.0f} ms")
-                parts.append(f"{(config.steps - step) * pace / 60:.1f} minutes left")
-                print(" · ".join(parts), flush=True)
-            if stop:
-                command = shlex.join(word for word in sys.argv if word != "--resume")
-                print(f"stopped after step {step}; to go on: python {command} --resume")
-                raise KeyboardInterrupt
+    usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    first = len(history) + 1
+    for step in range(first, config.steps + 1):
+        if step <= first + 1:
+            start = time.perf_counter()  # again after the first step, which warms up
+        loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
+        history.append({"step": step, "loss": loss, "norm": norm})
+        due = step % config.eval_every == 0 or step == config.steps
+        if due:
+            scores = evaluate(model, corpus, config, config.eval_tokens)
+            history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
+        if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
+            pace = (time.perf_counter() - start) / max(1, step - first)
+            parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
+            parts.append(f"{pace * 1e3:.0f} ms")
+            parts.append(f"{(config.steps - step) * pace / 60:.1f} minutes left")
+            print(" · ".join(parts), flush=True)
+        if RANK == 0 and (due or pressed):
+            saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
+            saved |= {"optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config)}
+            saved |= {"tokenizer": corpus.tokenizer and corpus.tokenizer.arguments}
+            saved |= {"history": history, "size": len(corpus.train)}
+            torch.save(saved, out / "checkpoint.tmp")
+            os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
+            rows = "".join(json.dumps(row) + "\n" for row in history)
+            (out / "metrics.jsonl").write_text(rows, "utf-8")
+        if pressed:
+            print(f"stopped after step {step}; --resume goes on")
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, usual)
 
     scores = evaluate(model, corpus, config)
-    result = {"validation": scores, "baselines_bits_a_byte": {"xz": xz}, "parameters": count}
-    result |= {"wall_seconds": round(time.perf_counter() - began, 1), "seed": config.seed}
-    result |= {"argv": sys.argv, "python": sys.version, "torch": torch.__version__}
-    result |= {"device": f"{device}, {torch.get_num_threads()} threads"}
-    result |= {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-    result |= {"config": dataclasses.asdict(config)}
+    result = {
+        "validation": scores, "baselines_bits_a_byte": {"xz": xz}, "parameters": count,
+        "wall_seconds": round(time.perf_counter() - began, 1), "argv": sys.argv,
+        "python": sys.version, "torch": torch.__version__, "seed": config.seed,
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "config": dataclasses.asdict(config),
+    }  # fmt: skip
     print(f"validation: {scores} after {result['wall_seconds']} s · {out}", flush=True)
     if RANK == 0:
         (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         plot(history, xz, out / "loss.png")
         if corpus.tokenizer and config.prompt:
-            sample(config, model, corpus.tokenizer)
+            sample(dataclasses.replace(config, checkpoint=""))
     return result
 
 
 def start_process(name: str) -> torch.device:
     """The device of that name, auto for cuda, mps or cpu; joins the other processes of torchrun."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.empty(0, device=name).device
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.empty(0, device=accelerator if name == "auto" else name).device
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -762,7 +738,7 @@ def plot(history: list[dict], xz: float | None, path: Path) -> None:
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
     valid = [row for row in history if "valid_loss" in row]
-    unit = (valid[-1]["valid_bits_a_byte"] or 0.0) / valid[-1]["valid_loss"] if xz else 1.0
+    unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if xz else 1.0
     figure, axes = plt.subplots(layout="constrained")
     for rows, key, label in ((history, "loss", "training"), (valid, "valid_loss", "validation")):
         axes.plot([row["step"] for row in rows], [row[key] * unit for row in rows], label=label)
@@ -776,74 +752,59 @@ def plot(history: list[dict], xz: float | None, path: Path) -> None:
 # ----- Sample and evaluate ------------------------------------------------------------------------
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What `train` saved: data only, never code. Raises ValueError for any other file."""
-    try:
-        content = torch.load(path, "cpu", weights_only=True)
-        MambaConfig(**content["model_config"])
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file has many kinds
-        raise ValueError(f"{path} is no checkpoint of this script: {str(error)[:99]}") from error
-    return content
+def load_model(path: Path) -> tuple[Mamba, Tokenizer | None, dict]:
+    """The model and tokenizer in a checkpoint or a model folder, and all that the former holds.
 
-
-def load_model(config: Config) -> tuple[Mamba, Tokenizer | None, dict]:
-    """The model of config.checkpoint, a file of ours or a folder, its tokenizer, its own config.
-
-    The tokenizer is --tokenizer where that is given, else the checkpoint's own, or None.
+    A checkpoint is data only, never code. Raises ValueError for any other file.
     """
-    path, trained = Path(config.checkpoint or Path(config.out) / "checkpoint.pt"), {}
-    if path.is_dir():
-        model, own = read_folder(str(path)), path / "tokenizer.json"
-        tokenizer = load_tokenizer(str(own), []) if own.is_file() else None
-    else:
-        content = load_checkpoint(path)
-        model, trained = Mamba(MambaConfig(**content["model_config"])), content["config"]
-        model.load_state_dict(content["model"])
-        tokenizer = Tokenizer(**content["tokenizer"]) if content["tokenizer"] else None
-    if config.tokenizer != Config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer, [])
-    return model.to(start_process(config.device)), tokenizer, trained
+    try:
+        if path.is_dir():
+            own = path / "tokenizer.json"
+            return read_folder(path), load_tokenizer(str(own), []) if own.is_file() else None, {}
+        saved = torch.load(path, "cpu", weights_only=True)
+        model = Mamba(MambaConfig(**saved["model_config"]))
+        model.load_state_dict(saved["model"])
+        tokenizer = Tokenizer(**saved["tokenizer"]) if saved["tokenizer"] else None
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # each format has kinds of its own
+        raise ValueError(f"{path} holds no model of this script: {str(error)[:200]}") from error
+    return model, tokenizer, saved
 
 
-def sample(config: Config, model: Mamba | None = None, tokenizer: Tokenizer | None = None) -> str:
+def sample(config: Config) -> str:
     """The job `sample`: print the prompt and what the model writes after it. Returns the text."""
-    if model is None:
-        model, tokenizer, _ = load_model(config)
-    if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer: name its own by --tokenizer")
-    ids, size, shown = tokenizer.encode(config.prompt, special=True), model.config.vocab_size, 0
-    if max(ids, default=0) >= size:
-        raise ValueError(f"--prompt: token {max(ids)} is beyond the model's {size}")
-    prompt = torch.tensor([ids], device=model.lm_head.weight.device)
-    generator = torch.Generator(prompt.device).manual_seed(config.seed)
+    model, tokenizer, _ = load_model(Path(config.checkpoint or f"{config.out}/checkpoint.pt"))
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, [])
+    device, size = start_process(config.device), model.config.vocab_size
+    ids = tokenizer.encode(config.prompt)
+    if not ids or max(ids) >= size:
+        raise ValueError(f"--prompt has tokens {ids}, must have some, all below the model's {size}")
+    generator = torch.Generator(device).manual_seed(config.seed)
     options = (config.tokens, config.temperature, config.top_k, config.top_p, generator)
-    for token in model.stream(prompt.long(), *options):
-        ids.append(token.item())
-        text = tokenizer.decode_bytes(ids, special=True).decode("utf-8", "replace")
-        if not text.endswith("\ufffd"):  # else the last character has more tokens to come
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print()
-    return text[:shown]
+    ids = model.to(device).generate(torch.tensor([ids], device=device), *options)[0]
+    text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+    print(text)
+    return text
 
 
 def evaluate_checkpoint(config: Config) -> dict:
     """The job `eval`: the loss on all of --data, or else on the text that training held out."""
-    model, tokenizer, trained = load_model(config)
-    data, length = config.data or trained.get("data", ""), trained.get("length", DEFAULT_LENGTH)
-    resets = config.document_resets or trained.get("document_resets", False)
-    config = dataclasses.replace(config, length=config.length or length, document_resets=resets)
+    model, tokenizer, saved = load_model(Path(config.checkpoint or f"{config.out}/checkpoint.pt"))
+    trained = saved.get("config", {"data": "", "length": DEFAULT_LENGTH, "document_resets": False})
+    data, resets = config.data or trained["data"], config.document_resets
+    length = config.length or trained["length"]
+    resets = resets or trained["document_resets"]
+    config = dataclasses.replace(config, length=length, document_resets=resets)
     if tokenizer is None and not data.endswith(".bin"):
-        raise ValueError("the checkpoint has no tokenizer for text: name its own by --tokenizer")
-    corpus = load_corpus(data, "", tokenizer, split=not config.data)
+        tokenizer = load_tokenizer(config.tokenizer, [])
+    corpus = load_corpus(data, tokenizer, split=not config.data)
     corpus.vocab_size = model.config.vocab_size
     if len(corpus.valid) < 2:
         raise ValueError(f"{data} has {len(corpus.valid)} tokens, and so none to predict")
-    scores = evaluate(model, corpus, config)
-    source, part = data or "Python documentation", "all" if config.data else "the held-out part"
-    print(f"{source}, {part}: {scores}")
+    scores = evaluate(model.to(start_process(config.device)), corpus, config)
+    part = "all" if config.data else "the held-out part"
+    print(f"{data or 'Python documentation'}, {part}: {scores}")
     return scores
 
 
@@ -857,7 +818,7 @@ class FusedScan(torch.autograd.Function):
     pass computes the others again. Each tile of channels adds up its own share of dB and dC.
     """
 
-    TILE, BLOCK, MOST_STATES = 64, 16, 128  # channels side by side, positions, N
+    TILE, BLOCK = 64, 16  # channels side by side, positions
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, h0):
@@ -997,28 +958,16 @@ void scan(int64_t threads, int64_t batch, int64_t L, int64_t D, int64_t N, in x,
 
 @functools.cache
 def c_library() -> ctypes.CDLL:
-    """C_SOURCE, compiled by $CC or cc in a second and kept in the user's cache. Raises OSError."""
+    """C_SOURCE, compiled by $CC or cc in a second. Raises OSError."""
     command = [*shlex.split(os.environ.get("CC", "cc")), "-O3", "-march=native", "-fPIC", "-shared"]
     command += ["-fno-math-errno", "-fno-trapping-math"]  # else it does not vectorise
-    command += [f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}"]
-    processor, cpuinfo = "", Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # the code is for this processor; another one may have the same home
-        processor = re.findall("model name.*|flags.*", cpuinfo.read_text("utf-8", "replace"))[:2]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-scan"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if os.name == "posix" and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise OSError(f"{folder} must be yours alone: what is in it is run")
-    for more in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
-        key = repr((C_SOURCE, command, more, processor)).encode()
-        path = folder / f"{hashlib.sha256(key).hexdigest()[:20]}.so"
-        if not path.exists():
-            build = [*command, *more, "-x", "c", "-", "-o", f"{path}.{os.getpid()}"]
+    command += [f"-DW={FusedScan.TILE}", f"-DT={FusedScan.BLOCK}", "-x", "c", "-"]
+    with tempfile.TemporaryDirectory() as folder:
+        for more in (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], ["-fopenmp-simd"]):
+            build = [*command, *more, "-o", f"{folder}/scan.so"]
             done = subprocess.run(build, input=C_SOURCE, capture_output=True, text=True)
-            if done.returncode != 0:
-                continue
-            os.replace(f"{path}.{os.getpid()}", path)
-        return ctypes.CDLL(str(path))
+            if done.returncode == 0:
+                return ctypes.CDLL(f"{folder}/scan.so")
     raise OSError(f"{command[0]} failed: {done.stderr.strip()[-100:]}")
 
 
@@ -1094,13 +1043,13 @@ SCANS = {"sequential": sequential_scan, "chunked": ParallelScan.apply, "fused": 
 
 def choose_scan(backend: str, x: Tensor, A: Tensor) -> Callable:
     """The function (x, delta, A, B, C, h) -> (y, h) of a backend; auto is the fastest there is."""
-    fits = x.dtype == torch.float32 and A.shape[1] <= FusedScan.MOST_STATES
-    fits = fits and x.device.type in ("cpu", "cuda")
+    device = x.device.type
+    fits = x.dtype == torch.float32 and A.shape[1] <= 128 and device in ("cpu", "cuda")
     if backend == "auto":
-        backend = "fused" if fits and can_compile(x.device.type) else "chunked"
+        backend = "fused" if fits and can_compile(device) else "chunked"
     if backend not in SCANS or (backend == "fused" and not fits):
-        wanted = f"backend {backend!r} must be auto, {', '.join(SCANS)}"
-        raise ValueError(f"{wanted}; fused cannot take {x.dtype} and {A.shape[1]} states")
+        given = f"{x.dtype} and {A.shape[1]} states on {device}"
+        raise ValueError(f"backend {backend!r} must be auto or in {[*SCANS]}, and fit {given}")
     return SCANS[backend]
 
 
@@ -1155,8 +1104,7 @@ class Tokenizer:
                 "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
             self.bytes_of = {i: token for token, i in ranks.items()}
-            self.special, known = {i: text.encode() for text, i in special.items()}, special
-            self.vocab_size = self.bpe.n_vocab
+            self.vocab_size, known = self.bpe.n_vocab, special
         else:
             import tokenizers
 
@@ -1170,23 +1118,18 @@ class Tokenizer:
             self.vocab_size = max(known.values()) + 1
         self.separator = next((known[text] for text in ENDS if text in known), None)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of text; special tokens written in it are ordinary text unless `special`."""
+    def encode(self, text: str) -> list[int]:
+        """Ids of text. Special tokens written in it are ordinary text, but not of a file."""
         if self.arguments["file"]:
-            self.file.encode_special_tokens = not special
             return self.file.encode(text).ids
-        allowed, ids = set(self.arguments["special"]) if special else set(), []
-        for piece in re.split(r"(\s{4000})", text):  # at a million spaces tiktoken panics
-            ids += self.bpe.encode(piece, allowed_special=allowed, disallowed_special=())
-        return ids
+        pieces = re.split(r"(\s{4000})", text)  # at a million spaces tiktoken panics
+        return list(itertools.chain.from_iterable(map(self.bpe.encode_ordinary, pieces)))
 
-    def decode_bytes(self, ids, special: bool = False) -> bytes:
-        """Bytes of ids, of special tokens only if `special`; unknown ids yield none."""
-        ids = [int(i) for i in ids]
+    def decode_bytes(self, ids) -> bytes:
+        """Bytes of ids; special tokens and unknown ids yield none."""
         if self.arguments["file"]:
-            return self.file.decode(ids, skip_special_tokens=not special).encode()
-        table = self.bytes_of | self.special if special else self.bytes_of
-        return b"".join(table.get(i, b"") for i in ids)
+            return self.file.decode([int(i) for i in ids]).encode()
+        return b"".join(self.bytes_of.get(int(i), b"") for i in ids)
 
 
 def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
@@ -1218,38 +1161,37 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
     import regex  # tiktoken brings it
 
     size, words = int(name.removeprefix("bpe:")), collections.Counter()
-    if size < 257:
-        raise ValueError(f"{name}: there must be at least 257 ids, for bytes and a separator")
     for text in documents:
         for word in regex.findall(CL100K, text):
             words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
-    parts, counts = [[bytes([b]) for b in word] for word in words], list(words.values())
+    parts = {word: [bytes([b]) for b in word] for word in words}
     total, places = collections.Counter(), collections.defaultdict(set)  # of each pair
 
-    def count_pairs(k: int, sign: int) -> None:
-        for pair in zip(parts[k], parts[k][1:], strict=False):
-            total[pair] += sign * counts[k]
-            places[pair].add(k)
+    def count_pairs(word: bytes, sign: int) -> None:
+        for pair in zip(parts[word], parts[word][1:], strict=False):
+            total[pair] += sign * words[word]
+            places[pair].add(word)
 
-    for k in range(len(parts)):
-        count_pairs(k, 1)
+    for word in words:
+        count_pairs(word, 1)
     ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < size - 1:
-        pair = max(total, key=total.get, default=None)
-        if pair is None or total[pair] < 1:
-            raise ValueError(f"{name}: the text yields only {len(ranks) + 1} ids")
+    while len(ranks) < size - 1 and +total:
+        pair = max(total, key=total.get)
         ranks.setdefault(b"".join(pair), len(ranks))
-        for k in places.pop(pair):
-            count_pairs(k, -1)
+        for word in places.pop(pair):
+            count_pairs(word, -1)
             joined: list[bytes] = []
-            for part in parts[k]:
+            for part in parts[word]:
                 if joined and (joined[-1], part) == pair:
                     joined[-1] += part
                 else:
                     joined.append(part)
-            parts[k] = joined
-            count_pairs(k, 1)
+            parts[word] = joined
+            count_pairs(word, 1)
         del total[pair]
+    if len(ranks) != size - 1:
+        offer = f"has 257 to {len(ranks) + 1} ids to offer; choose another --tokenizer"
+        raise ValueError(f"{name}: this text {offer}")
     return Tokenizer(ranks, CL100K, {ENDS[0]: size - 1})
 
 
@@ -1261,62 +1203,49 @@ NAMES = {  # Hugging Face's name of each of our fields
     "dt_rank": "time_step_rank", "tie_embeddings": "tie_word_embeddings",
     "norm_eps": "layer_norm_epsilon",
 }  # fmt: skip
+PLAIN = {  # what we take for granted, in Hugging Face's config.json, then in the official one
+    "model_type": "mamba", "hidden_act": "silu", "use_bias": False, "use_conv_bias": True,
+    "d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "layer": "Mamba1",
+    "bias": False, "conv_bias": True,
+}  # fmt: skip
 
 
-def read_folder(folder: str) -> Mamba:
-    """The model in a folder in Hugging Face's layout, by `transformers`, or in the official one.
+def read_folder(folder: str | Path) -> Mamba:
+    """The model in a folder in Hugging Face's layout, by `transformers`, or in the official one."""
+    folder = Path(folder)
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    fields |= fields.get("ssm_cfg") or {}
+    for name, value in PLAIN.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{name} is {fields[name]!r}, a plain Mamba's is {value!r}")
+    if "model_type" in fields:
+        from transformers import MambaForCausalLM
 
-    Raises ValueError for a config.json that is not of a plain Mamba, or whose weights do not fit.
-    """
-    path, given = Path(folder), {}
-    try:
-        fields = json.loads((path / "config.json").read_text("utf-8"))
-        official = "model_type" not in fields
-        if official:
-            fields |= fields.get("ssm_cfg") or {}
-            need = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True, "layer": "Mamba1"}
-            need |= {"bias": False, "conv_bias": True}
-            names = {field.name: field.name for field in dataclasses.fields(MambaConfig)}
-        else:
-            need = {"model_type": "mamba", "hidden_act": "silu"}
-            need |= {"use_bias": False, "use_conv_bias": True}
-            names, given = NAMES, {"pad_vocab_size_multiple": 1}
-        for name, value in need.items():
-            if fields.get(name, value) != value:
-                raise ValueError(f"{name} is {fields[name]!r}, a plain Mamba's is {value!r}")
-        given |= {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
-        model = Mamba(MambaConfig(**given))
-        if official:
-            tensors = torch.load(path / "pytorch_model.bin", "cpu", weights_only=True)
-            tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
-            tensors.setdefault("lm_head.weight", tensors["backbone.embeddings.weight"])
-        else:
-            from transformers import MambaForCausalLM
-
-            options = {"dtype": torch.float32, "output_loading_info": True}
-            theirs, report = MambaForCausalLM.from_pretrained(folder, **options)
-            if any(report.values()):  # else what is missing would be drawn anew
-                raise ValueError(f"the weights do not fit: {report}")
-            tensors = theirs.state_dict()
-        model.load_state_dict(tensors)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # each format has kinds of its own
-        raise ValueError(f"{folder} holds no such model: {error}") from error
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        theirs, report = MambaForCausalLM.from_pretrained(folder, **options)
+        if any(report.values()):  # else what is missing would be drawn anew
+            raise ValueError(f"the weights do not fit: {report}")
+        given = {ours: getattr(theirs.config, name) for ours, name in NAMES.items()}
+        tensors = theirs.state_dict()
+    else:
+        given = {ours: fields[ours] for ours in NAMES if ours in fields}
+        tensors = torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
+        tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
+        tensors.setdefault("lm_head.weight", tensors["backbone.embeddings.weight"])
+        given["vocab_size"] = len(tensors["lm_head.weight"])  # which is padded there
+    model = Mamba(MambaConfig(**given))
+    model.load_state_dict(tensors)
     return model
 
 
 def write_folder(model: Mamba, folder: str) -> None:
-    """Write Hugging Face's layout, by `transformers`; the padding of the vocabulary is cut off."""
+    """Write Hugging Face's layout, by `transformers`."""
     import transformers
 
     config = dataclasses.replace(model.config, dt_rank=model.config.rank)
     fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**fields))
-    tensors = model.state_dict()
-    for name in ("backbone.embeddings.weight", "lm_head.weight"):
-        tensors[name] = tensors[name][: config.vocab_size]
-    theirs.load_state_dict(tensors)
+    theirs.load_state_dict(model.state_dict())
     theirs.save_pretrained(folder)
 
 
@@ -1347,9 +1276,7 @@ class Config:
     weight_decay: float = flag(0.1, "of matrices; none for A_log, D, norms and biases")
     beta2: float = flag(0.95, "AdamW's second beta; the first is 0.9")
     clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
-    document_resets: bool = flag(
-        False, "empty the state at a document's start; not the paper's way"
-    )
+    document_resets: bool = flag(False, "empty the state where a document begins; not the paper's")
     eval_every: int = flag(200, "steps from one evaluation and checkpoint to the next")
     eval_tokens: int = flag(20_000, "validation tokens for these, 0 for all; the last takes all")
     compile: bool = flag(False, "torch.compile all but the scan")
@@ -1368,9 +1295,8 @@ class Config:
     def __post_init__(self):
         positive = ("d_model", "n_layer", "d_state", "steps", "batch", "accumulate", "eval_every")
         for name, value in dataclasses.asdict(self).items():
-            least = 1 if name in (*positive, "tokens") else 0
-            if not isinstance(value, str) and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+            if not isinstance(value, str) and not value >= (name in positive):
+                raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
 
 
 DEFAULT_LENGTH = 512

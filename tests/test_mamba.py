@@ -274,7 +274,7 @@ def test_states_are_not_kept(backend):
 
 def test_the_fused_scan_says_what_it_cannot_take():
     double = {k: v.double() if is_float(v) else v for k, v in draw(2, 5, 3, 4).items()}
-    with pytest.raises(ValueError, match=r"cannot take torch\.float64"):
+    with pytest.raises(ValueError, match=r"fit torch\.float64"):
         mamba.selective_scan(**double, backend="fused")
     wide = draw(1, 4, 2, 200)
     with pytest.raises(ValueError, match="200 states"):
@@ -352,8 +352,8 @@ print(mamba.can_compile('cpu'))
 """
 
 
-def start_program(cache, **environment):
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
+def start_program(**environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-c", PROGRAM]
     cwd = Path(mamba.__file__).parent
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=-1, stderr=-1, text=True)
@@ -366,21 +366,9 @@ def ends(process):
     return output.strip(), errors.splitlines()
 
 
-def test_two_processes_may_compile_at_once(tmp_path):
-    need("fused")
-    running = [start_program(tmp_path) for _ in range(2)]
-    assert [ends(process) for process in running] == [("True", [])] * 2
-    (made,) = (tmp_path / "mamba-scan").iterdir()  # one library, and nothing half written
-    assert made.suffix == ".so" and not (tmp_path / "mamba-scan").stat().st_mode & 0o077
-
-
-def test_without_a_compiler_the_chunked_scan_runs_and_one_line_says_so(tmp_path):
+def test_without_a_compiler_the_chunked_scan_runs_and_one_line_says_so():
     compilers = ("no-such-compiler", "false", "cc -no-such-flag")
-    running = [start_program(tmp_path / str(i), CC=cc) for i, cc in enumerate(compilers)]
-    running.append(start_program("/proc"))  # where no folder can be made
-    (tmp_path / "open" / "mamba-scan").mkdir(parents=True)
-    (tmp_path / "open" / "mamba-scan").chmod(0o777)  # where others could put code
-    running.append(start_program(tmp_path / "open"))
+    running = [start_program(CC=cc) for cc in compilers]
     for process in running:
         output, errors = ends(process)
         assert output == "False" and len(errors) == 1
@@ -480,16 +468,6 @@ def test_causal_conv_is_conv1d(taps):
     close(mamba.causal_conv(x, weight, bias, before, starts)[0][:, 1:], torch.cat(pieces, 1))
 
 
-def test_vocabulary_padding_is_cut():
-    model = small()
-    assert len(model.backbone.embeddings.weight) == 32
-    model.lm_head.weight[29:] = math.nan
-    logits, state = model(text(1, 5), return_state=True)
-    assert logits.shape == (1, 5, 29) and logits.isfinite().all()
-    assert model.step(text(1), state)[0].shape == (1, 29)
-    close(model(text(1, 5), targets=text(1, 5)).isfinite(), torch.tensor(True))
-
-
 def test_the_loss_is_the_mean_cross_entropy():
     model, tokens, targets = small(vocab_size=600), text(3, 300), text(3, 300)
     truth = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
@@ -579,18 +557,12 @@ def test_tokens_are_drawn_from_the_cut_distribution(options, expected):
     assert (share[torch.tensor(expected) == 0] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -0.5}, {"top_k": -1}, {"top_p": 1.5}])
-def test_bad_sampling_options(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        mamba.sample_token(torch.zeros(1, 4), **bad)
-
-
 # ----- Folders in the official layout; Hugging Face's are tested in tests/peers
 
 
 def official(folder, model, **changes):
     """A folder as state-spaces/mamba writes it."""
-    fields = {"d_model": 12, "n_layer": 2, "vocab_size": 29, "ssm_cfg": {"d_state": 4}}
+    fields = {"d_model": 12, "n_layer": 2, "vocab_size": 27, "ssm_cfg": {"d_state": 4}}
     fields |= {"rms_norm": True, "residual_in_fp32": True, "pad_vocab_size_multiple": 8}
     (folder / "config.json").write_text(json.dumps(fields | changes))
     weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
@@ -601,7 +573,7 @@ def official(folder, model, **changes):
 def test_the_official_layout_is_read(tmp_path):
     model, tokens = small().float(), text(2, 9)
     official(tmp_path, model)
-    assert torch.equal(mamba.read_folder(str(tmp_path))(tokens), model(tokens))
+    assert torch.equal(mamba.read_folder(tmp_path)(tokens), model(tokens))
 
 
 @pytest.mark.parametrize(
@@ -613,13 +585,12 @@ def test_the_official_layout_is_read(tmp_path):
         ({"ssm_cfg": {"d_state": 5}}, "A_log"),
         ({"ssm_cfg": {"d_state": 4, "bias": True}}, "bias"),
         ({"n_layer": 3}, "layers.2"),
-        ({"vocab_size": None}, "NoneType"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path, changes, words):
     official(tmp_path, small().float(), **changes)
-    with pytest.raises(ValueError, match=words):
-        mamba.read_folder(str(tmp_path))
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        mamba.read_folder(tmp_path)
 
 
 # ----- Data
@@ -644,13 +615,9 @@ def test_round_trips(name):
         ids = tokenizer.encode(words)
         assert tokenizer.separator not in ids and max(ids, default=0) < tokenizer.vocab_size
         assert tokenizer.decode_bytes(ids) == words.encode()
-    parsed = tokenizer.encode(MIXED, special=True)
-    assert (
-        parsed.count(tokenizer.separator) == 1 and tokenizer.separator == tokenizer.vocab_size - 1
-    )
-    assert tokenizer.decode_bytes(parsed, special=True) == MIXED.encode()
-    assert tokenizer.decode_bytes(parsed) == MIXED.replace("<|endoftext|>", "").encode()
-    assert tokenizer.decode_bytes([tokenizer.vocab_size + 3]) == b""  # the vocabulary's padding
+    assert tokenizer.separator == tokenizer.vocab_size - 1
+    assert tokenizer.decode_bytes([tokenizer.separator]) == b""
+    assert tokenizer.decode_bytes([tokenizer.vocab_size + 3]) == b""  # of a padded vocabulary
     again = mamba.Tokenizer(**tokenizer.arguments)
     assert again.encode(MIXED) == tokenizer.encode(MIXED)
 
@@ -683,7 +650,7 @@ def test_bpe_of_text_without_spaces_takes_no_minutes():
     dna = "".join(random.Random(0).choices("ACGT", k=100_000))
     tokenizer = mamba.load_tokenizer("bpe:400", [dna])
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode(dna)) < 40_000
-    with pytest.raises(ValueError, match="yields only"):
+    with pytest.raises(ValueError, match="ids to offer"):
         mamba.load_tokenizer("bpe:5000", ["short text"])
 
 
@@ -719,8 +686,8 @@ def test_every_twentieth_document_is_for_validation(tmp_path):
     rows[10] = "a document so long that it alone would decide the score. " * 30
     corpus = mamba.load_corpus(write_jsonl(tmp_path / "x.jsonl", rows), "byte")
     kept = [row for row in rows if row != rows[10]]
-    text = corpus.tokenizer.decode_bytes(corpus.valid, special=True).decode()
-    assert text == "".join(row + "<|endoftext|>" for row in kept[19::20])
+    text = corpus.tokenizer.decode_bytes(corpus.valid).decode()
+    assert text == "".join(kept[19::20])
     assert len(corpus.train) + len(corpus.valid) == sum(len(row.strip()) + 1 for row in rows)
 
 
@@ -805,7 +772,6 @@ def test_an_epoch_reads_each_window_once(size):
     assert epochs.min() >= 0 and epochs.max() + 33 <= size
     for epoch in epochs:
         assert (np.diff(np.sort(epoch)) == 32).all()
-    mamba.epoch_offsets.cache_clear()
     assert (mamba.window_offsets(corpus, config, 1) == steps[1]).all()  # needs no replay
     if size == 1000:
         other = mamba.window_offsets(corpus, mamba.Config(length=32, batch=3, seed=1), 1)
@@ -994,7 +960,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     assert run("whole", *flags) == 0
     stop_after(monkeypatch, 7)
     assert run("parts", *flags) == 130
-    assert len(rows(tmp_path / "parts")) == saved(tmp_path / "parts")["step"] == 7
+    assert len(rows(tmp_path / "parts")) == len(saved(tmp_path / "parts")["history"]) == 7
     assert "stopped after step 7" in capsys.readouterr().out
     stop_after(monkeypatch, 16)
     assert run("parts", *flags, "--resume") == 130
@@ -1024,17 +990,14 @@ def interrupt(process):
     return output.splitlines()[-1]
 
 
-def test_the_command_that_ctrl_c_prints_resumes(run, tmp_path):
-    flags = [*TINY, "--data", "text.txt", "--out", "run dir", "--steps", "100000"]
+def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+    flags = [*TINY, "--data", "text.txt", "--out", "run", "--steps", "100000"]
+    (tmp_path / "text.txt").write_text(sentences(1), "utf-8")
     last = interrupt(start(sys.executable, mamba.__file__, *flags, cwd=tmp_path))
-    stopped, command = re.fullmatch(
-        r"stopped after step (\d+); to go on: python (.*)", last
-    ).groups()
-    assert saved(tmp_path / "run dir")["step"] == int(stopped)
-    again = interrupt(start(sys.executable, *shlex.split(command), cwd=tmp_path))
-    assert again.endswith(command)  # and not --resume twice
-    steps = [row["step"] for row in rows(tmp_path / "run dir")]
-    assert steps == [*range(1, len(steps) + 1)] and len(steps) > int(stopped)
+    stopped = int(re.fullmatch(r"stopped after step (\d+); --resume goes on", last)[1])
+    assert len(saved(tmp_path / "run")["history"]) == len(rows(tmp_path / "run")) == stopped
+    interrupt(start(sys.executable, mamba.__file__, *flags, "--resume", cwd=tmp_path))
+    assert len(rows(tmp_path / "run")) > stopped
 
 
 def test_two_processes_are_one(run, tmp_path):
@@ -1084,7 +1047,7 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, c
     assert re.search(r"diverged at step 8: .*nan.*lower --lr\n", capsys.readouterr().err)
     monkeypatch.setattr(mamba, "learning_rate", usual)
     kept = saved(tmp_path / "late")
-    assert kept["step"] == 5 and all(v.isfinite().all() for v in kept["model"].values())
+    assert len(kept["history"]) == 5 and all(v.isfinite().all() for v in kept["model"].values())
     assert run("late", "--resume") == 0
 
 
@@ -1093,7 +1056,7 @@ def test_a_model_that_scores_nan_is_not_saved_and_does_not_write(
 ):
     usual = mamba.learning_rate
     monkeypatch.setattr(mamba, "learning_rate", lambda i, c: math.inf if i == 9 else usual(i, c))
-    assert run("out") == 1 and saved(tmp_path / "out")["step"] == 5
+    assert run("out") == 1 and len(saved(tmp_path / "out")["history"]) == 5
     content = saved(tmp_path / "out")
     content["model"]["backbone.norm_f.weight"][0] = math.nan
     torch.save(content, tmp_path / "out" / "checkpoint.pt")
@@ -1145,38 +1108,15 @@ def test_tokens_from_a_bin(run, tmp_path, capsys):
     assert run("bare", "--tokenizer", "byte", job="sample", data="") == 0  # the advice helps
 
 
-class Parrot:
-    """A model that writes the given bytes, one a token."""
-
-    def __init__(self, content):
-        self.content, self.config = content, mamba.MambaConfig(vocab_size=257)
-        self.lm_head = torch.nn.Linear(1, 1)
-
-    def stream(self, tokens, max_new_tokens, *options):
-        yield from (torch.tensor([byte]) for byte in self.content[:max_new_tokens])
-
-
-@pytest.mark.parametrize("tokens", [99, 25])  # 25: in the middle of the last character
-def test_a_sample_comes_in_whole_characters(tokens, monkeypatch):
-    content, pieces = "né → 日本語 🙂 👩‍👧".encode(), []
-    monkeypatch.setattr(
-        "builtins.print", lambda *words, end="\n", **_: pieces.append("".join(words) + end)
-    )
-    config = mamba.Config(prompt="Oh", tokens=tokens)
-    text = mamba.sample(config, Parrot(content), mamba.load_tokenizer("byte", []))
-    assert text == "Oh" + content[:tokens].decode("utf-8", "ignore")
-    assert "".join(pieces) == text + "\n" and len(pieces) > 10 and "\ufffd" not in text
-
-
 def test_samples_from_a_checkpoint(run, tmp_path, capsys):
     assert run("out") == 0 and capsys.readouterr()
     assert (
         run("out", "--prompt", "naïve", "--tokens", "30", "--temperature", "0", job="sample") == 0
     )
     text = capsys.readouterr().out.removesuffix("\n")
-    model, tokenizer, _ = mamba.load_model(mamba.Config(out=str(tmp_path / "out")))
+    model, tokenizer, _ = mamba.load_model(tmp_path / "out" / "checkpoint.pt")
     ids = model.generate(torch.tensor([tokenizer.encode("naïve")]), 30, temperature=0)[0]
-    assert tokenizer.decode_bytes(ids, special=True).decode("utf-8", "replace").startswith(text)
+    assert tokenizer.decode_bytes(ids).decode("utf-8", "replace") == text
     assert text.startswith("naïve")
 
 
@@ -1197,28 +1137,27 @@ BAD = {  # flags after the usual ones; what the line must say
     "--data x.bin": "token 300 is beyond the model's 257",
     "--data odd.bin": "odd.json",
     "--tokenizer wordpiece": "Unknown encoding wordpiece",
-    "--tokenizer bpe:9999999": "yields only",
-    "--tokenizer bpe:100": "at least 257",
+    "--tokenizer bpe:9999999": "ids to offer",
+    "--tokenizer bpe:100": "ids to offer",
     "--tokenizer two.tiktoken": "every single byte",
-    "--steps 0": "--steps 0 must be at least 1",
-    "--lr nan": "--lr nan must be at least 0",
+    "--steps 0": "--steps 0 is too small",
+    "--lr nan": "--lr nan is too small",
     "--document-resets --data bare.bin": "needs a document_separator",
     "--device cuda": "CUDA",
-    "eval --out good --length -5": "--length -5 must be",
+    "eval --out good --length -5": "--length -5 is too small",
     "--batch 3 --accumulate 2": "equal division",
     "--device tpu": "tpu",
     "--out text.txt": "text.txt",
-    "--out junk --resume": "junk/checkpoint.pt is no checkpoint",
+    "--out junk --resume": "junk/checkpoint.pt holds no model",
     "--out nothing --resume": "nothing/checkpoint.pt",
-    "sample --checkpoint junk/checkpoint.pt": "is no checkpoint",
-    "sample --checkpoint zero.pt": "is no checkpoint",
-    "sample --checkpoint four.pt": "is no checkpoint",
-    "sample --checkpoint other.pt": "is no checkpoint",
+    "sample --checkpoint junk/checkpoint.pt": "holds no model",
+    "sample --checkpoint zero.pt": "holds no model",
+    "sample --checkpoint four.pt": "holds no model",
+    "sample --checkpoint other.pt": "holds no model",
     "sample --checkpoint nowhere.pt": "nowhere.pt",
     "sample --checkpoint junk": "config.json",
-    "sample --out good --prompt ''": "prompt is empty",
-    "sample --out good --temperature -1": "temperature",
-    "sample --out good --top-p 7": "top_p",
+    "sample --out good --prompt ''": "must have some",
+    "sample --out good --temperature -1": "--temperature -1.0 is too small",
     "eval --out good --data empty.txt": "1 tokens, and so none",
 }
 

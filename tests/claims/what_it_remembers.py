@@ -18,6 +18,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def spread(model: mamba.Mamba, windows: Tensor) -> tuple[list[float], list[float
 def load_or_train(s: Settings, corpus: mamba.Corpus | None, seed: int) -> tuple:
     """The checkpoint's model and tokenizer; or without one a model trained on the corpus."""
     if s.checkpoint:
-        return mamba.load_model(mamba.Config(checkpoint=s.checkpoint, tokenizer=s.tokenizer))[:2]
+        return mamba.load_model(Path(s.checkpoint))[:2]
     model, config = model_of(s, corpus, seed)
     train_on_text(model, corpus, config)
     return model, corpus.tokenizer
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in asked.seeds[:1] if s.checkpoint else asked.seeds:
         model, tokenizer = load_or_train(s, corpus, seed)
         if corpus is None:
-            corpus = mamba.load_corpus(s.data, s.tokenizer, tokenizer)
+            corpus = mamba.load_corpus(s.data, tokenizer)
         measured = corpus.valid[: s.eval_tokens]
         runs.append(by_kind(model, tokenizer, measured, s.length))
         spreads.append(spread(model, windows_of(measured, s.length)))
