@@ -108,7 +108,7 @@ def test_mamba_gives_their_ids(tmp_path, kind):
         assert ours.decode_bytes(ids).decode() == back
         found += end in ids
         marked = any(token.content in text for token in peer.get_added_tokens_decoder().values())
-        lost = marked or kind == "smollm" and not text.isascii()  # it has no id for those bytes
+        lost = marked or (kind == "smollm" and not text.isascii())  # it has no id for those bytes
         lost |= kind == "mistral" and text[:1] == " "  # the file's own decoder drops it
         assert lost or back == (unicodedata.normalize(form, text) if form else text)
     assert found > 0 and ours.decode_bytes([ours.vocab_size + 9]) == b""  # a model's padding
