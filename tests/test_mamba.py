@@ -1,5 +1,6 @@
 """mamba.py: the scan against slow loops, the model against steps, data, and the jobs."""
 
+import base64
 import functools
 import itertools
 import json
@@ -443,13 +444,8 @@ def test_the_past_does_not_see_the_future():
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 def test_causal_conv_is_conv1d(taps):
-    x, weight, before = (
-        torch.randn(2, 11, 21),
-        torch.randn(21, 1, taps),
-        torch.randn(2, taps - 1, 21),
-    )
-    x, weight, before = (v.double().requires_grad_() for v in (x, weight, before))
-    bias = torch.randn(21).double().requires_grad_()
+    shapes = (2, 11, 21), (21, 1, taps), (2, taps - 1, 21), (21,)
+    x, weight, before, bias = (torch.randn(shape).double().requires_grad_() for shape in shapes)
 
     def truth(x):
         return F.conv1d(x.mT, weight, bias, groups=21).mT
@@ -650,13 +646,18 @@ def test_bpe_of_text_without_spaces_takes_no_minutes():
     dna = "".join(random.Random(0).choices("ACGT", k=100_000))
     tokenizer = mamba.load_tokenizer("bpe:400", [dna])
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode(dna)) < 40_000
-    with pytest.raises(ValueError, match="ids to offer"):
-        mamba.load_tokenizer("bpe:5000", ["short text"])
+
+
+def test_bpe_is_the_same_in_every_process():
+    """Ties too, although Python hashes strings anew in each."""
+    program = "import mamba; ranks = mamba.load_tokenizer('bpe:400', [mamba.__doc__]).bytes_of; "
+    command, cwd = [sys.executable, "-c", program + "print(ranks)"], Path(mamba.__file__).parent
+    seeds = [os.environ | {"PYTHONHASHSEED": seed} for seed in "123"]
+    found = [subprocess.check_output(command, cwd=cwd, env=seed) for seed in seeds]
+    assert found[0] == found[1] == found[2] and len(found[0]) > 1000
 
 
 def test_a_tiktoken_file(tmp_path):
-    import base64
-
     learnt = mamba.load_tokenizer("bpe:300", [PROSE + MIXED])
     rows = [
         base64.b64encode(token) + b" %d\n" % i for token, i in learnt.arguments["ranks"].items()
@@ -895,7 +896,9 @@ def run(tmp_path, monkeypatch):
             [job, *(TINY if job == "train" else []), *data, "--out", str(tmp_path / out), *flags]
         )
 
-    return run
+    usual = signal.getsignal(signal.SIGINT)
+    yield run
+    signal.signal(signal.SIGINT, usual)  # a run that ended early leaves its own
 
 
 def rows(folder):
@@ -1002,16 +1005,9 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
 
 def test_two_processes_are_one(run, tmp_path):
     assert run("one", "--accumulate", "2") == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += [mamba.__file__, *TINY, "--data", "text.txt", "--out", "two", "--accumulate", "2"]
-    process = start(*command, cwd=tmp_path)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*TINY, "--data", "text.txt", "--out", "two", "--accumulate", "2"]
+    process = start(sys.executable, *launch, mamba.__file__, *flags, cwd=tmp_path)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     torch.testing.assert_close(
@@ -1019,11 +1015,6 @@ def test_two_processes_are_one(run, tmp_path):
     )
     close(saved(tmp_path / "two")["model"], saved(tmp_path / "one")["model"], 1e-3)
     assert output.count("step 20 · ") == 1  # one process speaks
-
-
-def test_accumulation_is_one_batch(run, tmp_path):
-    assert [run("1"), run("4", "--accumulate", "4")] == [0, 0]
-    torch.testing.assert_close(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-5, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1136,10 +1127,12 @@ BAD = {  # flags after the usual ones; what the line must say
     "--data rows.jsonl": "rows.jsonl, line 3",
     "--data x.bin": "token 300 is beyond the model's 257",
     "--data odd.bin": "odd.json",
+    "--data nulls.bin": "the .json beside it do not fit",
     "--tokenizer wordpiece": "Unknown encoding wordpiece",
-    "--tokenizer bpe:9999999": "ids to offer",
-    "--tokenizer bpe:100": "ids to offer",
+    "--tokenizer bpe:9999999": "offers from 257",
+    "--tokenizer bpe:100": "offers from 257",
     "--tokenizer two.tiktoken": "every single byte",
+    "--tokenizer twice.tiktoken": "nothing twice",
     "--steps 0": "--steps 0 is too small",
     "--lr nan": "--lr nan is too small",
     "--document-resets --data bare.bin": "needs a document_separator",
@@ -1173,8 +1166,13 @@ def bad_inputs(tmp_path_factory):
     write_bin(folder, [1] * 1000, tokenizer=None, document_separator=None)
     (folder / "x.bin").rename(folder / "bare.bin")
     (folder / "x.json").rename(folder / "bare.json")
+    write_bin(folder, [300] * 1000, vocab_size=None)
+    (folder / "x.bin").rename(folder / "nulls.bin")
+    (folder / "x.json").rename(folder / "nulls.json")
     write_bin(folder, [300] * 1000)
     (folder / "two.tiktoken").write_text("YQ== 0\nYg== 1\n")
+    ranks = "".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    (folder / "twice.tiktoken").write_text(f"{ranks}YWI= 255\n")
     (folder / "junk").mkdir()
     (folder / "junk" / "checkpoint.pt").write_bytes(b"not tensors at all")
     (folder / "four.pt").write_bytes(b"junk")

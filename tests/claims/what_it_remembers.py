@@ -123,7 +123,8 @@ def spread(model: mamba.Mamba, windows: Tensor) -> tuple[list[float], list[float
 def load_or_train(s: Settings, corpus: mamba.Corpus | None, seed: int) -> tuple:
     """The checkpoint's model and tokenizer; or without one a model trained on the corpus."""
     if s.checkpoint:
-        return mamba.load_model(Path(s.checkpoint))[:2]
+        model, tokenizer, _ = mamba.load_model(Path(s.checkpoint))
+        return model, tokenizer or mamba.load_tokenizer(s.tokenizer, [])
     model, config = model_of(s, corpus, seed)
     train_on_text(model, corpus, config)
     return model, corpus.tokenizer

@@ -272,7 +272,7 @@ def models(quick: bool) -> dict:
             transformer.TransformerConfig(32, 2, 2, vocab_size=100),
         )
     else:
-        ours = mamba.MambaConfig(768, 24, 50277)
+        ours = mamba.MambaConfig(768, 24, 50280)
         theirs = transformer.TransformerConfig(768, 12, 12, vocab_size=50277, tie_embeddings=True)
     return {
         "mamba.py": mamba.Mamba(ours).to(DEVICE),
