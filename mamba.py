@@ -34,7 +34,6 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import lzma
 import math
@@ -141,7 +140,7 @@ class MambaConfig:
 
     d_model: int = 768  # width of the residual stream
     n_layer: int = 24
-    vocab_size: int = 50280
+    vocab_size: int = 50280  # ids: rows of the embedding, and logits
     d_state: int = 16  # N, states a channel
     d_conv: int = 4  # taps of the convolution
     expand: int = 2  # the block is this much wider than the residual stream
@@ -301,6 +300,8 @@ class Mamba(nn.Module):
 
         Raises FloatingPointError where the logits are not finite.
         """
+        if tokens.numel() == 0:
+            raise ValueError("the prompt is empty: give at least one token")
         x, state = self.hidden(tokens)
         logits = self.lm_head(x[:, -1])
         for i in range(max_new_tokens):
@@ -314,6 +315,8 @@ class Mamba(nn.Module):
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
     """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k, top_p cut the tail."""
+    if not (temperature >= 0 and (top_k or 0) >= 0 and 0 < (top_p or 1) <= 1):
+        raise ValueError(f"{temperature=} must be at least 0, {top_k=} too, {top_p=} in (0, 1]")
     if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -453,11 +456,11 @@ class Corpus:
     context_length: int | None = None  # of packed contexts: no window joins two
 
 
-def load_corpus(path: str, tokenizer: Tokenizer | str, split: bool = True) -> Corpus:
+def load_corpus(path: str, tokenizer: Tokenizer | str | None, split: bool = True) -> Corpus:
     """The corpus of a text file, a .jsonl with a `text` a line, a .bin, or else of Python's prose.
 
-    A tokenizer given by name that is trained here never sees validation text. Without `split` all
-    is for validation.
+    A tokenizer trained here, by its name, never sees validation text; a .bin names its own.
+    Without `split` all is for validation.
     """
     if path.endswith(".bin"):
         return read_tokens(path, split)
@@ -650,34 +653,37 @@ def train(config: Config) -> dict:
     pressed: list[bool] = []
     usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     first = len(history) + 1
-    for step in range(first, config.steps + 1):
-        if step <= first + 1:
-            start = time.perf_counter()  # again after the first step, which warms up
-        loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
-        history.append({"step": step, "loss": loss, "norm": norm})
-        due = step % config.eval_every == 0 or step == config.steps
-        if due:
-            scores = evaluate(model, corpus, config, config.eval_tokens)
-            history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
-        if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
-            pace = (time.perf_counter() - start) / max(1, step - first)
-            parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
-            parts.append(f"{pace * 1e3:.0f} ms")
-            parts.append(f"{(config.steps - step) * pace / 60:.1f} minutes left")
-            print(" · ".join(parts), flush=True)
-        if RANK == 0 and (due or pressed):
-            saved = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
-            saved |= {"optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config)}
-            saved |= {"tokenizer": corpus.tokenizer and corpus.tokenizer.arguments}
-            saved |= {"history": history, "size": len(corpus.train)}
-            torch.save(saved, out / "checkpoint.tmp")
-            os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
-            rows = "".join(json.dumps(row) + "\n" for row in history)
-            (out / "metrics.jsonl").write_text(rows, "utf-8")
-        if pressed:
-            print(f"stopped after step {step}; --resume goes on")
-            raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, usual)
+    try:
+        for step in range(first, config.steps + 1):
+            if step <= first + 1:
+                start = time.perf_counter()  # again after the first step, which warms up
+            loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
+            history.append({"step": step, "loss": loss, "norm": norm})
+            due = step % config.eval_every == 0 or step == config.steps
+            if due:
+                scores = evaluate(model, corpus, config, config.eval_tokens)
+                history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
+            if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
+                pace = (time.perf_counter() - start) / max(1, step - first)
+                parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
+                left = f"{pace * 1e3:.0f} ms · {(config.steps - step) * pace / 60:.1f} minutes left"
+                print(" · ".join([*parts, left]), flush=True)
+            if RANK == 0 and (due or pressed):
+                saved = {
+                    "model": model.state_dict(), "model_config": dataclasses.asdict(model.config),
+                    "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config),
+                    "tokenizer": corpus.tokenizer and corpus.tokenizer.arguments,
+                    "history": history, "size": len(corpus.train),
+                }  # fmt: skip
+                torch.save(saved, out / "checkpoint.tmp")
+                os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # never half of one
+                rows = "".join(json.dumps(row) + "\n" for row in history)
+                (out / "metrics.jsonl").write_text(rows, "utf-8")
+            if pressed:
+                print(f"stopped after step {step}; --resume goes on")
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
     scores = evaluate(model, corpus, config)
     result = {
@@ -776,13 +782,13 @@ def sample(config: Config) -> str:
     model, tokenizer, _ = load_model(Path(config.checkpoint or f"{config.out}/checkpoint.pt"))
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, [])
     device, size = start_process(config.device), model.config.vocab_size
-    ids = tokenizer.encode(config.prompt)
-    if not ids or max(ids) >= size:
-        raise ValueError(f"--prompt has tokens {ids}, must have some, all below the model's {size}")
+    ids = tokenizer.encode(config.prompt, special=True)
+    if max(ids, default=0) >= size:
+        raise ValueError(f"--prompt: token {max(ids)} is beyond the model's {size}")
     generator = torch.Generator(device).manual_seed(config.seed)
     options = (config.tokens, config.temperature, config.top_k, config.top_p, generator)
-    ids = model.to(device).generate(torch.tensor([ids], device=device), *options)[0]
-    text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+    ids = model.to(device).generate(torch.tensor([ids], device=device).long(), *options)[0]
+    text = tokenizer.decode_bytes(ids, special=True).decode("utf-8", "replace")
     print(text)
     return text
 
@@ -801,8 +807,8 @@ def evaluate_checkpoint(config: Config) -> dict:
     if len(corpus.valid) < 2:
         raise ValueError(f"{data} has {len(corpus.valid)} tokens, and so none to predict")
     scores = evaluate(model.to(start_process(config.device)), corpus, config)
-    part = "all" if config.data else "the held-out part"
-    print(f"{data or 'Python documentation'}, {part}: {scores}")
+    source, part = data or "Python documentation", "all" if config.data else "the held-out part"
+    print(f"{source}, {part}: {scores}")
     return scores
 
 
@@ -1046,8 +1052,8 @@ def choose_scan(backend: str, x: Tensor, A: Tensor) -> Callable:
     if backend == "auto":
         backend = "fused" if fits and can_compile(device) else "chunked"
     if backend not in SCANS or (backend == "fused" and not fits):
-        given = f"{x.dtype} and {A.shape[1]} states on {device}"
-        raise ValueError(f"backend {backend!r} must be auto or in {[*SCANS]}, and fit {given}")
+        wanted = f"backend {backend!r} must be auto, {', '.join(SCANS)}"
+        raise ValueError(f"{wanted}; fused cannot take {x.dtype}, {A.shape[1]} states on {device}")
     return SCANS[backend]
 
 
@@ -1102,7 +1108,8 @@ class Tokenizer:
                 "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
             self.bytes_of = {i: token for token, i in ranks.items()}
-            self.vocab_size, known = self.bpe.n_vocab, special
+            self.special, known = {i: text.encode() for text, i in special.items()}, special
+            self.vocab_size = self.bpe.n_vocab
         else:
             import tokenizers
 
@@ -1116,18 +1123,23 @@ class Tokenizer:
             self.vocab_size = max(known.values()) + 1
         self.separator = next((known[text] for text in ENDS if text in known), None)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of text. Special tokens written in it are ordinary text, but not of a file."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of text; special tokens written in it are ordinary text unless `special`."""
         if self.arguments["file"]:
+            self.file.encode_special_tokens = not special
             return self.file.encode(text).ids
-        pieces = re.split(r"(\s{4000})", text)  # at a million spaces tiktoken panics
-        return list(itertools.chain.from_iterable(map(self.bpe.encode_ordinary, pieces)))
+        allowed, ids = set(self.arguments["special"]) if special else set(), []
+        for piece in re.split(r"(\s{4000})", text):  # at a million spaces tiktoken panics
+            ids += self.bpe.encode(piece, allowed_special=allowed, disallowed_special=())
+        return ids
 
-    def decode_bytes(self, ids) -> bytes:
-        """Bytes of ids; special tokens and unknown ids yield none."""
+    def decode_bytes(self, ids, special: bool = False) -> bytes:
+        """Bytes of ids, of special tokens only if `special`; unknown ids yield none."""
+        ids = [int(i) for i in ids]
         if self.arguments["file"]:
-            return self.file.decode([int(i) for i in ids]).encode()
-        return b"".join(self.bytes_of.get(int(i), b"") for i in ids)
+            return self.file.decode(ids, skip_special_tokens=not special).encode()
+        table = self.bytes_of | self.special if special else self.bytes_of
+        return b"".join(table.get(i, b"") for i in ids)
 
 
 def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
@@ -1163,7 +1175,11 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
         for word in regex.findall(CL100K, text):
             words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
     parts = {word: [bytes([b]) for b in word] for word in words}
-    total, places = collections.Counter(), collections.defaultdict(dict)  # of each pair
+    most = 257 + sum(len(word) - 1 for word in words)  # each merge shortens a word
+    if not 257 <= size <= most:
+        raise ValueError(f"--tokenizer {name}: for this text N must be from 257 to at most {most}")
+    total = collections.Counter()  # of each pair
+    places = collections.defaultdict(dict)  # its words; not a set, whose order differs by process
 
     def count_pairs(word: bytes, sign: int) -> None:
         for pair in zip(parts[word], parts[word][1:], strict=False):
@@ -1172,9 +1188,11 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
 
     for word in words:
         count_pairs(word, 1)
-    ranks, most = {bytes([b]): b for b in range(256)}, 257 + sum(len(word) - 1 for word in words)
-    while len(ranks) < size - 1 < most and max(total.values(), default=0) > 0:
-        pair = max(total, key=total.get)
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < size - 1:
+        pair = max(total, key=total.get, default=None)
+        if pair is None or total[pair] < 1:
+            raise ValueError(f"--tokenizer {name}: this text yields only {len(ranks) + 1} ids")
         ranks.setdefault(b"".join(pair), len(ranks))
         for word in places.pop(pair):
             count_pairs(word, -1)
@@ -1187,8 +1205,6 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
             parts[word] = joined
             count_pairs(word, 1)
         del total[pair]
-    if len(ranks) != size - 1:
-        raise ValueError(f"--tokenizer {name}: this text offers from 257 to at most {most} ids")
     return Tokenizer(ranks, CL100K, {ENDS[0]: size - 1})
 
 
@@ -1208,7 +1224,10 @@ PLAIN = {  # what we take for granted, in Hugging Face's config.json, then in th
 
 
 def read_folder(folder: str | Path) -> Mamba:
-    """The model in a folder in Hugging Face's layout, by `transformers`, or in the official one."""
+    """The model in a folder in Hugging Face's layout, by `transformers`, or in the official one.
+
+    Raises ValueError for another model, ValueError or RuntimeError for weights that do not fit.
+    """
     folder = Path(folder)
     fields = json.loads((folder / "config.json").read_text("utf-8"))
     fields |= fields.get("ssm_cfg") or {}
@@ -1293,8 +1312,9 @@ class Config:
     def __post_init__(self):
         positive = ("d_model", "n_layer", "d_state", "steps", "batch", "accumulate", "eval_every")
         for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, str) and not value >= (name in positive):
-                raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
+            least = 1 if name in (*positive, "tokens") else 0
+            if not isinstance(value, str) and not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 DEFAULT_LENGTH = 512

@@ -275,7 +275,7 @@ def test_states_are_not_kept(backend):
 
 def test_the_fused_scan_says_what_it_cannot_take():
     double = {k: v.double() if is_float(v) else v for k, v in draw(2, 5, 3, 4).items()}
-    with pytest.raises(ValueError, match=r"fit torch\.float64"):
+    with pytest.raises(ValueError, match=r"cannot take torch\.float64"):
         mamba.selective_scan(**double, backend="fused")
     wide = draw(1, 4, 2, 200)
     with pytest.raises(ValueError, match="200 states"):
@@ -365,6 +365,13 @@ def ends(process):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return output.strip(), errors.splitlines()
+
+
+def test_a_process_compiles_and_leaves_nothing(tmp_path):
+    need("fused")
+    running = [start_program(TMPDIR=str(tmp_path)) for _ in range(2)]
+    assert [ends(process) for process in running] == [("True", [])] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_compiler_the_chunked_scan_runs_and_one_line_says_so():
@@ -553,6 +560,12 @@ def test_tokens_are_drawn_from_the_cut_distribution(options, expected):
     assert (share[torch.tensor(expected) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [{"temperature": -0.5}, {"top_k": -1}, {"top_p": 1.5}])
+def test_bad_sampling_options(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        mamba.sample_token(torch.zeros(1, 4), **bad)
+
+
 # ----- Folders in the official layout; Hugging Face's are tested in tests/peers
 
 
@@ -581,12 +594,13 @@ def test_the_official_layout_is_read(tmp_path):
         ({"ssm_cfg": {"d_state": 5}}, "A_log"),
         ({"ssm_cfg": {"d_state": 4, "bias": True}}, "bias"),
         ({"n_layer": 3}, "layers.2"),
+        ({"d_model": None}, "NoneType"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path, changes, words):
     official(tmp_path, small().float(), **changes)
-    with pytest.raises((ValueError, RuntimeError), match=words):
-        mamba.read_folder(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        mamba.load_model(tmp_path)
 
 
 # ----- Data
@@ -611,8 +625,12 @@ def test_round_trips(name):
         ids = tokenizer.encode(words)
         assert tokenizer.separator not in ids and max(ids, default=0) < tokenizer.vocab_size
         assert tokenizer.decode_bytes(ids) == words.encode()
-    assert tokenizer.separator == tokenizer.vocab_size - 1
-    assert tokenizer.decode_bytes([tokenizer.separator]) == b""
+    parsed = tokenizer.encode(MIXED, special=True)
+    assert (
+        parsed.count(tokenizer.separator) == 1 and tokenizer.separator == tokenizer.vocab_size - 1
+    )
+    assert tokenizer.decode_bytes(parsed, special=True) == MIXED.encode()
+    assert tokenizer.decode_bytes(parsed) == MIXED.replace("<|endoftext|>", "").encode()
     assert tokenizer.decode_bytes([tokenizer.vocab_size + 3]) == b""  # of a padded vocabulary
     again = mamba.Tokenizer(**tokenizer.arguments)
     assert again.encode(MIXED) == tokenizer.encode(MIXED)
@@ -646,6 +664,10 @@ def test_bpe_of_text_without_spaces_takes_no_minutes():
     dna = "".join(random.Random(0).choices("ACGT", k=100_000))
     tokenizer = mamba.load_tokenizer("bpe:400", [dna])
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode(dna)) < 40_000
+    with pytest.raises(ValueError, match="N must be from 257 to at most 265"):
+        mamba.load_tokenizer("bpe:5000", ["short text"])
+    with pytest.raises(ValueError, match="yields only 263 ids"):
+        mamba.load_tokenizer("bpe:264", ["a" * 16 + " aaa"])  # six merges
 
 
 def test_bpe_is_the_same_in_every_process():
@@ -687,8 +709,8 @@ def test_every_twentieth_document_is_for_validation(tmp_path):
     rows[10] = "a document so long that it alone would decide the score. " * 30
     corpus = mamba.load_corpus(write_jsonl(tmp_path / "x.jsonl", rows), "byte")
     kept = [row for row in rows if row != rows[10]]
-    text = corpus.tokenizer.decode_bytes(corpus.valid).decode()
-    assert text == "".join(kept[19::20])
+    text = corpus.tokenizer.decode_bytes(corpus.valid, special=True).decode()
+    assert text == "".join(row + "<|endoftext|>" for row in kept[19::20])
     assert len(corpus.train) + len(corpus.valid) == sum(len(row.strip()) + 1 for row in rows)
 
 
@@ -731,7 +753,7 @@ def test_a_bin_is_mapped_not_read(tmp_path, dtype):
 
 def test_windows_keep_to_packed_contexts(tmp_path):
     """Each context is filled with its own number, so that a window over two contexts would show."""
-    contexts = np.repeat(np.arange(100), 32)
+    contexts = np.repeat(np.arange(101), 32)  # a twentieth is no whole number of them
     path = write_bin(tmp_path, contexts, tokenizer=None, context_length=32)
     corpus = mamba.load_corpus(path, "")
     assert len(corpus.train) % 32 == 0 and corpus.context_length == 32
@@ -896,9 +918,7 @@ def run(tmp_path, monkeypatch):
             [job, *(TINY if job == "train" else []), *data, "--out", str(tmp_path / out), *flags]
         )
 
-    usual = signal.getsignal(signal.SIGINT)
-    yield run
-    signal.signal(signal.SIGINT, usual)  # a run that ended early leaves its own
+    return run
 
 
 def rows(folder):
@@ -1017,6 +1037,11 @@ def test_two_processes_are_one(run, tmp_path):
     assert output.count("step 20 · ") == 1  # one process speaks
 
 
+def test_accumulation_is_one_batch(run, tmp_path):
+    assert [run("1"), run("4", "--accumulate", "4")] == [0, 0]
+    torch.testing.assert_close(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-5, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_training_is_training(run, tmp_path):
     need("fused")
@@ -1039,6 +1064,7 @@ def test_divergence_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, c
     monkeypatch.setattr(mamba, "learning_rate", usual)
     kept = saved(tmp_path / "late")
     assert len(kept["history"]) == 5 and all(v.isfinite().all() for v in kept["model"].values())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is usual again
     assert run("late", "--resume") == 0
 
 
@@ -1092,6 +1118,10 @@ def test_tokens_from_a_bin(run, tmp_path, capsys):
     assert run("plain", data="x.bin") == run("resets", "--document-resets", data="x.bin") == 0
     assert not torch.equal(losses(tmp_path / "plain"), losses(tmp_path / "resets"))
     assert run("resets", job="eval", data="x.bin") == run("resets", job="sample") == 0
+    capsys.readouterr()
+    assert run("resets", job="eval", data="") == 0  # with resets, as it was trained
+    trained = json.loads((tmp_path / "resets" / "result.json").read_text())["validation"]
+    assert numbers(capsys.readouterr().out) == trained
     write_bin(tmp_path, np.concatenate(parts), tokenizer=None)
     assert run("bare", data="x.bin") == 0 and run("bare", job="eval", data="x.bin") == 0
     capsys.readouterr()
@@ -1107,7 +1137,7 @@ def test_samples_from_a_checkpoint(run, tmp_path, capsys):
     text = capsys.readouterr().out.removesuffix("\n")
     model, tokenizer, _ = mamba.load_model(tmp_path / "out" / "checkpoint.pt")
     ids = model.generate(torch.tensor([tokenizer.encode("naïve")]), 30, temperature=0)[0]
-    assert tokenizer.decode_bytes(ids).decode("utf-8", "replace") == text
+    assert tokenizer.decode_bytes(ids, special=True).decode("utf-8", "replace") == text
     assert text.startswith("naïve")
 
 
@@ -1129,15 +1159,15 @@ BAD = {  # flags after the usual ones; what the line must say
     "--data odd.bin": "odd.json",
     "--data nulls.bin": "the .json beside it do not fit",
     "--tokenizer wordpiece": "Unknown encoding wordpiece",
-    "--tokenizer bpe:9999999": "offers from 257",
-    "--tokenizer bpe:100": "offers from 257",
+    "--tokenizer bpe:9999999": "N must be from 257",
+    "--tokenizer bpe:100": "N must be from 257",
     "--tokenizer two.tiktoken": "every single byte",
     "--tokenizer twice.tiktoken": "nothing twice",
-    "--steps 0": "--steps 0 is too small",
-    "--lr nan": "--lr nan is too small",
+    "--steps 0": "--steps 0 must be at least 1",
+    "--lr nan": "--lr nan must be at least 0",
     "--document-resets --data bare.bin": "needs a document_separator",
     "--device cuda": "CUDA",
-    "eval --out good --length -5": "--length -5 is too small",
+    "eval --out good --length -5": "--length -5 must be",
     "--batch 3 --accumulate 2": "equal division",
     "--device tpu": "tpu",
     "--out text.txt": "text.txt",
@@ -1149,8 +1179,9 @@ BAD = {  # flags after the usual ones; what the line must say
     "sample --checkpoint other.pt": "holds no model",
     "sample --checkpoint nowhere.pt": "nowhere.pt",
     "sample --checkpoint junk": "config.json",
-    "sample --out good --prompt ''": "must have some",
-    "sample --out good --temperature -1": "--temperature -1.0 is too small",
+    "sample --out good --prompt ''": "prompt is empty",
+    "sample --out good --temperature -1": "--temperature -1.0 must be at least 0",
+    "sample --out good --top-p 7": "top_p",
     "eval --out good --data empty.txt": "1 tokens, and so none",
 }
 
