@@ -322,7 +322,7 @@ def tiny(script):
 @pytest.fixture
 def run(script, tmp_path, monkeypatch):
     """A job on a small text; without the picture, which is slow."""
-    monkeypatch.setattr(mamba, "plot", lambda *_: None)
+    monkeypatch.setattr(script, "plot", lambda *_: None)
     (tmp_path / "text.txt").write_text(sentences(1), "utf-8")
 
     def run(out, *flags, job="train", data="text.txt"):
@@ -363,11 +363,11 @@ def stop_after(script, monkeypatch, step):
 
     def pressed(*arguments):
         if arguments[-1] + 1 == step:
-            monkeypatch.setattr(mamba, "train_step", train_step)
+            monkeypatch.setattr(script, "train_step", train_step)
             signal.raise_signal(signal.SIGINT)
         return train_step(*arguments)
 
-    monkeypatch.setattr(mamba, "train_step", pressed)
+    monkeypatch.setattr(script, "train_step", pressed)
 
 
 def test_a_run_writes_its_files_and_can_be_repeated(script, run, tmp_path, monkeypatch, capsys):
@@ -462,10 +462,10 @@ def test_accumulation_is_one_batch(script, run, tmp_path):
 
 def test_divergence_keeps_the_last_good_checkpoint(script, run, tmp_path, monkeypatch, capsys):
     usual = script.learning_rate
-    monkeypatch.setattr(mamba, "learning_rate", lambda i, c: 1e30 if i == 6 else usual(i, c))
+    monkeypatch.setattr(script, "learning_rate", lambda i, c: 1e30 if i == 6 else usual(i, c))
     assert run("late") == 1
     assert re.search(r"diverged at step 8: .*nan.*lower --lr\n", capsys.readouterr().err)
-    monkeypatch.setattr(mamba, "learning_rate", usual)
+    monkeypatch.setattr(script, "learning_rate", usual)
     kept = saved(tmp_path / "late")
     assert len(kept["history"]) == 5 and all(v.isfinite().all() for v in kept["model"].values())
     assert run("late", "--resume") == 0
@@ -473,7 +473,7 @@ def test_divergence_keeps_the_last_good_checkpoint(script, run, tmp_path, monkey
 
 def test_a_model_that_scores_nan_is_not_saved_and_does_not_write(script, run, tmp_path, monkeypatch, capsys):
     usual = script.learning_rate
-    monkeypatch.setattr(mamba, "learning_rate", lambda i, c: math.inf if i == 9 else usual(i, c))
+    monkeypatch.setattr(script, "learning_rate", lambda i, c: math.inf if i == 9 else usual(i, c))
     assert run("out") == 1 and len(saved(tmp_path / "out")["history"]) == 5
     content = saved(tmp_path / "out")
     content["model"]["lm_head.weight"][0] = math.nan

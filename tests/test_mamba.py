@@ -3,24 +3,19 @@
 import functools
 import itertools
 import json
-import lzma
 import math
 import os
 import random
-import re
-import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mamba
-from tests._helpers import close, far_from_zero, sentences, text
+from tests._helpers import close, far_from_zero, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ("sequential", "chunked", "fused")
