@@ -292,7 +292,7 @@ def test_every_token_but_the_first_is_scored_once(script, length, resets):
     for document in documents:
         tokens += [*tokenizer.encode(document), tokenizer.separator]
     corpus = script.Corpus(np.array([]), np.array(tokens), tokenizer, 280, tokenizer.separator)
-    model, nats, size = small(script, 280), 0.0, 0
+    model, nats, size, first = small(script, 280), 0.0, 0, 0
     for i in range(len(tokens) - 1):
         begins = resets and (i == 0 or tokens[i - 1] == corpus.separator)
         first = i if i % length == 0 or begins else first
@@ -328,7 +328,14 @@ def run(script, tmp_path, monkeypatch):
     def run(out, *flags, job="train", data="text.txt"):
         data = ["--data", str(tmp_path / data)] if data else []
         return script.main(
-            [job, *(tiny(script) if job == "train" else []), *data, "--out", str(tmp_path / out), *flags]
+            [
+                job,
+                *(tiny(script) if job == "train" else []),
+                *data,
+                "--out",
+                str(tmp_path / out),
+                *flags,
+            ]
         )
 
     return run
@@ -389,7 +396,9 @@ def test_a_run_writes_its_files_and_can_be_repeated(script, run, tmp_path, monke
 
 
 @pytest.mark.parametrize("flags", ["", "--accumulate 2 --document-resets"])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(script, run, tmp_path, monkeypatch, capsys, flags):
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
+    script, run, tmp_path, monkeypatch, capsys, flags
+):
     flags = flags.split()
     assert run("whole", *flags) == 0
     stop_after(script, monkeypatch, 7)
@@ -444,7 +453,16 @@ def test_two_processes_are_one(script, run, tmp_path):
         "--nproc-per-node",
         "2",
     ]
-    command += [script.__file__, *tiny(script), "--data", "text.txt", "--out", "two", "--accumulate", "2"]
+    command += [
+        script.__file__,
+        *tiny(script),
+        "--data",
+        "text.txt",
+        "--out",
+        "two",
+        "--accumulate",
+        "2",
+    ]
     process = start(*command, cwd=tmp_path)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -471,7 +489,9 @@ def test_divergence_keeps_the_last_good_checkpoint(script, run, tmp_path, monkey
     assert run("late", "--resume") == 0
 
 
-def test_a_model_that_scores_nan_is_not_saved_and_does_not_write(script, run, tmp_path, monkeypatch, capsys):
+def test_a_model_that_scores_nan_is_not_saved_and_does_not_write(
+    script, run, tmp_path, monkeypatch, capsys
+):
     usual = script.learning_rate
     monkeypatch.setattr(script, "learning_rate", lambda i, c: math.inf if i == 9 else usual(i, c))
     assert run("out") == 1 and len(saved(tmp_path / "out")["history"]) == 5
@@ -540,7 +560,9 @@ def test_samples_from_a_checkpoint(script, run, tmp_path, capsys):
 
 def test_output_that_is_not_utf8(script, run, tmp_path):
     flags = [*tiny(script), "--data", "text.txt", "--out", "out", "--prompt", "日本"]
-    process = start(sys.executable, script.__file__, *flags, cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    process = start(
+        sys.executable, script.__file__, *flags, cwd=tmp_path, PYTHONIOENCODING="cp1252"
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors == ""
     assert (tmp_path / "out" / "result.json").exists()
@@ -600,7 +622,9 @@ def bad_inputs(script, tmp_path_factory):
     torch.save([1, 2], folder / "other.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert script.main([*tiny(script), "--data", "text.txt", "--steps", "1", "--out", "good"]) == 0
+        assert (
+            script.main([*tiny(script), "--data", "text.txt", "--steps", "1", "--out", "good"]) == 0
+        )
     return folder
 
 
