@@ -245,7 +245,7 @@ class Transformer(nn.Module):
     def forward(self, tokens, cache: Cache | None = None, starts=None, targets=None) -> Tensor:
         """tokens (B, L) -> logits (B, L, V); with targets (B, L) their mean loss in nats instead.
 
-        With a cache, tokens follow what is in it and are added to it, and nothing is differentiated.
+        With a cache, tokens follow what is in it and are added; then nothing is differentiated.
         starts (B, L) bool, without a cache: where a document begins, which sees nothing before it.
         """
         precision = contextlib.nullcontext()
@@ -929,8 +929,8 @@ def write_folder(model: Transformer, folder: str) -> None:
     fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     rope = {"rope_type": "llama3"} | config.rope_scaling if config.rope_scaling else {}
     rope = {"rope_type": "default"} | rope | {"rope_theta": config.rope_theta}
-    theirs = transformers.LlamaConfig(**fields, rope_parameters=rope, bos_token_id=None)
-    theirs = transformers.LlamaForCausalLM(theirs)
+    fields |= {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": None}  # not 1 and 2
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
     theirs.load_state_dict(model.state_dict())
     theirs.save_pretrained(folder)
 
@@ -953,9 +953,7 @@ class Config:
     n_layer: int = flag(4, "layers of attention and MLP; paper: 12 to 24")
     n_head: int = flag(6, "attention heads; paper: 12 to 32")
     n_kv_head: int = flag(0, "heads of keys and values, shared by query heads; 0: n_head")
-    d_ff: int = flag(
-        0, "width in the MLP; 0: 8/3 d_model to a multiple of 128, with gelu 4 d_model"
-    )
+    d_ff: int = flag(0, "width in the MLP; 0: 8/3 d_model to a multiple of 128, gelu: 4 d_model")
     position: str = flag("rope", "rope, or learned as in the vanilla Transformer")
     mlp: str = flag("swiglu", "swiglu, or gelu as in the vanilla Transformer")
     norm: str = flag("rmsnorm", "rmsnorm, or layernorm with biases as in the vanilla Transformer")
