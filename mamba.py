@@ -491,17 +491,16 @@ def read_tokens(path: str, split: bool) -> Corpus:
         about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
         tokens = np.memmap(path, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]], "r")
         size, separator, name = about["vocab_size"], about["document_separator"], about["tokenizer"]
+        tokenizer, context, cut = None, about.get("context_length"), 0
+        if name is not None:
+            beside = Path(path).with_name(name)
+            tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
+        if split:
+            cut = len(tokens) - min(len(tokens) // 20, 10_000_000)
+            cut -= cut % (context or 1)
+        return Corpus(tokens[:cut], tokens[cut:], tokenizer, int(size), separator, context)
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} and the .json beside it do not fit: {error!r}") from error
-    tokenizer, context = None, about.get("context_length")
-    if name is not None:
-        beside = Path(path).with_name(name)
-        tokenizer = load_tokenizer(str(beside) if beside.is_file() else name, [])
-    cut = 0
-    if split:
-        cut = len(tokens) - min(len(tokens) // 20, 10_000_000)
-        cut -= cut % (context or 1)
-    return Corpus(tokens[:cut], tokens[cut:], tokenizer, size, separator, context)
 
 
 def xz_bits(corpus: Corpus) -> float | None:
@@ -738,7 +737,7 @@ def plot(history: list[dict], xz: float | None, path: Path) -> None:
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
     valid = [row for row in history if "valid_loss" in row]
-    unit = valid[-1]["valid_bits_a_byte"] / valid[-1]["valid_loss"] if xz else 1.0
+    unit = (valid[-1]["valid_bits_a_byte"] or 0.0) / valid[-1]["valid_loss"] if xz else 1.0
     figure, axes = plt.subplots(layout="constrained")
     for rows, key, label in ((history, "loss", "training"), (valid, "valid_loss", "validation")):
         axes.plot([row["step"] for row in rows], [row[key] * unit for row in rows], label=label)
@@ -792,9 +791,8 @@ def evaluate_checkpoint(config: Config) -> dict:
     """The job `eval`: the loss on all of --data, or else on the text that training held out."""
     model, tokenizer, saved = load_model(Path(config.checkpoint or f"{config.out}/checkpoint.pt"))
     trained = saved.get("config", {"data": "", "length": DEFAULT_LENGTH, "document_resets": False})
-    data, resets = config.data or trained["data"], config.document_resets
-    length = config.length or trained["length"]
-    resets = resets or trained["document_resets"]
+    data, length = config.data or trained["data"], config.length or trained["length"]
+    resets = config.document_resets or trained["document_resets"]
     config = dataclasses.replace(config, length=length, document_resets=resets)
     if tokenizer is None and not data.endswith(".bin"):
         tokenizer = load_tokenizer(config.tokenizer, [])
@@ -1146,8 +1144,8 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     if name.endswith(".tiktoken"):
         rows = [line.split() for line in Path(name).read_text("utf-8").splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        if not {bytes([b]) for b in range(256)} <= ranks.keys():
-            raise ValueError(f"{name} must rank every single byte")
+        if sum(len(token) == 1 for token in ranks) < 256 or len(set(ranks.values())) < len(rows):
+            raise ValueError(f"{name} must rank every single byte, and nothing twice")
         return Tokenizer(ranks, CL100K, {ENDS[0]: max(ranks.values()) + 1})
     encoding = tiktoken.get_encoding(name)  # downloads it once
     return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
@@ -1165,17 +1163,17 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
         for word in regex.findall(CL100K, text):
             words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
     parts = {word: [bytes([b]) for b in word] for word in words}
-    total, places = collections.Counter(), collections.defaultdict(set)  # of each pair
+    total, places = collections.Counter(), collections.defaultdict(dict)  # of each pair
 
     def count_pairs(word: bytes, sign: int) -> None:
         for pair in zip(parts[word], parts[word][1:], strict=False):
             total[pair] += sign * words[word]
-            places[pair].add(word)
+            places[pair][word] = None
 
     for word in words:
         count_pairs(word, 1)
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < size - 1 and +total:
+    ranks, most = {bytes([b]): b for b in range(256)}, 257 + sum(len(word) - 1 for word in words)
+    while len(ranks) < size - 1 < most and max(total.values(), default=0) > 0:
         pair = max(total, key=total.get)
         ranks.setdefault(b"".join(pair), len(ranks))
         for word in places.pop(pair):
@@ -1190,8 +1188,7 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
             count_pairs(word, 1)
         del total[pair]
     if len(ranks) != size - 1:
-        offer = f"has 257 to {len(ranks) + 1} ids to offer; choose another --tokenizer"
-        raise ValueError(f"{name}: this text {offer}")
+        raise ValueError(f"--tokenizer {name}: this text offers from 257 to at most {most} ids")
     return Tokenizer(ranks, CL100K, {ENDS[0]: size - 1})
 
 
@@ -1244,6 +1241,7 @@ def write_folder(model: Mamba, folder: str) -> None:
 
     config = dataclasses.replace(model.config, dt_rank=model.config.rank)
     fields = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else they are 0
     theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**fields))
     theirs.load_state_dict(model.state_dict())
     theirs.save_pretrained(folder)
