@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import mamba
+import transformer
 from tests._helpers import close, far_from_zero, sentences
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "claims"))
-READS_TEXT = ("selection_ablation", "carried_state", "what_it_remembers")
+READS_TEXT = ("selection_ablation", "carried_state", "what_it_remembers", "transformer_plus_plus")
 PROGRAMS = ("selective_copying", "induction_heads", *READS_TEXT)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,6 +162,16 @@ def test_loss_by_position_by_one_token_after_another() -> None:
                 loss = F.cross_entropy(logits, torch.tensor([int(row[i + 1])]))
                 losses[i % 5].append(loss.item())
         assert shown == pytest.approx([sum(at) / 12 for at in losses], abs=1e-4)
+
+
+def test_the_arms_differ_in_their_parts_and_not_in_size() -> None:
+    claim = program("transformer_plus_plus")
+    counts, kinds = [], set()
+    for parts in claim.ARMS.values():
+        shape = transformer.TransformerConfig(96, 2, 4, vocab_size=1024, max_length=256, **parts)
+        counts.append(claim.count(claim.equal_parameters(shape)))
+        kinds.add(tuple(parts.values()))
+    assert len(kinds) == 8 and max(counts) - min(counts) < 0.002 * min(counts)
 
 
 @pytest.mark.parametrize("carry", [True, False])

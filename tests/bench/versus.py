@@ -138,25 +138,24 @@ def writer(script: str, model, batch: int, context: int, new: int) -> tuple[Call
 
     What the state or the cache holds does not matter to the time: it is not computed but set.
     """
-    token = torch.randint(0, 4096, (batch,))
+    token = torch.randint(0, 4096, (batch, 1))
     if script == "mamba":
-        first = model.hidden(token[:, None])[1]
+        first = model.hidden(token)[1]
 
         def run() -> None:
             state = first
             for _ in range(new):
-                _, state = model.step(token, state)
+                _, state = model.step(token[:, 0], state)
 
         return run, sum(x.nbytes for layer in first for x in layer)
     cache = model.init_cache(batch, context + new)
     for tensor in cache.layers:
         tensor.normal_()
-    step = model.stepper(cache)
 
     def run() -> None:
         cache.length = context
         for _ in range(new):
-            step(token)
+            model(token, cache)
 
     kept = sum(x.nbytes for x in cache.layers)
     return run, kept * context // (context + new)

@@ -203,8 +203,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def finish(name: str, asked, settings, began: float, content: dict, draw: Callable) -> dict:
-    """Write NAME.json, and with matplotlib NAME.png by draw(result, pyplot, path)."""
+def finish(name: str, asked, settings, began, content: dict, draw: Callable, script=mamba) -> dict:
+    """Write NAME.json, and with matplotlib NAME.png by draw(result, pyplot, path).
+
+    began is the clock's at the start; script is the module that the claim is about.
+    """
     command = shlex.join(["python", f"tests/claims/{name}.py", *asked.argv])
     result = {"command": command, "seeds": asked.seeds, "settings": dataclasses.asdict(settings)}
     result |= content
@@ -213,8 +216,7 @@ def finish(name: str, asked, settings, began: float, content: dict, draw: Callab
     result["cpu_seconds"] = round(time.process_time(), 1)
     result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     result["device"] = f"{device()}, {torch.get_num_threads()} threads"
-    script = Path(mamba.__file__).read_bytes()
-    result["script_sha256"] = hashlib.sha256(script).hexdigest()
+    result["script_sha256"] = hashlib.sha256(Path(script.__file__).read_bytes()).hexdigest()
     asked.results.mkdir(parents=True, exist_ok=True)
     path = asked.results / f"{name}{'_paper' if asked.paper else ''}.json"
     path.write_text(compact(result) + "\n", "utf-8")

@@ -171,23 +171,14 @@ def versus_text() -> str:
     return table(head, rows, [RIGHT] * 6)
 
 
-def transformer_plus_plus() -> str:
-    arms = read(CLAIMS / "transformer_plus_plus.json")["arms"]
-    rows = [
-        [a["arm"], f"{a['parameters']:,}", f"{a['lr']:g}", f"{a['mean']:.3f} ± {a['sd']:.3f}"]
-        for a in arms
-    ]
-    rows = [
-        [*row, f"{arm['mean'] - arms[0]['mean']:+.3f}"] for row, arm in zip(rows, arms, strict=True)
-    ]
-    head = ["model", "parameters", "peak rate", "validation bits a byte", "against the vanilla one"]
-    return table(head, rows, [LEFT] + [RIGHT] * 4)
-
-
 def of_program(name: str) -> str:
     """The table that a program in this folder prints."""
     sys.path.insert(0, str(CLAIMS.parent))
     return importlib.import_module(name).table(read(CLAIMS / f"{name}.json"))
+
+
+def transformer_plus_plus() -> str:
+    return of_program("transformer_plus_plus")
 
 
 def selective_copying() -> str:

@@ -1,7 +1,6 @@
 """Files of the `tokenizers` package: the ids that mamba.py and transformer.py make are its."""
 
 import json
-import random
 import re
 import unicodedata
 
@@ -32,6 +31,7 @@ TEXTS = [
     "null \x00 bell \x07 separators \x1c\x1d\x85\u2028 ſ long s 'ſ K kelvin",
 ]
 TRAINING = [*TEXTS, *TEXTS, mamba.__doc__, "the quick brown fox the quick the lazy dog " * 20]
+each_script = pytest.mark.parametrize("script", [mamba, transformer], ids=lambda s: s.__name__)
 ENDS = {"llama3": "<|end_of_text|>", "llama2": "</s>", "mistral": "</s>"}
 
 
@@ -85,19 +85,18 @@ def build_with_bytes(kind):
     return tokenizers.Tokenizer.from_str(json.dumps(data))
 
 
+@each_script
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama3", "qwen", "smollm", "llama2", "mistral"])
-def test_mamba_gives_their_ids(tmp_path, kind):
+def test_the_scripts_give_their_ids(tmp_path, kind, script):
     peer = build_with_bytes(kind) if kind in ("llama2", "mistral") else build(kind)
     peer.add_tokens(["[PAD]"])
     used = tokenizers.Tokenizer.from_str(peer.to_str())
     used.enable_truncation(5)
     used.enable_padding(length=64)
     used.save(str(tmp_path / "tokenizer.json"))
-    ours = mamba.load_tokenizer(str(tmp_path / "tokenizer.json"), [])
-    again, end = (
-        mamba.Tokenizer(**ours.arguments),
-        peer.token_to_id(ENDS.get(kind, "<|endoftext|>")),
-    )
+    ours = script.load_tokenizer(str(tmp_path / "tokenizer.json"), [])
+    again = script.Tokenizer(**ours.arguments)
+    end = peer.token_to_id(ENDS.get(kind, "<|endoftext|>"))
     assert ours.vocab_size == peer.get_vocab_size() == peer.token_to_id("[PAD]") + 1
     assert ours.separator == again.separator == end
     found, form = 0, "NFC" if kind in ("neox", "qwen") else None
@@ -117,13 +116,14 @@ def test_mamba_gives_their_ids(tmp_path, kind):
     assert (ours.encode("x")[0] == 1) == (kind in ("llama2", "mistral"))  # <s>
 
 
+@each_script
 @pytest.mark.parametrize(
     "content", ["", "{}", "[]", "\x00 no JSON", '{"model": {"type": "Other"}}']
 )
-def test_mamba_refuses_a_bad_file(tmp_path, content):
+def test_the_scripts_refuse_a_bad_file(tmp_path, content, script):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match="tokenizer"):
-        mamba.load_tokenizer(str(tmp_path / "tokenizer.json"), [])
+        script.load_tokenizer(str(tmp_path / "tokenizer.json"), [])
 
 
 def test_an_added_token_beyond_the_models_rows(tmp_path, capsys):
@@ -139,221 +139,3 @@ def test_an_added_token_beyond_the_models_rows(tmp_path, capsys):
     text.write_text("Hello world, this is a text.\n" * 60)
     assert mamba.main(["eval", *words, "--data", str(text)]) == 0
     assert "bits_a_byte" in capsys.readouterr().out
-
-
-# ----- transformer.py's own reader: the same ids, or a refusal
-
-
-def both(tmp_path, data):
-    """The peer's and our tokenizer, from one file."""
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(data), "utf-8")
-    return tokenizers.Tokenizer.from_file(str(path)), transformer.load_tokenizer(str(path), [])
-
-
-def compare(peer, ours):
-    for special in (True, False):
-        peer.encode_special_tokens = not special
-        for text in TEXTS:
-            want = peer.encode(text, add_special_tokens=False).ids
-            assert ours.encode(text, special=special).tolist() == want, (special, text)
-            assert ours.decode(want) == peer.decode(want, skip_special_tokens=False)
-            assert ours.nfc or ours.decode(want) == text
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama3", "qwen"])
-@pytest.mark.parametrize("merges_as_strings", [False, True])
-def test_same_ids_and_round_trip(tmp_path, kind, merges_as_strings):
-    data = json.loads(build(kind).to_str())
-    if merges_as_strings:
-        data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
-    peer, ours = both(tmp_path, data)
-    compare(peer, ours)
-    compare(peer, transformer.Tokenizer.from_json(ours.to_json()))
-    assert ours.vocab_size == peer.get_vocab_size()
-    assert ours.separator == peer.token_to_id(ENDS.get(kind, "<|endoftext|>"))
-
-
-@pytest.mark.parametrize("ignore_merges", [False, True])
-def test_unreachable_words_and_tokens_that_several_pairs_make(tmp_path, ignore_merges):
-    data = json.loads(build("gpt2").to_str())
-    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
-    tokens = {token for token in vocab if token != "<|endoftext|>"}
-    pairs = [[t[:i], t[i:]] for t in tokens for i in range(1, len(t))]  # as in Llama 3
-    extra = [pair for pair in pairs if tokens.issuperset(pair) and pair not in merges]
-    assert len(extra) > 20
-    data["model"]["merges"] = sorted([*merges, *extra], key=lambda pair: vocab["".join(pair)])
-    data["model"]["ignore_merges"] = ignore_merges
-    compare(*both(tmp_path, data))
-    vocab |= {"QJXQJX": 9000, "ĠzqXjZq": 9001, "ĠJqZ": 9002}  # no merge makes these
-    text = "QJXQJX zqXjZq JqZ QJXQJXTHEY"
-    assert refused_or_equal(tmp_path, data, [*TEXTS, text]) is ignore_merges
-    if ignore_merges:
-        _, ours = both(tmp_path, data)
-        ids = ours.encode(text).tolist()
-        assert {9000, 9001, 9002} <= set(ids) and ours.decode(ids) == text
-
-
-def plain(merges=(), words=(), added=(), pattern=None, nfc=False, ignore_merges=False):
-    """A tokenizer.json of the 256 bytes, these merges, words, added tokens and split pattern."""
-    vocab = {letter: i for i, letter in enumerate(sorted(pre.ByteLevel.alphabet()))}
-    for token in [*("".join(pair) for pair in merges), *words]:
-        vocab.setdefault(token, len(vocab))
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    data = json.loads(tokenizer.to_str())
-    data["model"]["merges"] = [list(pair) for pair in merges]
-    data["normalizer"] = {"type": "NFC"} if nfc else None
-    usual = dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False)
-    added = [{"id": len(vocab) + k} | usual | token for k, token in enumerate(added)]
-    return data | {"added_tokens": added} | ({"pre_tokenizer": split(pattern)} if pattern else {})
-
-
-def split(*patterns, behavior="Isolated"):
-    """A pre-tokenizer that splits by these patterns, then maps bytes to letters."""
-    usual = {"type": "Split", "behavior": behavior, "invert": False}
-    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    splits = [usual | {"pattern": pattern} for pattern in patterns]
-    return {"type": "Sequence", "pretokenizers": [*splits, last | {"use_regex": False}]}
-
-
-def refused_or_equal(tmp_path, data, texts):
-    """Whether ours takes the file; if so, its ids, and what each id stands for, are the peer's."""
-    try:
-        peer, ours = both(tmp_path, data)
-    except transformer.UserError:
-        return False
-    for special in (True, False):
-        peer.encode_special_tokens = not special
-        for text in texts:
-            ids = ours.encode(text, special=special).tolist()
-            assert ids == peer.encode(text).ids, (special, text)
-    for i in peer.get_vocab().values():
-        assert ours.decode([i]) == peer.decode([i], skip_special_tokens=False), i
-    return True
-
-
-ab, spaces = ("a", "b"), {"content": "  ", "normalized": True}
-whole = {"words": ["abcd"], "ignore_merges": True}
-tricky = [("b", "b"), ("bb", "c"), ("b", "bbc"), ("bb", "b")]
-HARMLESS = {
-    "spaces and NFC": ({"added": [spaces], "nfc": True}, "a  \u0301\u0327b e  e\u0301"),
-    "an added merge": ({"merges": [ab], "added": [{"content": "ab", "id": 256}]}, "ab cab"),
-    "longest added token": ({"added": [{"content": "<a"}, {"content": "<a>"}]}, "<a><a<a>"),
-    "the same merge twice": ({"merges": [ab, ab, ("ab", "c")]}, "abc ab"),
-    "split of all": ({"merges": [ab], "pattern": {"Regex": r"\p{L}+|\P{L}+"}}, "ab 12 cd"),
-    "whole word by ignore_merges": ({"merges": [("b", "c")]} | whole, "abcd xabcd"),
-    "pair by ignore_merges": ({"merges": [("b", "c")], "ignore_merges": True}, "abc"),
-}
-wide = {"content": "\u2002", "normalized": True}
-HOSTILE = {
-    "unreachable merge": ({"merges": [("b", "c"), ab, ("c", "d"), ("ab", "cd")]}, "abcd xabcd"),
-    "unreachable word": ({"words": ["THEY"]}, "THEY"),
-    "word that tiktoken merges": ({"words": ["bc"], "ignore_merges": True}, "abc"),
-    "reachable by tiktoken": ({"merges": tricky, "ignore_merges": True}, "accbbbcaabab"),
-    "split of some": ({"pattern": {"Regex": r"\p{L}+"}}, "ab 12 cd"),
-    "split at a string": ({"merges": [ab], "pattern": {"String": " "}}, "ab 12 cd"),
-    "line's end": ({"merges": [("Ġ", "Ġ")], "pattern": {"Regex": r" +$|\s|\S"}}, "a  \nb  "),
-    "line's start": ({"merges": [("a", "a")], "pattern": {"Regex": r"^aa|\s|\S"}}, "aa\naa"),
-    "empty added token": ({"added": [{"content": ""}]}, "xa b"),
-    "added space that NFC makes": ({"added": [wide], "nfc": True}, "a\u2000b"),
-}
-
-
-@pytest.mark.parametrize("case", [*HARMLESS, *HOSTILE])
-def test_files_are_refused_or_equal(tmp_path, case):
-    arguments, text = (HARMLESS | HOSTILE)[case]
-    assert refused_or_equal(tmp_path, plain(**arguments), [text]) or case in HOSTILE
-
-
-@pytest.mark.xfail(raises=AssertionError, reason="known: `tokenizers` looks in another order")
-@pytest.mark.parametrize(
-    ("added", "text"),
-    [
-        ([{"content": "a b"}, {"content": "xa", "normalized": True}], "xa b"),
-        ([{"content": "<  >", "special": True}, {"content": "  "}], "a<  >b"),
-    ],
-)
-def test_overlapping_added_tokens(tmp_path, added, text):
-    refused_or_equal(tmp_path, plain(added=added), [text])
-
-
-@pytest.mark.parametrize("ignore_merges", [False, True])
-def test_random_merge_tables_are_refused_or_equal(tmp_path, ignore_merges):
-    """Merges that no training gives, in any order, with words that none of them makes."""
-    rng, taken = random.Random(0), 0
-    for n in range(400):
-        tokens, merges = list("abc"), []
-        for _ in range(rng.choice([2, 3, 4, 6, 10])):
-            merges.append((rng.choice(tokens), rng.choice(tokens)))
-            tokens.append("".join(merges[-1]))
-        if n % 2:
-            merges.sort(key=lambda pair: tokens.index("".join(pair)))
-        words = rng.choice([0, 0, 1, 2])
-        words = ["".join(rng.choices("abc", k=rng.randrange(2, 6))) for _ in range(words)]
-        data = plain(dict.fromkeys(merges), words, ignore_merges=ignore_merges)
-        texts = ["".join(rng.choices("abc", k=rng.randrange(30))) for _ in range(20)]
-        taken += refused_or_equal(tmp_path, data, [*tokens, *words, *texts])
-    assert 50 < taken < 350
-
-
-def reverse_ids(data):
-    vocab = data["model"]["vocab"]
-    vocab |= dict(zip(vocab, sorted(vocab.values(), reverse=True), strict=True))
-
-
-def leave_a_pair_out(data):
-    data["model"]["vocab"] |= {"bc": 9000, "ab": 9001, "abc": 9002}
-    data["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
-
-
-def give_one_id_twice(data):
-    data |= plain([ab])
-    data["model"]["vocab"]["ab"] = 5
-
-
-def normalise_an_added_token(data):
-    data["normalizer"] = {"type": "NFC"}
-    data["added_tokens"][0]["normalized"] = True
-
-
-unigram = {"type": "Unigram", "vocab": [["a", 0.0]]}
-REFUSED = {  # what the line must name, and what is done to a good file
-    "dropout": lambda d: d["model"].update(dropout=0.1),
-    "byte_fallback": lambda d: d["model"].update(byte_fallback=True),
-    "end_of_word_suffix": lambda d: d["model"].update(end_of_word_suffix="</w>"),
-    "Lowercase": lambda d: d.update(normalizer={"type": "Lowercase"}),
-    "Unigram": lambda d: d.update(model=unigram),
-    "WordPiece": lambda d: d.update(model={"type": "WordPiece", "vocab": {}}),
-    "Metaspace": lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "_"}),
-    "pre_tokenizer {}": lambda d: d.update(pre_tokenizer=None),
-    "add_prefix_space": lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
-    "lstrip": lambda d: d["added_tokens"][0].update(lstrip=True),
-    "rstrip": lambda d: d["added_tokens"][0].update(rstrip=True),
-    "single_word": lambda d: d["added_tokens"][0].update(single_word=True),
-    "normalized": normalise_an_added_token,
-    "Removed": lambda d: d.update(pre_tokenizer=split({"Regex": LLAMA}, behavior="Removed")),
-    "2 split patterns": lambda d: d.update(pre_tokenizer=split({"Regex": LLAMA}, {"String": " "})),
-    "0 split patterns": lambda d: d.update(pre_tokenizer=split()),
-    "otherwise": reverse_ids,
-    "would take otherwise": lambda d: random.Random(0).shuffle(d["model"]["merges"]),
-    "tiktoken would take": lambda d: d["model"]["merges"].insert(0, d["model"]["merges"].pop(1)),
-    "tiktoken would take otherwise": leave_a_pair_out,
-    "tiktoken refuses it": give_one_id_twice,
-    "b'a'": lambda d: d["model"]["vocab"].pop("a"),
-    "b'QQ'": lambda d: d["model"]["merges"].append(["Q", "Q"]),
-    "too many values": lambda d: d["model"]["merges"].append("Q Q Q"),
-    "'vocab'": lambda d: d["model"].pop("vocab"),
-    "'pre_tokenizer'": lambda d: d.pop("pre_tokenizer"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_refuses_what_it_cannot_do_exactly(tmp_path, what):
-    data = json.loads(build("gpt2").to_str())
-    REFUSED[what](data)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(data), "utf-8")
-    with pytest.raises(transformer.UserError, match=f"(?=.*{re.escape(what)}).*tokenizer.json"):
-        transformer.load_tokenizer(str(path), [])
