@@ -453,9 +453,11 @@ def test_folders_that_do_not_fit_are_refused(words, tmp_path):
 
 # ----- What mamba.py has too, and test_mamba.py tests
 
-SHARED = """sample_token python_documents drop_repeated_paragraphs split_documents Corpus
-load_corpus read_tokens xz_bits window_offsets read_windows learning_rate train_step evaluate start_process
-check_run plot load_model evaluate_checkpoint Tokenizer load_tokenizer train_bpe flag main"""
+SHARED = """
+sample_token python_documents drop_repeated_paragraphs split_documents Corpus load_corpus
+read_tokens xz_bits window_offsets read_windows learning_rate train_step evaluate start_process
+check_run plot load_model evaluate_checkpoint Tokenizer load_tokenizer train_bpe flag main
+"""
 
 
 @pytest.mark.parametrize("name", SHARED.split())

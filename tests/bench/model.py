@@ -3,12 +3,14 @@
     python tests/bench/model.py                       # with transformers' Mamba: six minutes
     python tests/bench/model.py --skip-transformers   # without transformers' Mamba: two minutes
     python tests/bench/model.py --malloc tuned --skip-transformers
+    python tests/bench/model.py --folder SmolLM2-135M # a real Llama alone: writes folder.json
 
 mamba.py stands beside mambapy's and transformers' Mamba (4 layers, heads not tied, as mambapy's are
 not), and transformer.py beside transformers' Llama (2 layers, tied: as many parameters as a tied
 Mamba of 4). One process, interleaved, float32. A training step is forward pass, cross-entropy,
 backward pass and AdamW; ours takes the loss as its script does. Generation is greedy, and all must
-write the same tokens.
+write the same tokens. A model whose weights do not fit the cache reads each of them once a token,
+so that the memory's bandwidth sets a floor; `python tests/peers/test_smollm.py FOLDER` writes one.
 """
 
 import argparse
@@ -32,7 +34,8 @@ PROMPT = 8  # tokens
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # nothing stops early
 GOALS = {("training", "mambapy"): 5.5, ("generation", "mambapy"): 1.3}
 GOALS |= {("training", "transformers"): 200.0}
-GOALS |= {("training", "Llama"): 1.15, ("generation", "Llama"): 3.0}
+GOALS |= {("training", "Llama"): 1.1, ("generation", "Llama"): 1.5}
+FOLDER_GOAL = 1.2  # generation, transformer.py over transformers' Llama, a model in a folder
 PAIR_GOAL = 0.75  # training, mamba.py over transformer.py at equal parameters
 
 
@@ -193,6 +196,31 @@ def time_pair(sizes: dict[str, int], rounds: int) -> dict:
     return pair
 
 
+def bandwidth() -> float:
+    """Bytes a second at which two gigabytes are read and added up, the best of ten times."""
+    memory = torch.ones(2**29)
+    return 4 * len(memory) / min(measure(memory.sum) for _ in range(10))
+
+
+def measure_folder(folder: str, new: int, rounds: int) -> dict:
+    """Tokens a second of a real model in Llama's layout, and what share that is of the floor's."""
+    from transformers import LlamaForCausalLM
+
+    models = {"ours": transformer.read_folder(folder)}
+    models["Llama"] = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    models["Llama"].generation_config.eos_token_id = None  # nothing stops early
+    size = 4 * sum(p.numel() for p in models["ours"].parameters())
+    sizes = {"vocab": models["ours"].config.vocab_size, "generated": new}
+    times, bytes_a_second = time_generation(models, sizes, rounds), bandwidth()
+    rates = {name: new / median(seconds) for name, seconds in times.items()}
+    ratio, share = rates["ours"] / rates["Llama"], rates["ours"] * size / bytes_a_second
+    print(f"generation: {rates}, {ratio:.2f} times, {share:.0%} of {bytes_a_second / 1e9:.1f} GB/s")
+    goals = [goal("generation of a real model over Llama's", ratio, FOLDER_GOAL)]
+    result = {"tokens_a_second": rates, "ratio": ratio, "share_of_memory_floor": share}
+    result |= {"weight_bytes": size, "bytes_a_second": bytes_a_second, "new_tokens": new}
+    return result | {"seconds": times, "goals": goals}
+
+
 def report(script: str, times: dict[str, dict[str, list]], tokens: dict[str, int]) -> list[dict]:
     """Print tokens a second and ratios; returns the rows."""
     rows, lines = [], [[script, "tokens a second", "spread", "runs", "ours is faster by"]]
@@ -213,6 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each; the median counts")
     text = "leave transformers' Mamba out: its step takes minutes"
     parser.add_argument("--skip-transformers", action="store_true", help=text)
+    parser.add_argument("--folder", help="only generation of the Llama in this folder")
     return parser
 
 
@@ -221,6 +250,10 @@ def main(argv: list[str] | None = None) -> int:
     _common.need_peers()
     _common.prepare(args)
     sizes, rounds = (QUICK, 2) if args.quick else (FULL, args.rounds)
+    if args.folder:
+        measured = measure_folder(args.folder, 50, rounds)
+        _common.write_result(args, "folder", **measured)
+        return 0
     families = {"transformer.py": make_transformers(sizes)}
     peers = ["mambapy"] if args.skip_transformers else ["mambapy", "transformers"]
     families["mamba.py"] = make_models(sizes, peers)

