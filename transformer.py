@@ -15,7 +15,7 @@ code      shape           meaning
 x         (B, L, D)       the residual stream, D is d_model
 q         (B, H, L, d)    queries of H heads of d channels each
 k, v      (B, G, L, d)    keys and values, each shared by H / G query heads (2305.13245)
-cos, sin  (L, 1, d / 2)   of the rotary angles, position * theta^(-2i/d) (2104.09864)
+cos, sin  (L, 1, d)       of the rotary angles, position * theta^(-2i/d) (2104.09864)
 cache     (2, B, G, C, d) a layer's keys and values so far: room for C positions
 
 Each "++" can be undone by its flag: rotary positions by `--position learned`, SwiGLU by
@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 
 def rotary_angles(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, d / 2) of position * theta^(-2i/d), equation 15 of 2104.09864.
+    """cos and sin (L, 1, d) of position * theta^(-2i/d), equation 15 of 2104.09864, for `rotate`.
 
     With `rope_scaling` as in Llama 3: wavelengths that turn fewer than low_freq_factor times in the
     original length are `factor` times as long, above high_freq_factor as they are, between a blend.
@@ -72,16 +72,17 @@ def rotary_angles(config: TransformerConfig, positions: Tensor) -> tuple[Tensor,
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         frequencies = torch.lerp(frequencies / s["factor"], frequencies, keep.clamp(0, 1))
     angles = torch.outer(positions.float(), frequencies.to(positions.device)).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()  # (L, 1, d / 2), of a pair
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # of its two channels
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) of x (B, L, H, d) by its angle, equation 34 of 2104.09864.
+    """Turn each pair (a, b) of channels of x (B, L, H, d) to (a cos - b sin, b cos + a sin).
 
-    The pairs are those of Llama's checkpoints: the halves, not neighbours.
+    Equation 34 of 2104.09864; the pairs are those of Llama's checkpoints, i and i + d/2.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # b where a was, and a where b was
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -182,48 +182,55 @@ def measure_text(settings: dict, rounds: int) -> list[dict]:
 # ----- The sheet
 
 
+STYLES = {"mamba": {"color": "C0", "ls": "-", "marker": "o"}}
+STYLES["transformer"] = {"color": "C1", "ls": "--", "marker": "s"}
+
+
 def draw(parts: dict, path: Path) -> None:
     """Four pictures: loss by tokens, time by length, tokens a second and memory by context."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, ((loss, time), (speed, memory)) = plt.subplots(
-        2, 2, figsize=(10, 7.4), layout="constrained"
+        2, 2, figsize=(10, 7.6), layout="constrained"
     )
-    colours = {"mamba": "C0", "transformer": "C1"}
     for row in parts.get("loss", []):
-        tokens = [count for count, _ in row["curves"][0]]
+        tokens = [count / 1000 for count, _ in row["curves"][0]]
         bits = [[curve[i][1] for curve in row["curves"]] for i in range(len(tokens))]
-        colour, line = colours[row["script"]], "-" if row["sizes"]["d_model"] > 100 else "--"
-        label = f"{NAMES[row['script']]}, {row['parameters'] / 1e6:.2f}M"
-        loss.plot(tokens, [statistics.mean(b) for b in bits], line, color=colour, label=label)
+        smaller = row["sizes"]["d_model"] == min(r["sizes"]["d_model"] for r in parts["loss"])
+        style = STYLES[row["script"]] | ({"mfc": "white"} if smaller else {})
+        loss.plot(tokens, [statistics.mean(b) for b in bits], **style)
         band = [min(b) for b in bits], [max(b) for b in bits]
-        loss.fill_between(tokens, *band, color=colour, alpha=0.2, lw=0)
-    loss.set(
-        xlabel="tokens",
-        ylabel="validation bits a byte",
-        title="Loss, mean and range over the seeds",
-    )
-    for script, name in NAMES.items():
+        loss.fill_between(tokens, *band, color=style["color"], alpha=0.2, lw=0)
+    loss.set(xlabel="thousand tokens", ylabel="validation bits a byte")
+    loss.set_title("Loss, mean and range over the seeds")
+    for script in NAMES:
         rows = parts.get("time", {}).get("rows", [])
         micro = [row["microseconds_a_token"][script] for row in rows]
-        time.plot([row["length"] for row in rows], micro, "o-", color=colours[script], label=name)
-        for batch in sorted({row["batch"] for row in parts.get("text", [])}):
-            rows = [row for row in parts["text"] if row["batch"] == batch]
-            style = {"color": colours[script], "ls": "-" if batch == 1 else "--", "marker": "o"}
-            style["label"] = f"{name}, batch {batch}"
-            contexts = [row["context"] for row in rows]
-            speed.plot(contexts, [row["tokens_a_second"][script] for row in rows], **style)
-            memory.plot(contexts, [row["bytes"][script] / 1e6 for row in rows], **style)
+        time.plot([row["length"] for row in rows], micro, **STYLES[script])
+        for row in parts.get("text", []):
+            style = STYLES[script] | ({"mfc": "white"} if row["batch"] == 1 else {})
+            rows = [other for other in parts["text"] if other["batch"] == row["batch"]]
+            contexts = [other["context"] for other in rows]
+            speed.plot(contexts, [other["tokens_a_second"][script] for other in rows], **style)
+            memory.plot(contexts, [other["bytes"][script] / 1e6 for other in rows], **style)
     time.set(xlabel="length", ylabel="µs a token", title="Forward and backward, equal tokens")
     speed.set(xlabel="context", ylabel="tokens a second", title="Writing")
     memory.set(xlabel="context", ylabel="MB", title="State or cache")
-    for axes, part in ((loss, "loss"), (time, "time"), (speed, "text"), (memory, "text")):
-        if part in parts:
-            axes.legend(fontsize=8)
-            axes.set(**{} if axes is loss else {"xscale": "log", "yscale": "log"})
+    for axes in (time, speed, memory):
+        axes.set(xscale="log", yscale="log")
+        ticks = sorted({x for line in axes.lines for x in line.get_xdata()})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.minorticks_off()
+    for script, name in NAMES.items():
+        loss.plot([], [], label=f"{name}: larger model, or batch 16", **STYLES[script])
+        loss.plot([], [], mfc="white", label=f"{name}: smaller, or batch 1", **STYLES[script])
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
