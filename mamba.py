@@ -457,14 +457,15 @@ class Corpus:
 
 
 def load_corpus(path: str, tokenizer: Tokenizer | str | None, split: bool = True) -> Corpus:
-    """The corpus of a text file, a .jsonl with a `text` a line, a .bin, or else of Python's prose.
+    """The corpus of a text file, a folder of .txt, a .jsonl of `text`, a .bin, or Python's prose.
 
     A tokenizer trained here, by its name, never sees validation text; a .bin names its own.
     Without `split` all is for validation.
     """
     if path.endswith(".bin"):
         return read_tokens(path, split)
-    documents = [Path(path).read_text("utf-8-sig")] if path else python_documents()
+    files = sorted(Path(path).rglob("*.txt")) if path and Path(path).is_dir() else [Path(path)]
+    documents = [file.read_text("utf-8-sig") for file in files] if path else python_documents()
     if path.endswith(".jsonl"):
         rows, documents = documents[0].split("\n"), []
         for number, row in enumerate(rows, 1):
@@ -566,9 +567,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim > 1 and not name.endswith("A_log")
         (decayed if matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
-    groups.append({"params": others, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2))
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others}]
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=0.0)
 
 
 def train_step(forward, optimizer, corpus: Corpus, config: Config, step: int):
@@ -1278,7 +1278,7 @@ def flag(default, text: str):
 class Config:
     """Everything that decides a run."""
 
-    data: str = flag("", "text file, .jsonl or .bin; empty: the prose that ships with Python")
+    data: str = flag("", "text file, folder of .txt, .jsonl or .bin; empty: Python's own prose")
     tokenizer: str = flag("bpe:1024", "byte, bpe:N, tokenizer.json, .tiktoken or tiktoken's name")
     d_model: int = flag(192, "width of the residual stream; paper: 768 (130M) to 2,560 (2.8B)")
     n_layer: int = flag(4, "Mamba blocks; paper: 24 to 64")

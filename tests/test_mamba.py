@@ -714,6 +714,16 @@ def test_every_twentieth_document_is_for_validation(tmp_path):
     assert len(corpus.train) + len(corpus.valid) == sum(len(row.strip()) + 1 for row in rows)
 
 
+def test_a_folder_is_its_text_files(tmp_path):
+    (tmp_path / "under").mkdir()
+    for i in range(60):
+        (tmp_path / "under" / f"{i:02}.txt").write_text(f"text {i}", "utf-8")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    corpus = mamba.load_corpus(str(tmp_path), "byte")
+    text = corpus.tokenizer.decode_bytes(corpus.valid, special=True).decode()
+    assert text == "".join(f"text {i}<|endoftext|>" for i in (19, 39, 59))
+
+
 def test_of_few_documents_the_end_is_for_validation(tmp_path):
     (tmp_path / "x.txt").write_text("x" * 950 + "y" * 50)
     corpus = mamba.load_corpus(str(tmp_path / "x.txt"), "byte")
