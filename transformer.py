@@ -96,6 +96,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
+def document_mask(starts: Tensor) -> Tensor:
+    """starts (B, L), True where a document begins -> mask (B, 1, L, L) that keeps documents apart.
+
+    A query sees itself and what stands before it in its own document.
+    """
+    document = starts.cumsum(1)  # (B, L): its number
+    same = document.unsqueeze(2) == document.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
 # ----- The model ----------------------------------------------------------------------------------
 
 
@@ -177,28 +187,21 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """(SiLU(x W_gate) * x W_up) W_down: FFN_SwiGLU of 2002.05202."""
+class MLP(nn.Module):
+    """SwiGLU (2002.05202): (SiLU(x W_gate) * x W_up) W_down; or the vanilla GELU(x W_up) W_down."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.hidden, config.bias)
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.d_model, config.hidden, config.bias)
         self.up_proj = nn.Linear(config.d_model, config.hidden, config.bias)
         self.down_proj = nn.Linear(config.hidden, config.d_model, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class GELU(nn.Module):
-    """GELU(x W_up) W_down, the vanilla Transformer's."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.hidden, config.bias)
-        self.down_proj = nn.Linear(config.hidden, config.d_model, config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
@@ -210,12 +213,12 @@ class Layer(nn.Module):
         self.input_layernorm = config.make_norm()
         self.self_attn = Attention(config)
         self.post_attention_layernorm = config.make_norm()
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
+        self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        """x (B, L, D) -> (B, L, D); context is `Attention`'s."""
+    def forward(self, x: Tensor, angles, mask: Tensor | None, cache: Cache | None, layer: int):
+        """x (B, L, D) -> (B, L, D); what else there is goes to `Attention`."""
         dtype = self.input_layernorm.weight.dtype
-        x = x + self.self_attn(self.input_layernorm(x.to(dtype)), *context)
+        x = x + self.self_attn(self.input_layernorm(x.to(dtype)), angles, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x.to(dtype)))
 
 
@@ -256,24 +259,23 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, starts=None) -> Tensor:
         """tokens (B, L) -> what the head reads, (B, L, D)."""
+        if starts is not None and cache is not None:
+            raise ValueError("starts cannot go with a cache")
         L, past, mask, angles = tokens.shape[1], 0 if cache is None else cache.length, None, None
-        at = positions = torch.arange(past, past + L, device=tokens.device)
+        positions = torch.arange(past, past + L, device=tokens.device)
         if starts is not None:
-            if cache is not None:
-                raise ValueError("starts cannot go with a cache")
-            document = starts.cumsum(1)  # (B, L): its number
-            same = document.unsqueeze(2) == document.unsqueeze(1)
-            mask = (same & (positions <= positions[:, None])).unsqueeze(1)  # (B, 1, L, L)
-            at = positions - torch.where(starts, positions, 0).cummax(1).values  # in its document
+            mask = document_mask(starts)
         elif past > 0 and L > 1:
             seen = torch.arange(past + L, device=tokens.device) <= positions[:, None]
             mask = seen[None, None]  # (1, 1, L, past + L)
         x = self.model.embed_tokens(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.config.position == "learned":
-            x = x + self.model.embed_positions(at)
-        else:
+        if self.config.position == "rope":
             angles = rotary_angles(self.config, positions)
+        else:
+            if starts is not None:  # each document counts from 0
+                positions = positions - torch.where(starts, positions, 0).cummax(1).values
+            x = x + self.model.embed_positions(positions)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, angles, mask, cache, i)
         if cache is not None:
