@@ -157,8 +157,23 @@ class TransformerConfig:
         return self.norm == "layernorm"
 
     def make_norm(self) -> nn.Module:
-        kind = nn.LayerNorm if self.norm == "layernorm" else nn.RMSNorm
+        kind = nn.LayerNorm if self.norm == "layernorm" else RMSNorm
         return kind(self.d_model, eps=self.norm_eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., size) -> the same shape and dtype; computes in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):

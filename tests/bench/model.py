@@ -10,7 +10,7 @@ not), and transformer.py beside transformers' Llama (2 layers, tied: as many par
 Mamba of 4). One process, interleaved, float32. A training step is forward pass, cross-entropy,
 backward pass and AdamW; ours takes the loss as its script does. Generation is greedy, and all must
 write the same tokens. A model whose weights do not fit the cache reads each of them once a token,
-so that the memory's bandwidth sets a floor; `python tests/peers/test_smollm.py FOLDER` writes one.
+so that the memory's bandwidth sets a floor; `python -m tests.peers.test_smollm FOLDER` writes one.
 """
 
 import argparse

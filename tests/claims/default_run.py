@@ -25,13 +25,12 @@ def run(script: str, seed: int, out: Path, flags: list[str]) -> tuple[dict, list
     module = importlib.import_module(script)
     if code := module.main(["--seed", str(seed), "--out", str(out), *flags]):
         sys.exit(code)
-    if "--smoke" in flags and script == "mamba":
+    if "--smoke" in flags:
         out = out / "smoke"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     result = json.loads((out / "result.json").read_text("utf-8"))
-    if "sample" not in result:
-        result["sample"] = module.sample(module.Config(out=str(out), seed=seed))
-        result["versions"] = {"python": result["python"].split()[0], "torch": result["torch"]}
+    result["sample"] = module.sample(module.Config(out=str(out), seed=seed))
+    result["versions"] = {"python": result["python"].split()[0], "torch": result["torch"]}
     return result, [row for row in rows if "valid_loss" in row]
 
 

