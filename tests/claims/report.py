@@ -128,8 +128,19 @@ def model() -> str:
     )
 
 
+def folder() -> str:
+    """A real model: tokens a second, and the memory's bandwidth that they need of what there is."""
+    result = read(BENCH / "folder.json")
+    size, there = result["weight_bytes"], result["bytes_a_second"]
+    rows = []
+    for name, rate in result["tokens_a_second"].items():
+        rows.append([name, number(rate), f"{rate * size / there:.0%}"])
+    head = ["model", "tokens a second", f"of the floor, {there / 1e9:.1f} GB/s"]
+    return table(head, rows, [LEFT, RIGHT, RIGHT])
+
+
 def model_goals() -> str:
-    return goals("model.json")
+    return goals("model.json", "folder.json")
 
 
 def versus_loss() -> str:
