@@ -94,6 +94,38 @@ def test_accuracy_counts_every_sequence_once() -> None:
     assert shown == pytest.approx(100 * (targets == 3).double().mean().item()) and shown > 0
 
 
+def test_a_carried_state_is_that_of_the_whole_sequence(monkeypatch) -> None:
+    """With a rate of 0: each loss is taken where the model stands after all windows of a row."""
+    heads, model = program("induction_heads"), small(vocab=16).requires_grad_()
+    s = heads.Settings(length=9, batch=2, streams=3, carried_steps=40, lr=0.0)
+    usual, hidden, windows, losses = F.cross_entropy, model.hidden, [], []
+
+    def read(inputs, state):
+        if inputs.ndim == 2:  # not the step of the last symbol
+            windows.append(inputs)
+        return hidden(inputs, state)
+
+    def loss(logits, answer):
+        losses.append((logits.detach(), answer))
+        return usual(logits, answer)
+
+    monkeypatch.setattr(model, "hidden", read)
+    monkeypatch.setattr(F, "cross_entropy", loss)
+    heads.train_on_carried_states(model, s, 1)
+    monkeypatch.undo()
+    longest = []
+    for row in range(5):
+        sequence, lengths = [], []
+        for window, (logits, answer) in zip(windows, losses, strict=True):
+            symbols = window[row].tolist()
+            sequence = symbols if 15 in symbols else sequence + symbols
+            assert answer[row] == sequence[sequence.index(15) + 1]
+            close(logits[row], model(torch.tensor([[*sequence, 15]]))[0, -1].detach(), 1e-4)
+            lengths.append(len(sequence) // 8)
+        longest.append(max(lengths))
+    assert longest == [1, 1, 2, 4, 8]
+
+
 # ----- What they compute
 
 
