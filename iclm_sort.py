@@ -473,48 +473,50 @@ def sort(config: Config) -> None:
     """The job `sort`: train.bin, of whole contexts in random order, with train.json; order.npy,
     report.json and report.png, all in config.out.
     """
-    began, out, corpus = time.perf_counter(), Path(config.out), find_neighbours(config)
-    graph = build_graph(*corpus[1:])
+    began, out = time.perf_counter(), Path(config.out)
+    x, similarities, ids, keep = find_neighbours(config)
+    print("building the graph", flush=True)
+    graph = build_graph(similarities, ids, keep)
     orders = dict.fromkeys(("file", "random", config.order))
-    paths = {order: traverse(graph, order, config.seed, corpus[0]) for order in orders}
+    paths = {order: traverse(graph, order, config.seed, x) for order in orders}
     np.save(out / "order.npy", paths[config.order])
-    tokens, _, about = tokenise(config)
+    tokens, labels, about = tokenise(config)
     contexts = pack(tokens, paths[config.order], config.context_length, about["document_separator"])
-    np.random.default_rng(config.seed).shuffle(contexts)
+    np.random.default_rng(config.seed).shuffle(contexts)  # one context says nothing of the next
     contexts.astype(contexts.dtype.newbyteorder("<")).tofile(out / "train.tmp")
     (out / "train.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     os.replace(out / "train.tmp", out / "train.bin")
     print(f"{out}/train.bin: {len(contexts):,} contexts of {config.context_length} tokens")
-    write_result(config, began, "report.json", corpus[0], graph, paths, {})
 
-
-def write_result(config: Config, began: float, name: str, x, graph: Graph, paths, arms) -> None:
-    """Print and write what the orders are worth and what the arms learnt, and draw the orders."""
-    orders = {order: ordering_report(x, path, graph) for order, path in paths.items()}
-    for column, row in [*orders.items(), *arms.items()]:
-        print(f"{column}: " + " · ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    reports = {order: ordering_report(x, path, graph, labels) for order, path in paths.items()}
+    for order, report in reports.items():
+        print(f"{order}: " + " · ".join(f"{name} {value:.4g}" for name, value in report.items()))
     result = {
-        "orders": orders, "arms": arms, "documents": len(x), "kept": int(graph.keep.sum()),
+        "orders": reports, "documents": len(x), "kept": int(keep.sum()), "contexts": len(contexts),
         "wall_seconds": round(time.perf_counter() - began, 1), "argv": sys.argv,
         "python": sys.version, "torch": torch.__version__, "seed": config.seed,
         "device": f"{config.device}, {torch.get_num_threads()} threads",
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "config": dataclasses.asdict(config),
     }  # fmt: skip
-    file = Path(config.out, name)
-    file.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(f"{file} after {result['wall_seconds']} s", flush=True)
+    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    print(f"{out}/report.json after {result['wall_seconds']} s", flush=True)
+    plot(x, paths, out / "report.png")
+
+
+def plot(x: np.ndarray, paths: dict[str, np.ndarray], path: Path) -> None:
+    """Cosines of adjacent documents in each order, as a PNG."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
     figure, axes = plt.subplots(layout="constrained")
-    for order, path in paths.items():
-        cosines = (x[path[1:]] * x[path[:-1]]).sum(1)
-        axes.hist(cosines, np.linspace(-0.2, 1, 61), histtype="step", label=order)
+    for name, order in paths.items():
+        cosines = (x[order[1:]] * x[order[:-1]]).sum(1)
+        axes.hist(cosines, np.linspace(-0.2, 1, 61), histtype="step", label=name)
     axes.set(xlabel="cosine of adjacent documents", ylabel="steps")
     axes.legend()
-    figure.savefig(file.with_suffix(".png"), dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

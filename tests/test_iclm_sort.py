@@ -1,6 +1,5 @@
 """iclm_sort.py by slow loops in float64, by hand-made cases, and as a user runs it."""
 
-import base64
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ import transformer
 from iclm_sort import (
     Config,
     build_graph,
+    distinct_neighbours,
     drop_duplicates,
     nearest_neighbours,
     ordering_report,
@@ -88,7 +88,7 @@ def test_embeddings_are_projected_tf_idf():
 
 @pytest.mark.parametrize("texts", [[], ["fine", "  \n"]])
 def test_there_must_be_text_to_embed(texts):
-    with pytest.raises(ValueError, match=r"no documents|neither words nor marks"):
+    with pytest.raises(ValueError, match="cannot embed"):
         iclm_sort.embed_documents(texts)
 
 
@@ -120,22 +120,34 @@ def test_neighbours_by_loops(n, d, k, method):
 
 
 @pytest.mark.parametrize("method", ["exact", "ivf"])
-def test_equal_similarities_go_by_index(method):
-    """Whole-numbered vectors, so that equal products are equal floats; many of them, at the k-th place too."""
+def test_among_equal_similarities_some_are_taken(method):
+    """Whole numbers, so that equal products are equal floats, many of them at the k-th place."""
     x = np.random.default_rng(0).integers(-1, 2, (90, 3)).astype(np.float32) + np.float32([4, 0, 0])
-    truth, numbers = slow_neighbours(x, 7)
-    similarity, index = nearest_neighbours(x, 7, method, recall=1.0)
-    np.testing.assert_array_equal(similarity, truth)
-    np.testing.assert_array_equal(index, numbers)
+    truth, _ = slow_neighbours(x, 7)
+    similarities, ids = nearest_neighbours(x, 7, method, recall=1.0)
+    np.testing.assert_array_equal(similarities, truth)
+    np.testing.assert_array_equal(np.einsum("nd,nkd->nk", x, x[ids]), truth)
+    assert all(len({i, *row}) == 8 for i, row in enumerate(ids.tolist()))
 
 
-def test_neighbours_over_many_tiles(monkeypatch):
-    monkeypatch.setattr(iclm_sort, "TILE", (32, 48))
-    x = unit(500, 6, 1, 9)
-    similarity, index = nearest_neighbours(x, 11)
-    truth, numbers = slow_neighbours(x, 11)
-    np.testing.assert_allclose(similarity, truth, atol=1e-6)
-    np.testing.assert_array_equal(index, numbers)
+def test_lists_shorter_than_k_are_filled_by_exact_search():
+    """Copies of few points: an inverted list of one copy holds fewer than k others."""
+    x = np.concatenate([np.eye(6, dtype=np.float32)] * 3)
+    similarities, ids = nearest_neighbours(x, 9, "ivf", recall=0.1)
+    truth, _ = slow_neighbours(x, 9)
+    np.testing.assert_allclose(similarities, truth, atol=1e-6)
+    assert ids.min() >= 0
+
+
+def test_neighbours_in_many_parts_are_those_of_one(monkeypatch):
+    """What processes share out: parts of the queries give bit for bit what all of them give."""
+    x = unit(1000, 16, 3, 30)
+    for method in ("exact", "ivf"):
+        whole = nearest_neighbours(x, 6, method)
+        monkeypatch.setattr(iclm_sort, "processes", lambda: (0, 1))
+        rows = np.r_[100:200, 700:950]
+        for all_of_them, some in zip(whole, nearest_neighbours(x, 6, method, rows=rows), strict=True):
+            np.testing.assert_allclose(some, all_of_them[rows], atol=1e-6)
 
 
 def test_ivf_reaches_the_recall_asked_for():
@@ -161,46 +173,25 @@ def test_ivf_looks_into_as_many_lists_as_it_takes():
     assert (exact[:, :, None] == found[:, None, :]).any(2).mean() > 0.93
 
 
-def test_a_part_of_the_rows_is_the_same_part_of_the_whole(monkeypatch):
-    """What processes share out: whole chunks of queries give bit for bit what one process gets."""
-    monkeypatch.setattr(iclm_sort, "CHUNK", {"exact": 64, "ivf": 128})
-    x = unit(1000, 16, 3, 30)
-    for method, size in iclm_sort.CHUNK.items():
-        similarity, index = nearest_neighbours(x, 6, method)
-        rows = np.r_[size : 2 * size, 4 * size : 5 * size]
-        part, numbers = nearest_neighbours(x, 6, method, rows=rows)
-        np.testing.assert_array_equal(part, similarity[rows])
-        np.testing.assert_array_equal(numbers, index[rows])
-
-
-BAD_ROWS = {"NaN": (2, np.nan, "not finite"), "infinite": (4, np.inf, "not finite"), "zero": (1, 0, "is zero")}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_row_without_direction_is_named(name):
-    row, value, message = BAD_ROWS[name]
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_must_be_finite(value):
     x = unit(6, 4)
-    x[row] = value
-    with pytest.raises(ValueError, match=f"row {row} .*{message}"):
+    x[2, 1] = value
+    with pytest.raises(ValueError, match="finite"):
         nearest_neighbours(x, 2)
 
 
 @pytest.mark.parametrize("k", [0, 5, 9])
 def test_k_must_be_below_the_number_of_documents(k):
-    with pytest.raises(ValueError, match=f"k {k}: must be at least 1 and below the 5 documents"):
+    with pytest.raises(ValueError, match=f"k {k} for 5 documents"):
         nearest_neighbours(unit(5, 3), k)
 
 
-def test_unknown_methods_orders_and_degrees():
-    with pytest.raises(ValueError, match="'hnsw': must be one of exact, ivf, faiss"):
+def test_unknown_methods_and_orders():
+    with pytest.raises(ValueError, match="'hnsw'"):
         nearest_neighbours(unit(5, 3), 2, "hnsw")
-    graph = build_graph(*lists(9, 3))
-    with pytest.raises(ValueError, match="'tsp': must be one of paper, edge"):
-        traverse(graph, "tsp")
-    with pytest.raises(ValueError, match="'most': must be static or remaining"):
-        traverse(graph, degree="most")
-    with pytest.raises(ValueError, match="needs embeddings"):
-        traverse(graph, "cluster")
+    with pytest.raises(ValueError, match="'tsp' must be one of paper, edge"):
+        traverse(build_graph(*lists(9, 3)), "tsp")
 
 
 # ----- Duplicates and the graph ---------------------------------------------------------------------------------------
@@ -235,6 +226,35 @@ def test_dropped_documents_by_loops(threshold):
     ]
 
 
+def test_of_sixty_copies_one_stays():
+    """Near-copies fill one another's lists of ten; what stays still finds its true neighbours."""
+    rng = np.random.default_rng(0)
+    others = unit(200, 16, 1, 20)
+    copies = others[7] + 0.005 * rng.standard_normal((60, 16)).astype(np.float32)
+    x = np.concatenate([others, copies / np.linalg.norm(copies, axis=1, keepdims=True)])
+    threshold = 0.98
+    similarities, ids, keep = distinct_neighbours(x, 10, threshold)
+    near = (x @ x.T >= threshold) & keep & keep[:, None]
+    assert near.sum() == keep.sum()  # each is near itself alone, of all pairs and not of lists only
+    assert keep[7] and not keep[200:].any()
+    kept = np.flatnonzero(keep)
+    truth, numbers = slow_neighbours(x[kept], 10)
+    np.testing.assert_allclose(similarities[kept], truth, atol=1e-6)
+    np.testing.assert_array_equal(ids[kept], kept[numbers])
+    assert (ids[~keep] == -1).all() and np.isneginf(similarities[~keep]).all()
+
+
+def test_copies_alone():
+    similarities, ids, keep = distinct_neighbours(np.ones((40, 3), np.float32) / 3**0.5, 10, 0.9)
+    assert keep.tolist() == [True] + [False] * 39 and (ids == -1).all()
+    assert traverse(build_graph(similarities, ids, keep)).tolist() == [0]
+
+
+def test_a_threshold_must_be_a_number():
+    with pytest.raises(ValueError, match="threshold nan"):
+        drop_duplicates(*lists(9, 3), math.nan)
+
+
 def test_a_cosine_at_the_threshold_drops():
     assert drop_duplicates(np.array([[0.5], [0.5]], np.float32), np.array([[1], [0]]), 0.5).tolist() == [True, False]
 
@@ -250,7 +270,7 @@ def slow_graph(similarity, index, keep):
     rows = [[] for _ in index]
     for (i, j), weight in edges.items():
         rows[i].append((j, weight))
-    return [sorted(row, key=lambda arc: (-arc[1], arc[0])) for row in rows]
+    return [sorted(row) for row in rows]
 
 
 def rows_of(graph):
@@ -273,74 +293,68 @@ def test_graph_by_loops(seed):
     assert rows_of(build_graph(similarity, index)) == slow_graph(similarity, index, [True] * n)
 
 
-def test_graph_over_many_blocks_with_a_hub(monkeypatch):
-    monkeypatch.setattr(iclm_sort, "ARCS", 64)
+def test_graph_with_a_hub():
     similarity, index = lists(700, 3, 7)
     index[1:, 2], similarity[1:, 2] = 0, np.linspace(-0.9, -0.5, 699)
     again = (index[:, :2] == 0).any(1)
     index[again, 2] = -1
-    assert rows_of(build_graph(similarity, index)) == slow_graph(similarity, index, [True] * 700)
+    graph = build_graph(similarity, index)
+    assert rows_of(graph) == slow_graph(similarity, index, [True] * 700)
+    falling = sorted(rows_of(graph)[0], key=lambda arc: (-arc[1], arc[0]))
+    assert graph.row(0).tolist() == [j for j, _ in falling]
 
 
 # ----- Orders ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["paper", "edge", "random", "file", "cluster"])
-@pytest.mark.parametrize("degree", ["static", "remaining"])
+@pytest.mark.parametrize("order", ["paper", "edge", "random", "file"])
 @pytest.mark.parametrize("n", [2, 37, 400])
-def test_each_kept_document_once_and_the_same_again(order, degree, n):
+def test_each_kept_document_once_and_the_same_again(order, n):
     x = unit(n, 6, n, 5)
     keep = np.arange(n) % 7 != 3
     graph = build_graph(*nearest_neighbours(x, min(5, n - 1)), keep)
     for embeddings in (x, None) if order == "edge" else (x,):
-        path = traverse(graph, order, degree, 1, embeddings)
+        path = traverse(graph, order, 1, embeddings)
         assert path.dtype == np.int64 and sorted(path.tolist()) == np.flatnonzero(keep).tolist()
-        assert path.tolist() == traverse(graph, order, degree, 1, embeddings).tolist()
+        assert path.tolist() == traverse(graph, order, 1, embeddings).tolist()
     if order in ("random", "paper") and n == 400:
-        assert path.tolist() != traverse(graph, order, degree, 2, x).tolist()
+        assert path.tolist() != traverse(graph, order, 2, x).tolist()
 
 
-def test_a_graph_of_ones_own():
-    """Three arrays are enough: all documents are kept."""
-    indptr, neighbours = np.array([0, 1, 3, 4, 4]), np.array([1, 2, 0, 1], np.int32)
-    graph = iclm_sort.Graph(indptr, neighbours, np.array([0.5, 0.9, 0.5, 0.9], np.float32))
+def test_a_chain_is_walked_from_an_end():
+    indptr, neighbours = np.array([0, 1, 3, 4, 4]), np.array([1, 0, 2, 1], np.int32)
+    weights = np.array([0.5, 0.5, 0.9, 0.9], np.float32)
+    graph = iclm_sort.Graph(indptr, neighbours, weights, np.ones(4, bool))
     paths = {tuple(traverse(graph, seed=seed).tolist()) for seed in range(20)}
-    assert paths == {(3, 0, 1, 2), (3, 2, 1, 0)}  # the one without an edge, then an end of the chain
+    assert paths == {(3, 0, 1, 2), (3, 2, 1, 0)}  # the one without an edge, then the chain
 
 
 def test_nothing_kept():
     graph = build_graph(*lists(9, 3), np.zeros(9, bool))
-    assert [len(traverse(graph, order, embeddings=unit(9, 8))) for order in iclm_sort.ORDERS] == [0] * 6
+    assert [len(traverse(graph, order, embeddings=unit(9, 8))) for order in iclm_sort.ORDERS] == [0] * 5
 
 
-@pytest.mark.parametrize("degree", ["static", "remaining"])
-def test_the_walk_follows_the_algorithm(degree):
-    """Each step goes to the heaviest unvisited neighbour; else to an unvisited document of least degree."""
+def test_the_walk_follows_the_algorithm():
+    """Each step goes to the heaviest unvisited neighbour; else to an unvisited one of least degree."""
     for seed in range(10):
         graph = build_graph(*lists(120, 3, seed))
-        rows, path = slow_graph_rows(graph), traverse(graph, "paper", degree, seed).tolist()
-        left, sizes = set(range(120)), {i: len(row) for i, row in enumerate(rows)}
+        rows, path = rows_of(graph), traverse(graph, "paper", seed).tolist()
+        left = set(range(120))
         for step, node in enumerate(path):
-            options = [j for j, _ in rows[path[step - 1]] if j in left] if step else []
+            options = [(w, -j) for j, w in rows[path[step - 1]] if j in left] if step else []
             if options:
-                assert node == options[0]
+                assert node == -max(options)[1]
             else:
-                live = {i: sizes[i] if degree == "static" else sum(j in left for j, _ in rows[i]) for i in left}
-                assert live[node] == min(live.values())
+                assert len(rows[node]) == min(len(rows[i]) for i in left)
             left.remove(node)
-
-
-def slow_graph_rows(graph):
-    return [sorted(row, key=lambda arc: (-arc[1], arc[0])) for row in rows_of(graph)]
 
 
 def test_the_start_is_drawn_among_the_least():
     """A star of three leaves and two pairs: each of the seven documents of degree 1 starts as often as the others."""
     index = np.array([[1], [0], [0], [0], [5], [4], [7], [6]])
     graph = build_graph(np.full((8, 1), 0.5, np.float32), index)
-    for degree in ("static", "remaining"):
-        starts = Counter(int(traverse(graph, "paper", degree, seed)[0]) for seed in range(700))
-        assert starts.keys() == {1, 2, 3, 4, 5, 6, 7} and min(starts.values()) > 60
+    starts = Counter(int(traverse(graph, "paper", seed)[0]) for seed in range(700))
+    assert starts.keys() == {1, 2, 3, 4, 5, 6, 7} and min(starts.values()) > 60
 
 
 def test_edge_matching_by_loops():
@@ -389,7 +403,7 @@ def test_edge_joins_better_than_the_walk():
         for order in iclm_sort.ORDERS
         if order != "knn"
     }
-    assert share["edge"] > share["paper"] + 0.01 > share["cluster"] > share["random"] + 0.3
+    assert 1 > share["edge"] > share["paper"] + 0.01 > share["random"] + 0.3
 
 
 def test_knn_repeats_each_document_before_its_best_neighbours():
@@ -398,7 +412,7 @@ def test_knn_repeats_each_document_before_its_best_neighbours():
     seen = []
     while path:
         node, *path = path
-        best = [j for j, _ in rows[node][:3]]
+        best = [j for j, _ in sorted(rows[node], key=lambda arc: (-arc[1], arc[0]))[:3]]
         assert path[: len(best)] == best
         path = path[len(best) :]
         seen.append(node)
@@ -412,83 +426,62 @@ def test_knn_repeats_each_document_before_its_best_neighbours():
 @pytest.mark.parametrize("length", [1, 4, 7, 1000])
 def test_pack_by_loops(separator, length):
     r = random.Random(length)
-    tokens = [np.array([r.randrange(90) for _ in range(r.randrange(1, 30))], np.uint16) for _ in range(12)]
-    order = r.sample(range(12), 9)
-    flat, begins = [], []
+    tokens = [np.array([r.randrange(90)] * r.randrange(30), np.uint16) for _ in range(12)]
+    order, flat = r.sample(range(12), 9), []
     for i in order:
-        begins += [True] + [False] * (len(tokens[i]) - 1) + [False] * (separator is not None)
         flat += [*tokens[i].tolist(), *([separator] if separator is not None else [])]
     while len(flat) % length:
         flat.append(separator or 0)
-        begins.append(False)
-    contexts, starts = pack(tokens, np.array(order), length, separator)
-    assert contexts.dtype == np.uint16 and contexts.shape == starts.shape == (len(flat) // length, length)
-    assert contexts.ravel().tolist() == flat and starts.ravel().tolist() == begins
+    contexts = pack(tokens, np.array(order), length, separator)
+    assert contexts.dtype == np.uint16 and contexts.shape == (len(flat) // length, length)
+    assert contexts.ravel().tolist() == flat
 
 
-def test_a_document_without_tokens_has_no_start():
-    tokens = [np.array(ids, np.uint16) for ids in ([1, 2], [], [3])]
-    contexts, starts = pack(tokens, np.arange(3), 6, 9)
-    assert contexts.tolist() == [[1, 2, 9, 9, 3, 9]] and np.flatnonzero(starts).tolist() == [0, 4]
+def test_pack_refuses_no_documents():
+    with pytest.raises(ValueError, match="no documents"):
+        pack([np.arange(5, dtype=np.uint16)], np.array([], np.int64), 4, 9)
 
 
-def test_pack_refuses():
-    tokens = [np.arange(5, dtype=np.uint16)]
-    with pytest.raises(ValueError, match="context_length 0: must be at least 1"):
-        pack(tokens, np.array([0]), 0, 9)
-    with pytest.raises(ValueError, match="nothing to pack"):
-        pack(tokens, np.array([], np.int64), 4, 9)
+# ----- What an order is worth -----------------------------------------------------------------------------------------
 
 
 def test_report_by_loops():
-    x, labels, lengths = unit(60, 8, 2, 5), np.arange(60) // 7, np.random.default_rng(0).integers(1, 40, 60)
+    x, labels = unit(60, 8, 2, 5), np.arange(60) // 7
     keep = np.arange(60) % 9 != 4
     graph = build_graph(*nearest_neighbours(x, 4), keep)
-    order, size = traverse(graph, "paper"), 32
     cosine = x.astype(np.float64) @ x.T
-    steps = list(itertools.pairwise(order.tolist()))
-    rows = rows_of(graph)
-    runs = [1]
-    for a, b in steps:
-        runs = [*runs[:-1], runs[-1] + 1] if b in [j for j, _ in rows[a]] else [*runs, 1]
-    places, at = defaultdict(list), 0
-    parted = 0
-    for i in order.tolist():
-        touched = range(at // size, (at + int(lengths[i]) - 1) // size + 1)
-        for context in touched:
-            places[context].append(i)
-        parted += len(touched) > 1
-        at += int(lengths[i])
-    pairs = [np.mean([cosine[a, b] for a, b in itertools.combinations(p, 2)]) for p in places.values() if len(p) > 1]
-    shuffle = np.random.default_rng(1).permutation(len(places))
-
-    def leakage(contexts):
-        return np.mean([cosine[np.ix_(places[a], places[b])].mean() for a, b in itertools.pairwise(contexts)])
-
-    expected = {
-        "documents": int(keep.sum()),
-        "each_once": True,
-        "adjacent_cosine": np.mean([cosine[a, b] for a, b in steps]),
-        "label_purity": np.mean([labels[a] == labels[b] for a, b in steps]),
-        "bound": np.mean([(sum(w for _, w in rows[i][:2])) / 2 for i in order]),
-        "segments": len(runs),
-        "longest_segment": max(runs),
-        "contexts": len(places),
-        "within_context_cosine": np.mean(pairs),
-        "truncation_rate": parted / len(order),
-        "leakage_before": leakage(range(len(places))),
-        "leakage_after": leakage(shuffle.tolist()),
-    }
-    expected["share_of_bound"] = expected["adjacent_cosine"] / expected["bound"]
-    report = ordering_report(x, order, graph, labels, lengths, size, shuffle)
-    assert report == pytest.approx(expected, abs=1e-6)
+    for order in (traverse(graph, "paper"), traverse(graph, "random")):
+        steps, rows, runs = list(itertools.pairwise(order.tolist())), rows_of(graph), [1]
+        for a, b in steps:
+            runs = [*runs[:-1], runs[-1] + 1] if b in dict(rows[a]) else [*runs, 1]
+        best = []
+        for i in order.tolist():
+            weights = dict(rows[i]) | {sum(step) - i: cosine[step] for step in steps if i in step}
+            best += [max(0, w) for w in sorted(weights.values())[-2:]]
+        expected = {
+            "each_once": True,
+            "adjacent_cosine": np.mean([cosine[step] for step in steps]),
+            "bound": sum(best) / 2 / len(order),
+            "share_of_bound": sum(cosine[step] for step in steps) / (sum(best) / 2),
+            "segments": len(runs),
+            "longest_segment": max(runs),
+            "label_purity": np.mean([labels[a] == labels[b] for a, b in steps]),
+        }
+        assert ordering_report(x, order, graph, labels) == pytest.approx(expected, abs=1e-6)
     assert not ordering_report(x, order[:-1], graph)["each_once"]
     assert not ordering_report(x, np.append(order[:-1], order[0]), graph)["each_once"]
 
 
-def test_a_document_that_ends_with_its_context_is_whole():
-    report = ordering_report(unit(4, 3), np.arange(4), lengths=[4, 4, 3, 5], context_length=4)
-    assert (report["contexts"], report["truncation_rate"]) == (4, 0.25)
+def test_no_path_is_better_than_its_bound():
+    """With lists of one, whose edges miss most of the good steps; a ring of pairs is exactly 1."""
+    for seed in range(20):
+        x = unit(9, 2, seed)
+        graph = build_graph(*nearest_neighbours(x, 1))
+        for order in itertools.islice(itertools.permutations(range(9)), 0, 360_000, 9_001):
+            assert ordering_report(x, np.array(order), graph)["share_of_bound"] <= 1 + 1e-9
+    pair = np.array([[1.0, 0.0], [0.8, 0.6]], np.float32)
+    graph = build_graph(*nearest_neighbours(pair, 1))
+    assert ordering_report(pair, np.arange(2), graph)["share_of_bound"] == pytest.approx(1)
 
 
 def test_report_over_many_blocks():
@@ -496,7 +489,9 @@ def test_report_over_many_blocks():
     x = unit(10_000, 2)
     x[[4095, 4096, 4097, 8191, 8192, 8193]] *= 1000  # a step that is left out, or counted twice, shows
     cosine = (x[1:].astype(np.float64) * x[:-1]).sum(1).mean()
-    assert ordering_report(x, np.arange(10_000))["adjacent_cosine"] == pytest.approx(cosine, rel=1e-4)
+    empty = iclm_sort.Graph(np.zeros(10_001, np.int64), *(np.zeros(0, t) for t in "if"), np.ones(10_000, bool))
+    report = ordering_report(x, np.arange(10_000), empty)
+    assert report["adjacent_cosine"] == pytest.approx(cosine, rel=1e-4)
 
 
 # ----- Tokenizers and input -------------------------------------------------------------------------------------------
