@@ -564,9 +564,10 @@ def encode_documents(texts: Iterable[str], folder: str, device: torch.device) ->
     """
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    options = {"local_files_only": True, "output_loading_info": True}
-    model, report = AutoModel.from_pretrained(folder, **options)
+    if not Path(folder).is_dir():
+        raise ValueError(f"--encoder {folder} must be a model's folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
     if missing or report["mismatched_keys"]:  # else they would be drawn at random
         raise ValueError(f"--encoder {folder}: the weights do not fit: {report}")
@@ -624,8 +625,10 @@ def read_documents(config: Config) -> Iterator[tuple[str, str]]:
     if not config.input:
         yield from itertools.islice(python_functions(), 150 if config.smoke else None)
         return
-    files = [path for path in sorted(Path(config.input).rglob("*")) if path.is_file()]
-    for file in files or [Path(config.input)]:
+    root = Path(config.input)
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if file.is_dir():
+            continue
         try:
             if file.suffix != ".jsonl":
                 text = file.read_text("utf-8-sig")
