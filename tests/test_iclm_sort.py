@@ -74,10 +74,17 @@ def slow_terms(text):
 def test_embeddings_are_projected_tf_idf():
     counts = [slow_terms(text) for text in TEXTS]
     frequency = Counter(term for count in counts for term in count)
-    table = torch.randn(iclm_sort.BUCKETS, 32, generator=torch.Generator().manual_seed(3)).double().numpy()
+    table = (
+        torch.randn(iclm_sort.BUCKETS, 32, generator=torch.Generator().manual_seed(3))
+        .double()
+        .numpy()
+    )
     ours = iclm_sort.embed_documents(TEXTS, dim=32, seed=3)
     for row, count in zip(ours, counts, strict=True):
-        truth = sum((1 + math.log(c)) * (1 + math.log(7 / (1 + frequency[t]))) * table[t] for t, c in count.items())
+        truth = sum(
+            (1 + math.log(c)) * (1 + math.log(7 / (1 + frequency[t]))) * table[t]
+            for t, c in count.items()
+        )
         np.testing.assert_allclose(row, truth / np.linalg.norm(truth), atol=2e-6)
     assert ours.dtype == np.float32 and ours.shape == (6, 32)
     wide = iclm_sort.embed_documents(TEXTS, dim=1024)
@@ -104,8 +111,12 @@ def test_what_is_not_blank_can_be_embedded():
 def slow_neighbours(x, k):
     """By float64 loops: falling similarity, then rising index, never itself."""
     x = x.astype(np.float64)
-    rows = [sorted((-float(x[i] @ x[j]), j) for j in range(len(x)) if j != i)[:k] for i in range(len(x))]
-    return np.array([[-s for s, _ in row] for row in rows]), np.array([[j for _, j in row] for row in rows])
+    rows = [
+        sorted((-float(x[i] @ x[j]), j) for j in range(len(x)) if j != i)[:k] for i in range(len(x))
+    ]
+    return np.array([[-s for s, _ in row] for row in rows]), np.array(
+        [[j for _, j in row] for row in rows]
+    )
 
 
 @pytest.mark.parametrize(("n", "d", "k"), [(2, 3, 1), (9, 4, 8), (150, 8, 5), (61, 2, 20)])
@@ -146,7 +157,9 @@ def test_neighbours_in_many_parts_are_those_of_one(monkeypatch):
         whole = nearest_neighbours(x, 6, method)
         monkeypatch.setattr(iclm_sort, "processes", lambda: (0, 1))
         rows = np.r_[100:200, 700:950]
-        for all_of_them, some in zip(whole, nearest_neighbours(x, 6, method, rows=rows), strict=True):
+        for all_of_them, some in zip(
+            whole, nearest_neighbours(x, 6, method, rows=rows), strict=True
+        ):
             np.testing.assert_allclose(some, all_of_them[rows], atol=1e-6)
 
 
@@ -158,7 +171,9 @@ def test_ivf_reaches_the_recall_asked_for():
         similarity, index = nearest_neighbours(x, 10, "ivf", recall)
         shares.append(float((exact[:, :, None] == index[:, None, :]).any(2).mean()))
         assert shares[-1] > recall - 0.03
-        assert (np.diff(similarity, axis=1) <= 0).all() and (index != np.arange(6000)[:, None]).all()
+        assert (np.diff(similarity, axis=1) <= 0).all() and (
+            index != np.arange(6000)[:, None]
+        ).all()
         assert all(len(set(row)) == 10 for row in index.tolist())
         np.testing.assert_allclose(similarity, np.einsum("nd,nkd->nk", x, x[index]), atol=1e-6)
     assert shares == sorted(shares) and shares[0] < 0.99
@@ -169,7 +184,9 @@ def test_ivf_looks_into_as_many_lists_as_it_takes():
     x = np.random.default_rng(3).standard_normal((8000, 24), dtype=np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     rows = np.arange(0, 8000, 40)
-    exact, found = (nearest_neighbours(x, 10, method, 0.95, rows=rows)[1] for method in ("exact", "ivf"))
+    exact, found = (
+        nearest_neighbours(x, 10, method, 0.95, rows=rows)[1] for method in ("exact", "ivf")
+    )
     assert (exact[:, :, None] == found[:, None, :]).any(2).mean() > 0.93
 
 
@@ -218,8 +235,12 @@ def test_dropped_documents_by_loops(threshold):
             keep[j] = False
     ours = drop_duplicates(similarity, index, threshold)
     assert ours.tolist() == keep and 0 < sum(keep) < 200
-    chain = np.array([[1, 2], [0, 2], [1, 0]])  # 0 ~ 1 ~ 2, but not 0 ~ 2: what drops 2 is gone, so 2 stays
-    assert drop_duplicates(np.array([[0.99, 0.1], [0.99, 0.97], [0.97, 0.1]]), chain, 0.95).tolist() == [
+    chain = np.array(
+        [[1, 2], [0, 2], [1, 0]]
+    )  # 0 ~ 1 ~ 2, but not 0 ~ 2: what drops 2 is gone, so 2 stays
+    assert drop_duplicates(
+        np.array([[0.99, 0.1], [0.99, 0.97], [0.97, 0.1]]), chain, 0.95
+    ).tolist() == [
         True,
         False,
         True,
@@ -256,7 +277,9 @@ def test_a_threshold_must_be_a_number():
 
 
 def test_a_cosine_at_the_threshold_drops():
-    assert drop_duplicates(np.array([[0.5], [0.5]], np.float32), np.array([[1], [0]]), 0.5).tolist() == [True, False]
+    assert drop_duplicates(
+        np.array([[0.5], [0.5]], np.float32), np.array([[1], [0]]), 0.5
+    ).tolist() == [True, False]
 
 
 def slow_graph(similarity, index, keep):
@@ -275,7 +298,10 @@ def slow_graph(similarity, index, keep):
 
 def rows_of(graph):
     spans = itertools.pairwise(graph.indptr.tolist())
-    return [list(zip(graph.neighbours[a:b].tolist(), graph.weights[a:b].tolist(), strict=True)) for a, b in spans]
+    return [
+        list(zip(graph.neighbours[a:b].tolist(), graph.weights[a:b].tolist(), strict=True))
+        for a, b in spans
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -283,7 +309,9 @@ def test_graph_by_loops(seed):
     rng = np.random.default_rng(seed)
     n, k = int(rng.integers(5, 300)), int(rng.integers(1, 5))
     similarity, index = lists(n, k, seed)
-    similarity += rng.choice([0, 1e-7], similarity.shape).astype(np.float32)  # the two ways round differ by rounding
+    similarity += rng.choice([0, 1e-7], similarity.shape).astype(
+        np.float32
+    )  # the two ways round differ by rounding
     similarity = np.round(similarity, 2) if seed == 3 else similarity  # many ties
     index[rng.random(index.shape) < 0.05] = -1
     keep = rng.random(n) < 0.8
@@ -331,7 +359,9 @@ def test_a_chain_is_walked_from_an_end():
 
 def test_nothing_kept():
     graph = build_graph(*lists(9, 3), np.zeros(9, bool))
-    assert [len(traverse(graph, order, embeddings=unit(9, 8))) for order in iclm_sort.ORDERS] == [0] * 5
+    assert [len(traverse(graph, order, embeddings=unit(9, 8))) for order in iclm_sort.ORDERS] == [
+        0
+    ] * 5
 
 
 def test_the_walk_follows_the_algorithm():
@@ -379,7 +409,10 @@ def test_edge_matching_by_loops():
 def best_path(x):
     """The heaviest path through a few documents, by trying all of them."""
     cosine = (x @ x.T).tolist()
-    return max(sum(cosine[a][b] for a, b in itertools.pairwise(p)) for p in itertools.permutations(range(len(x))))
+    return max(
+        sum(cosine[a][b] for a, b in itertools.pairwise(p))
+        for p in itertools.permutations(range(len(x)))
+    )
 
 
 def test_orders_against_the_heaviest_path():
@@ -487,9 +520,13 @@ def test_no_path_is_better_than_its_bound():
 def test_report_over_many_blocks():
     """The mean over 10,000 documents is that over all steps, those between two blocks too."""
     x = unit(10_000, 2)
-    x[[4095, 4096, 4097, 8191, 8192, 8193]] *= 1000  # a step that is left out, or counted twice, shows
+    x[[4095, 4096, 4097, 8191, 8192, 8193]] *= (
+        1000  # a step that is left out, or counted twice, shows
+    )
     cosine = (x[1:].astype(np.float64) * x[:-1]).sum(1).mean()
-    empty = iclm_sort.Graph(np.zeros(10_001, np.int64), *(np.zeros(0, t) for t in "if"), np.ones(10_000, bool))
+    empty = iclm_sort.Graph(
+        np.zeros(10_001, np.int64), *(np.zeros(0, t) for t in "if"), np.ones(10_000, bool)
+    )
     report = ordering_report(x, np.arange(10_000), empty)
     assert report["adjacent_cosine"] == pytest.approx(cosine, rel=1e-4)
 
@@ -505,7 +542,10 @@ def write_lines(path, rows):
 def corpus(tmp_path, n=60):
     r = random.Random(0)
     words = [["".join(r.choices("abcdefgh", k=5)) for _ in range(12)] for _ in range(6)]
-    rows = [{"text": " ".join(r.choices(words[i % 6], k=20)), "label": f"topic {i % 6}"} for i in range(n)]
+    rows = [
+        {"text": " ".join(r.choices(words[i % 6], k=20)), "label": f"topic {i % 6}"}
+        for i in range(n)
+    ]
     return write_lines(tmp_path / "corpus.jsonl", rows)
 
 
@@ -524,12 +564,16 @@ def test_input_of_lines_files_and_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"text": "cut', '{"body": "x"}', '{"text": 3}', "[1, 2]", "[" * 100_000], ids=lambda line: line[:20]
+    "line",
+    ['{"text": "cut', '{"body": "x"}', '{"text": 3}', "[1, 2]", "[" * 100_000],
+    ids=lambda line: line[:20],
 )
 def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line + '\n{"text": "fine too"}\n')
-    with pytest.raises(ValueError, match="bad.jsonl, line 2 must be a JSON object with a string 'text'"):
+    with pytest.raises(
+        ValueError, match="bad.jsonl, line 2 must be a JSON object with a string 'text'"
+    ):
         read(path)
 
 
@@ -552,7 +596,10 @@ def save_tokenizer(path, texts, **settings):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, show_progress=False, special_tokens=["<|endoftext|>"]
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        show_progress=False,
+        special_tokens=["<|endoftext|>"],
     )
     tokenizer.train_from_iterator(texts, trainer)
     path.write_text(json.dumps(json.loads(tokenizer.to_str()) | settings), "utf-8")
@@ -569,7 +616,11 @@ def test_a_tokenizers_saved_truncation_and_padding_are_not_used(tmp_path):
     texts = [text for text, _ in read(file)]
     plain = save_tokenizer(tmp_path / "tokenizer.json", texts)
     ids = {}
-    for name, settings in (("plain", {}), ("cut", {"truncation": TRUNCATION}), ("padded", {"padding": PADDING})):
+    for name, settings in (
+        ("plain", {}),
+        ("cut", {"truncation": TRUNCATION}),
+        ("padded", {"padding": PADDING}),
+    ):
         (tmp_path / name).mkdir()
         plain = save_tokenizer(tmp_path / f"{name}.json", texts, **settings)
         config = Config(input=str(file), tokenizer=str(plain), out=str(tmp_path / name))
@@ -578,7 +629,10 @@ def test_a_tokenizers_saved_truncation_and_padding_are_not_used(tmp_path):
     assert ids["cut"] == ids["padded"] == ids["plain"] and about["tokenizer"] == "tokenizer.json"
     theirs = mamba.load_tokenizer(str(plain), [])
     assert ids["plain"] == [theirs.encode(text) for text in texts] and len(labels) == 60
-    assert (about["vocab_size"], about["document_separator"]) == (theirs.vocab_size, theirs.separator)
+    assert (about["vocab_size"], about["document_separator"]) == (
+        theirs.vocab_size,
+        theirs.separator,
+    )
 
 
 # ----- As a user runs it ----------------------------------------------------------------------------------------------
@@ -633,7 +687,9 @@ def test_whole_contexts_are_trained_on(tmp_path, here, tokenizer):
     expected = [x for i in order for x in (*given.tokenizer.encode(texts[i]), separator)]
     contexts = Counter(itertools.zip_longest(*[iter(expected)] * 64, fillvalue=separator))
     tokens = np.fromfile(out / "train.bin", "<u2")
-    assert Counter(map(tuple, tokens.reshape(-1, 64).tolist())) == contexts  # the same, in another order
+    assert (
+        Counter(map(tuple, tokens.reshape(-1, 64).tolist())) == contexts
+    )  # the same, in another order
     for script in (mamba, transformer):
         data = script.load_corpus(str(out / "train.bin"), "byte")
         if not hasattr(data, "context_length"):
@@ -642,7 +698,13 @@ def test_whole_contexts_are_trained_on(tmp_path, here, tokenizer):
         for step in range(3 * len(contexts) // 4):  # of several epochs
             for start in script.window_offsets(data, config, step):
                 assert tuple(data.train[start : start + 64].tolist()) in contexts
-        flags = ["--data", str(out / "train.bin"), "--smoke", "--out", str(tmp_path / script.__name__)]
+        flags = [
+            "--data",
+            str(out / "train.bin"),
+            "--smoke",
+            "--out",
+            str(tmp_path / script.__name__),
+        ]
         assert script.main(flags) == 0
         assert (tmp_path / script.__name__ / "smoke" / "result.json").is_file()
 
@@ -688,20 +750,32 @@ def test_two_processes_find_the_same(tmp_path, here, monkeypatch):
         run("--input", first, "--out", tmp_path / "two", *SORT, "--order", order, launcher=launcher)
         for name in ("order.npy", "train.bin"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-        one, two = (np.load(tmp_path / name / "stages" / "neighbours.npz") for name in ("one", "two"))
+        one, two = (
+            np.load(tmp_path / name / "stages" / "neighbours.npz") for name in ("one", "two")
+        )
         assert all(np.array_equal(one[part], two[part]) for part in ("similarities", "ids", "keep"))
 
 
 def test_embeddings_of_ones_own(tmp_path, here):
     x = unit(60, 16, 1, 6) * np.linspace(1, 9, 60, dtype=np.float32)[:, None]
     np.save(tmp_path / "x.npy", x)
-    here("--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, "--embeddings", tmp_path / "x.npy")
+    here(
+        "--input",
+        corpus(tmp_path),
+        "--out",
+        tmp_path / "out",
+        *SORT,
+        "--embeddings",
+        tmp_path / "x.npy",
+    )
     ours = np.load(tmp_path / "out" / "stages" / "embed.npz")["x"]
     np.testing.assert_allclose(ours, x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-6)
     before = np.load(tmp_path / "out" / "order.npy")
     np.save(tmp_path / "x.npy", x[::-1])  # another file of the same name is not the one before
     flags = ("--embeddings", tmp_path / "x.npy", "--resume")
-    assert ": kept" not in here("--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, *flags)
+    assert ": kept" not in here(
+        "--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, *flags
+    )
     assert before.tolist() != np.load(tmp_path / "out" / "order.npy").tolist()
 
 
@@ -710,7 +784,10 @@ BAD_EMBEDDINGS = {
     "shape": (lambda x: x[0], r"\(4,\) must be numbers of shape \(60, d\)"),
     "words": (lambda x: x.astype(str), "must be numbers"),
     "complex": (lambda x: x * 1j, "must be numbers"),
-    "NaN": (lambda x: np.where(np.arange(60)[:, None] == 9, np.nan, x), "row 9 is zero or not finite"),
+    "NaN": (
+        lambda x: np.where(np.arange(60)[:, None] == 9, np.nan, x),
+        "row 9 is zero or not finite",
+    ),
     "zero": (lambda x: x * (np.arange(60) != 4)[:, None], "row 4 is zero or not finite"),
     "pickled": (lambda x: np.array([x, None], object), "allow_pickle"),
 }
@@ -759,7 +836,9 @@ def test_a_full_disk_is_one_line(tmp_path, here, monkeypatch):
 
 
 def test_a_document_longer_than_many_contexts(tmp_path, here):
-    rows = [{"text": f"short words number {i}"} for i in range(20)] + [{"text": "long words " * 2000}]
+    rows = [{"text": f"short words number {i}"} for i in range(20)] + [
+        {"text": "long words " * 2000}
+    ]
     here("--input", write_lines(tmp_path / "long.jsonl", rows), "--out", tmp_path / "out", *SORT)
     assert (np.fromfile(tmp_path / "out" / "train.bin", "<u2") == 256).sum() >= 20
 
