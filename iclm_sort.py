@@ -4,7 +4,7 @@
 # ///
 """In-Context Pretraining: sort a corpus so that related documents share a context.
 
-Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries", arXiv 2310.10638.
+Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries", 2310.10638.
 
     python iclm_sort.py                       sorts the functions of Python's library: 15 seconds
     python iclm_sort.py --input corpus.jsonl  writes train.bin for mamba.py and transformer.py
@@ -682,14 +682,15 @@ def tokenise(config: Config) -> tuple[list[np.ndarray], np.ndarray, dict]:
 
 
 def progress(name: str, items: Iterable, total: int = 0) -> Iterator:
-    """The items; a line every five seconds says how many are done, at what rate, and what is left."""
+    """The items; every five seconds a line says how many are done, how fast, and what is left."""
     start = shown = time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if now - shown > 5:
             shown, rate = now, done / (now - start)
-            left = f" of {total:,} · {(total - done) / rate / 60:.1f} minutes left" if total else ""
+            minutes = (total - done) / rate / 60
+            left = f" of {total:,} · {minutes:.1f} minutes left" if total else ""
             print(f"{name}: {done:,}{left} · {rate:,.1f} a second", flush=True)
 
 

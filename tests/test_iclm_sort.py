@@ -1,5 +1,6 @@
 """iclm_sort.py by slow loops in float64, by hand-made cases, and as a user runs it."""
 
+import importlib
 import itertools
 import json
 import math
@@ -47,7 +48,7 @@ def lists(n, k, seed=0, clusters=4, d=8):
     return nearest_neighbours(unit(n, d, seed, clusters), k)
 
 
-# ----- Embeddings -----------------------------------------------------------------------------------------------------
+# ----- Embeddings ---------------------------------------------------------------------------------
 
 TEXTS = [
     "The cat sat on the mat; the cat slept.",
@@ -60,9 +61,10 @@ TEXTS = [
 
 
 def slow_terms(text):
-    """Words, split at underscores and between ideographs, and pairs; marks only where there are no words."""
+    """Words, cut at underscores and between ideographs, and pairs; or else marks."""
     found = re.findall(
-        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]",
+        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+        r"|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]",
         text.lower(),
     )
     words = [w for w in found if w[0].isalnum()] or found
@@ -105,7 +107,7 @@ def test_what_is_not_blank_can_be_embedded():
     assert np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
 
 
-# ----- Neighbours -----------------------------------------------------------------------------------------------------
+# ----- Neighbours ---------------------------------------------------------------------------------
 
 
 def slow_neighbours(x, k):
@@ -180,7 +182,7 @@ def test_ivf_reaches_the_recall_asked_for():
 
 
 def test_ivf_looks_into_as_many_lists_as_it_takes():
-    """Without clusters the neighbours lie in lists far apart, and in more of them than a fixed few."""
+    """Without clusters the neighbours lie in lists far apart, in more than a fixed few."""
     x = np.random.default_rng(3).standard_normal((8000, 24), dtype=np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     rows = np.arange(0, 8000, 40)
@@ -211,7 +213,7 @@ def test_unknown_methods_and_orders():
         traverse(build_graph(*lists(9, 3)), "tsp")
 
 
-# ----- Duplicates and the graph ---------------------------------------------------------------------------------------
+# ----- Duplicates and the graph -------------------------------------------------------------------
 
 
 def test_of_two_alike_the_earlier_stays():
@@ -332,7 +334,7 @@ def test_graph_with_a_hub():
     assert graph.row(0).tolist() == [j for j, _ in falling]
 
 
-# ----- Orders ---------------------------------------------------------------------------------------------------------
+# ----- Orders -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["paper", "edge", "random", "file"])
@@ -365,7 +367,7 @@ def test_nothing_kept():
 
 
 def test_the_walk_follows_the_algorithm():
-    """Each step goes to the heaviest unvisited neighbour; else to an unvisited one of least degree."""
+    """Each step goes to the heaviest unvisited neighbour; else to one of least degree."""
     for seed in range(10):
         graph = build_graph(*lists(120, 3, seed))
         rows, path = rows_of(graph), traverse(graph, "paper", seed).tolist()
@@ -380,7 +382,7 @@ def test_the_walk_follows_the_algorithm():
 
 
 def test_the_start_is_drawn_among_the_least():
-    """A star of three leaves and two pairs: each of the seven documents of degree 1 starts as often as the others."""
+    """A star of three leaves and two pairs: the seven documents of degree 1 start equally often."""
     index = np.array([[1], [0], [0], [0], [5], [4], [7], [6]])
     graph = build_graph(np.full((8, 1), 0.5, np.float32), index)
     starts = Counter(int(traverse(graph, "paper", seed)[0]) for seed in range(700))
@@ -452,7 +454,7 @@ def test_knn_repeats_each_document_before_its_best_neighbours():
     assert sorted(seen) == list(range(30)) != seen
 
 
-# ----- Contexts -------------------------------------------------------------------------------------------------------
+# ----- Contexts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("separator", [99, None])
@@ -475,7 +477,7 @@ def test_pack_refuses_no_documents():
         pack([np.arange(5, dtype=np.uint16)], np.array([], np.int64), 4, 9)
 
 
-# ----- What an order is worth -----------------------------------------------------------------------------------------
+# ----- What an order is worth ---------------------------------------------------------------------
 
 
 def test_report_by_loops():
@@ -531,7 +533,7 @@ def test_report_over_many_blocks():
     assert report["adjacent_cosine"] == pytest.approx(cosine, rel=1e-4)
 
 
-# ----- Input and tokens -----------------------------------------------------------------------------------------------
+# ----- Input and tokens ---------------------------------------------------------------------------
 
 
 def write_lines(path, rows):
@@ -572,14 +574,14 @@ def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line + '\n{"text": "fine too"}\n')
     with pytest.raises(
-        ValueError, match="bad.jsonl, line 2 must be a JSON object with a string 'text'"
+        ValueError, match=r"bad.jsonl, line 2 must be a JSON object with a string 'text'"
     ):
         read(path)
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(ValueError, match="picture.png must be UTF-8"):
+    with pytest.raises(ValueError, match=r"picture.png must be UTF-8"):
         read(tmp_path)
 
 
@@ -635,7 +637,7 @@ def test_a_tokenizers_saved_truncation_and_padding_are_not_used(tmp_path):
     )
 
 
-# ----- As a user runs it ----------------------------------------------------------------------------------------------
+# ----- As a user runs it --------------------------------------------------------------------------
 
 
 def run(*words, launcher=()):
@@ -848,5 +850,124 @@ def test_progress_says_what_is_left(monkeypatch, capsys):
     monkeypatch.setattr(iclm_sort.time, "perf_counter", lambda: next(now))
     assert list(iclm_sort.progress("walk", "abcd", 4)) == list("abcd")
     assert capsys.readouterr().out == (
-        "walk: 2 of 4 · 0.1 minutes left · 0.3 a second\nwalk: 4 of 4 · 0.0 minutes left · 0.3 a second\n"
+        "walk: 2 of 4 · 0.1 minutes left · 0.3 a second\n"
+        "walk: 4 of 4 · 0.0 minutes left · 0.3 a second\n"
     )
+
+
+# ----- The experiment in tests/claims -------------------------------------------------------------
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "claims"))
+    return importlib.import_module("in_context_pretraining")
+
+
+def test_documents_are_apart_in_training_only(claims):
+    torch.manual_seed(1)
+    model = claims.WithinDocuments(claims.Settings(d_model=16, n_layer=2, n_head=2), 30).double()
+    model.separator = 29
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    first, second = torch.randint(29, (2, 5)), torch.randint(29, (2, 6))
+    first[:, -1] = 29
+    both = torch.cat([first, second], 1)
+    apart = model.train()(both)
+    plain = claims.CausalLM.forward
+    torch.testing.assert_close(apart[:, :5], plain(model, first))
+    torch.testing.assert_close(apart[:, 5:], plain(model, second))  # rotary positions are relative
+    torch.testing.assert_close(model.eval()(both), plain(model, both))
+    assert not torch.allclose(plain(model, both)[:, 5:], apart[:, 5:])
+    changed = both.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 29
+    torch.testing.assert_close(plain(model, changed)[:, :8], plain(model, both)[:, :8])
+
+
+def test_whole_labels_are_held_out_or_else_documents(claims):
+    keep = np.arange(240) % 11 != 5
+    held = claims.hold_out(np.arange(240) % 40, keep)
+    labels = [set((np.arange(240) % 40)[part]) for part in (held, ~held)]
+    assert not labels[0] & labels[1] and 11 <= (held & keep).sum() <= 22
+    for few in (np.zeros(240), np.arange(240) % 2, np.minimum(np.arange(240) % 3, 1)):
+        assert (claims.hold_out(few, keep) & keep).sum() == 22  # every tenth
+
+
+def test_what_stands_before_the_targets(claims):
+    sizes = np.random.default_rng(0).integers(9, 30, 240)
+    tokens = [np.full(size, i, np.uint16) for i, size in enumerate(sizes)]
+    graph = build_graph(*nearest_neighbours(unit(240, 8, 3, 12), 5), np.arange(240) % 11 != 5)
+    tasks = claims.make_tasks(tokens, graph, 255, 64, seed=0, most=30)
+    assert tasks["no_context"].shape == (30, 17) and tasks["random_order"].shape[1] == 64
+    for t, (separator, i, *rest) in enumerate(tasks["no_context"].tolist()):
+        assert separator == 255 and set(rest) == {i}
+        best = graph.row(i).tolist()
+        for name in ("related", "unrelated"):
+            past, wanted = np.split(tasks[name][t], [47])
+            nearest_first = [j for j in dict.fromkeys(past[::-1].tolist()) if j != 255]
+            assert wanted.tolist() == tasks["no_context"][t].tolist() and i not in past
+            if name == "related":
+                assert nearest_first[: len(best)] == best[: len(nearest_first)]
+            else:
+                assert not set(best) & set(past.tolist())
+    assert set(np.unique(tasks["random_order"])) <= {255, *np.flatnonzero(graph.keep)}
+    with pytest.raises(ValueError, match="cannot judge"):
+        claims.make_tasks(tokens, graph, 255, 3, seed=0)
+
+
+def test_a_gain_is_what_the_past_takes_off_the_loss(claims):
+    torch.manual_seed(0)
+    model = claims.CausalLM(claims.Settings(d_model=16, n_layer=1, n_head=2), 30)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "no_context": (11, 5),
+        "related": (11, 9),
+        "unrelated": (11, 9),
+        "random_order": (3, 9),
+    }
+    tasks = {name: rng.integers(30, size=shape) for name, shape in shapes.items()}
+    scores, losses = claims.judge(model, tasks), {}
+    for name, rows in tasks.items():
+        rows = torch.from_numpy(rows)
+        chances = model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+        losses[name] = -chances[:, -(8 if name == "random_order" else 4) :].mean().item()
+        assert scores[f"{name}_loss"] == pytest.approx(losses[name], rel=1e-5)
+    for name in ("related", "unrelated"):
+        gain = losses["no_context"] - losses[name]
+        assert scores[f"{name}_gain"] == pytest.approx(gain, abs=1e-5)
+
+
+def test_a_model_learns_and_arms_start_alike(claims):
+    contexts = np.tile(np.arange(17, dtype=np.uint16), (8, 1))
+    settings = claims.Settings(d_model=16, n_layer=1, n_head=2, steps=150, lr=1e-2)
+    models = [claims.train_arm(name, contexts, settings, 0, 30) for name in ("a", "b")]
+    assert models[0][1] == models[1][1] and models[0][1][-1] < 0.1 < 3 < models[0][1][0]
+    for a, b in zip(models[0][0].parameters(), models[1][0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(FloatingPointError, match=r"diverged at step .* lower --lr"):
+        claims.train_arm("a", contexts, claims.Settings(d_model=16, n_head=2, lr=1e30), 0, 30)
+
+
+def test_arms_differ_only_in_order(claims):
+    corpus = claims.read_corpus(claims.SMOKE)
+    orders = {name: claims.order_of(name, corpus, 1) for name in claims.ARMS}
+    train = np.flatnonzero(corpus.lists[2] & ~corpus.held)
+    for name in ("standard", "cluster", "sorted"):
+        np.testing.assert_array_equal(np.sort(orders[name]), train)
+    assert len(orders["knn"]) > 5 * len(train)
+    duplicated = np.sort(orders["sorted, duplicates kept"])
+    np.testing.assert_array_equal(duplicated, np.flatnonzero(~corpus.held))
+    cosines = {
+        name: (corpus.x[o[1:]] * corpus.x[o[:-1]]).sum(1).mean() for name, o in orders.items()
+    }
+    assert cosines["sorted"] > cosines["cluster"] > cosines["standard"]
+
+
+def test_the_program_runs_and_goes_on(claims, tmp_path, capsys):
+    flags = ["--smoke", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    claims.main([*flags, "--seeds", "1", "--arms", "standard", "sorted"])
+    first = json.loads((tmp_path / "in_context_pretraining.json").read_text())
+    claims.main([*flags, "--seeds", "1", "2", "--arms", "standard", "sorted"])
+    result = json.loads((tmp_path / "in_context_pretraining.json").read_text())
+    assert result["runs"][:2] == first["runs"] and len(result["runs"]) == 4
+    assert result["summary"]["sorted"]["seeds"] == [1, 2]

@@ -5,11 +5,12 @@
     python tests/bench/iclm.py --only graph --sizes 1000000 10000000
     python tests/bench/iclm.py --only orders
 
-Neighbours: our inverted lists beside faiss' IVFFlat on clustered vectors, all queries of all vectors, at the same
-recall, each with the fewest probes that reach it, in one process, with the same threads; of large sets faiss answers a
-batch of queries, from which its time for all is extrapolated. Graph: lists of k = 10 as of points on a line with random
-neighbours near by, then `build_graph` and the paper's walk, each size in a process of its own, whose largest memory is
-given. Orders: share of the upper bound on the default corpus.
+Neighbours: our inverted lists beside faiss' IVFFlat on clustered vectors, all queries of all
+vectors, at the same recall, each with the fewest probes that reach it, in one process, with the
+same threads. Of large sets faiss answers a batch of queries, from which its time for all is
+extrapolated. Graph: lists of k = 10 as of points on a line with random neighbours near by, then
+`build_graph` and the walk, each size in a process of its own, whose largest memory is given.
+Orders: share of the upper bound on the default corpus.
 """
 
 import argparse
@@ -33,7 +34,7 @@ GOAL_SHARES, GOAL_RECALL = {"edge": 0.92, "paper": 0.88}, 0.95
 
 
 def clustered(n: int, d: int, latent: int = 32, seed: int = 0) -> np.ndarray:
-    """Unit rows (n, d): n / 100 overlapping clusters in `latent` dimensions, spread over d, with a little noise."""
+    """Unit rows (n, d): n / 100 overlapping clusters in `latent` dimensions, with noise in d."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((n // 100, latent), dtype=np.float32)
     z = centres[rng.integers(len(centres), size=n)] + 0.9 * rng.standard_normal(
@@ -50,7 +51,7 @@ def share(true: np.ndarray, found: np.ndarray) -> float:
 
 
 def neighbours(n: int, d: int = 256, k: int = 10) -> dict:
-    """Seconds and recall of our inverted lists, and of faiss' with the fewest probes that reach the recall."""
+    """Seconds and recall of our inverted lists, and of faiss' with the fewest probes."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -70,7 +71,7 @@ def neighbours(n: int, d: int = 256, k: int = 10) -> dict:
         "exact_seconds_extrapolated": exact,
         "ours": ours,
     }
-    text = f"{ours['seconds']:.1f} s at recall {ours['recall']:.3f}; exact search would take {exact:.0f} s"
+    text = f"{ours['seconds']:.1f} s at recall {ours['recall']:.3f}; exact search: {exact:.0f} s"
     print(f"n {n:,}: ours {text}", flush=True)
     lists = round(4 * np.sqrt(n))
     began = time.perf_counter()
@@ -115,7 +116,7 @@ def neighbours(n: int, d: int = 256, k: int = 10) -> dict:
 
 
 def synthetic_lists(n: int, k: int = 10, reach: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Lists as of points on a line in shuffled order: neighbours within `reach` places, the nearer the more similar."""
+    """Lists as of points on a line in shuffled order: neighbours within `reach` places."""
     rng = np.random.default_rng(0)
     name = rng.permutation(n)
     place = np.empty(n, np.int64)
@@ -139,7 +140,7 @@ def synthetic_lists(n: int, k: int = 10, reach: int = 40) -> tuple[np.ndarray, n
 
 
 def graph(n: int) -> dict:
-    """Seconds of graph and walk, and the process' largest memory with and without the lists they start from."""
+    """Seconds of graph and walk, and the process' largest memory with the lists and before."""
     similarity, index = synthetic_lists(n)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     began = time.perf_counter()

@@ -155,7 +155,7 @@ def train_arm(
 
 
 def hold_out(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Which of the documents to hold out, (n,) bool: whole labels, a tenth of the kept ones at most.
+    """Which of the documents to hold out, (n,) bool: whole labels, a tenth of the kept at most.
 
     Where labels are so few or so large that it is less than a twentieth, every tenth document.
     """
@@ -310,7 +310,7 @@ def run_arm(name: str, seed: int, corpus: Corpus, settings: Settings) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Mean and standard deviation of each score of each arm, and of its difference from standard with the same seed."""
+    """Mean and deviation of each score of each arm, and of its difference from standard's seed."""
     found = {}
     for name in ARMS:
         mine = {row["seed"]: row for row in rows if row["arm"] == name}
@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": dataclasses.asdict(settings),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "script_sha256": hashlib.sha256(Path(iclm_sort.__file__).read_bytes()).hexdigest(),
         "runs": rows,
     }

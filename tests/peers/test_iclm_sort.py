@@ -44,7 +44,7 @@ def test_an_encoder_without_some_weights_is_refused(tmp_path):
     settings = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
     config = transformers.BertConfig(**settings, intermediate_size=16, max_position_embeddings=6)
     model = transformers.BertModel(config)
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d".split()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     vocabulary = {word: i for i, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
