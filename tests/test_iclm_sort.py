@@ -902,11 +902,11 @@ def test_what_stands_before_the_targets(claims):
     for t, (separator, i, *rest) in enumerate(tasks["no_context"].tolist()):
         assert separator == 255 and set(rest) == {i}
         best = graph.row(i).tolist()
-        for name in ("related", "unrelated"):
+        for name in ("related_context", "unrelated_context"):
             past, wanted = np.split(tasks[name][t], [47])
             nearest_first = [j for j in dict.fromkeys(past[::-1].tolist()) if j != 255]
             assert wanted.tolist() == tasks["no_context"][t].tolist() and i not in past
-            if name == "related":
+            if name == "related_context":
                 assert nearest_first[: len(best)] == best[: len(nearest_first)]
             else:
                 assert not set(best) & set(past.tolist())
@@ -921,8 +921,8 @@ def test_a_gain_is_what_the_past_takes_off_the_loss(claims):
     rng = np.random.default_rng(0)
     shapes = {
         "no_context": (11, 5),
-        "related": (11, 9),
-        "unrelated": (11, 9),
+        "related_context": (11, 9),
+        "unrelated_context": (11, 9),
         "random_order": (3, 9),
     }
     tasks = {name: rng.integers(30, size=shape) for name, shape in shapes.items()}
@@ -932,7 +932,7 @@ def test_a_gain_is_what_the_past_takes_off_the_loss(claims):
         chances = model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
         losses[name] = -chances[:, -(8 if name == "random_order" else 4) :].mean().item()
         assert scores[f"{name}_loss"] == pytest.approx(losses[name], rel=1e-5)
-    for name in ("related", "unrelated"):
+    for name in ("related_context", "unrelated_context"):
         gain = losses["no_context"] - losses[name]
         assert scores[f"{name}_gain"] == pytest.approx(gain, abs=1e-5)
 

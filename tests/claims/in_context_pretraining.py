@@ -43,8 +43,8 @@ SCORES = {
     "training_loss": "training loss, last tenth",
     "random_order_loss": "held out, random order (the paper's protocol)",
     "no_context_loss": "no context",
-    "related_gain": "**context gain**, related",
-    "unrelated_gain": "context gain, unrelated",
+    "related_context_gain": "**context gain**, related",
+    "unrelated_context_gain": "context gain, unrelated",
     "naming_accuracy": "naming accuracy (chance 0.5)",
 }
 
@@ -176,8 +176,8 @@ def make_tasks(
     """What models are judged by: token ids of the held-out documents, whose graph is given.
 
     random_order (m, L): contexts of documents in random order, the paper's protocol. no_context
-    (t, 1 + T): a separator and the first T tokens of a document. related (t, L): the same after
-    other documents that fill a context, the most similar last. unrelated: after any others.
+    (t, 1 + T): a separator and the first T tokens of a document. related_context and
+    unrelated_context (t, L): the same after other documents, the most similar last, or any.
     """
     rng, target = np.random.default_rng(seed), min(64, length // 4)
     documents = rng.permutation(np.flatnonzero(graph.keep))
@@ -185,7 +185,7 @@ def make_tasks(
     if separator is None or not chosen:
         rule = f"a separator, and one of {target} tokens or more that has a neighbour"
         raise ValueError(f"cannot judge by {len(documents)} held-out documents; it takes {rule}")
-    tasks = {"no_context": [], "related": [], "unrelated": []}
+    tasks = {"no_context": [], "related_context": [], "unrelated_context": []}
     for i in chosen[:most]:
         wanted, near = [separator, *tokens[i][:target]], graph.row(i)
         others = rng.permutation(documents[~np.isin(documents, [i, *near])])
@@ -195,7 +195,7 @@ def make_tasks(
             for j in past:
                 if len(row) < length:
                     row = [separator, *tokens[j], *row]
-            tasks[name].append(([separator] * length + row)[-length:])
+            tasks[f"{name}_context"].append(([separator] * length + row)[-length:])
     tasks["random_order"] = iclm_sort.pack(tokens, documents, length, separator)[
         : 1 + 65536 // length
     ]
@@ -213,7 +213,7 @@ def judge(model: CausalLM, tasks: dict[str, np.ndarray]) -> dict[str, float]:
             logits = model(tokens[:, :-1])[:, -last:]
             nats.append(F.cross_entropy(logits.mT, tokens[:, -last:], reduction="none"))
         scores[f"{name}_loss"] = torch.cat(nats).mean().item()
-    for name in ("related", "unrelated"):
+    for name in ("related_context", "unrelated_context"):
         scores[f"{name}_gain"] = scores["no_context_loss"] - scores[f"{name}_loss"]
     return scores
 
@@ -352,7 +352,7 @@ def draw(found: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     parts = (
         ("random_order_loss", "no_context_loss"),
-        ("related_gain", "unrelated_gain"),
+        ("related_context_gain", "unrelated_context_gain"),
     )
     for ax, scores in zip(axes, parts, strict=True):
         for i, score in enumerate(scores):
