@@ -631,7 +631,8 @@ def read_documents(config: Config) -> Iterator[tuple[str, str]]:
         return
     root = Path(config.input)
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if file.is_dir():
+        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        if file.is_dir() or hidden:
             continue
         try:
             if file.suffix != ".jsonl":
@@ -661,7 +662,10 @@ def tokenise(config: Config) -> tuple[list[np.ndarray], np.ndarray, dict]:
         import tokenizers
 
         file = Path(config.tokenizer).read_text("utf-8")
-        model = tokenizers.Tokenizer.from_str(file)
+        try:
+            model = tokenizers.Tokenizer.from_str(file)
+        except Exception as error:  # the package has no kinds of its own
+            raise ValueError(f"--tokenizer {config.tokenizer}: {error}") from error
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True

@@ -560,6 +560,9 @@ def test_input_of_lines_files_and_folders(tmp_path):
     rows = [{"text": "one\u2028more", "label": "L", "extra": 1}, {"text": "two"}, {"text": " "}]
     write_lines(tmp_path / "in" / "x.jsonl", rows)
     (tmp_path / "in" / "a" / "b.txt").write_text("\ufeffthree", "utf-8")
+    (tmp_path / "in" / ".hidden").write_bytes(b"\xff")
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "index").write_bytes(b"\xff")
     assert read(tmp_path / "in") == [("three", "a"), ("one\u2028more", "L"), ("two", "")]
     write_lines(tmp_path / "y.jsonl", [{"body": "hi"}])
     assert read(tmp_path / "y.jsonl", text_field="body") == [("hi", "")]
@@ -814,6 +817,7 @@ def test_bad_embeddings(tmp_path, name, here):
         (("--encoder", "a", "--embeddings", "b"), "--encoder and --embeddings"),
         (("--text-field", "body"), "string 'body'"),
         (("--tokenizer", "nowhere.json"), "nowhere.json"),
+        (("--tokenizer", __file__), "--tokenizer"),
         (("--threshold", "nan"), "threshold nan"),
         (("--device", "fax"), "fax"),
     ],
