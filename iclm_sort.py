@@ -4,7 +4,8 @@
 # ///
 """In-Context Pretraining: sort a corpus so that related documents share a context.
 
-Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries", 2310.10638.
+Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries",
+arXiv 2310.10638.
 
     python iclm_sort.py                       sorts the functions of Python's library: 20 seconds
     python iclm_sort.py --input corpus.jsonl  writes train.bin for mamba.py and transformer.py

@@ -244,9 +244,8 @@ def main() -> None:
                     "--threads",
                     str(arguments.threads),
                 ]
-                rows[n] = json.loads(
-                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                )
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                rows[n] = json.loads(done.stdout.splitlines()[-1])  # after progress lines
                 print(json.dumps(rows[n]), flush=True)
         result[name] = [rows[n] for n in sorted(rows)]
     result["versions"] = {
