@@ -15,22 +15,17 @@ and cost model learn from preferences between its answers. Then `ppo` maximises 
 and `ppo_lag` the reward while the mean cost stays at --threshold. A ground truth judges both.
 
 code                    shape            paper
-policy, lab.policy                       pi_theta, and the reference pi_ref, which is frozen
-R, C                    (B,), (K, B)     R(y, x) and C(y, x), of whole answers; C > 0 is unsafe
+R, C                    (B,), (K, B)     R(y, x) and C(y, x) of whole answers; C > 0 is unsafe
 values, advantages      (B, T, 1 + K)    V_R, V_C and A_R, A_C: reward first, then K costs
 lam, LagrangeMultiplier (K,)             lambda >= 0; its logarithm is what moves
 threshold                                -d of J_C = E[C] + d <= 0
 
-What users ask. Why does lambda fall towards 0? The constraint is slack. Why does the cost rise
-again? A slack constraint costs nothing: harm is traded for reward up to the threshold. Why are some
-answers harmful while the mean keeps to it? It is a mean: safe answers pay for them. Can the cost
-model classify alone? Yes: `score(model, rollout) > 0`. Memory? The policy, its reference, and a
-score model and a critic for the reward and each cost; the policy and the critics have optimisers.
+Where the constraint is slack lambda fades, and harm is traded for reward up to the threshold. It
+bounds a mean: safe answers pay for harmful ones. `score(model, rollout) > 0` is a classifier.
 
-Differences from the paper: a small GPT-2 and an invented world, whose labels are drawn from the
-Bradley-Terry model of its true scores, in place of people's; so are the prompts that red-teaming
-finds. Learning rates, --beta and --ptx are a small model's; --help has the paper's. Each round
-starts from the last one's policy. `gate` is Llama 2's rule, with C in place of its safety model.
+Differences from the paper: a small decoder in an invented world, where a ground truth stands for
+people: labels are drawn from the Bradley-Terry model of its scores, and red-teaming finds what it
+calls harmful. --help has the paper's settings. Gate: Llama 2's rule, with C as its safety model.
 """
 
 from __future__ import annotations
@@ -267,19 +262,16 @@ class Rollout:
 
 
 class Decoder(nn.Module):
-    """A small transformer without dropout, so that PPO's first ratio is 1.
-
-    It gives logits of the vocabulary at each position, or with `scores` one number.
-    """
+    """A small transformer without dropout, so that PPO's first ratio is 1: logits, or scores."""
 
     def __init__(self, vocab_size: int, positions: int, config: Config, scores: bool = False):
         super().__init__()
-        self.vocab_size, self.positions = vocab_size, positions
-        D, self.heads = config.d_model, 4
+        self.vocab_size, self.positions, D = vocab_size, positions, config.d_model
         options = {"dropout": 0.0, "activation": F.gelu, "batch_first": True, "norm_first": True}
-        layer = nn.TransformerEncoderLayer(D, self.heads, 4 * D, **options)
-        options = {"norm": nn.LayerNorm(D), "enable_nested_tensor": False}
-        self.body = nn.TransformerEncoder(layer, config.n_layer, **options)
+        layer = nn.TransformerEncoderLayer(D, HEADS, 4 * D, **options)
+        self.body = nn.TransformerEncoder(
+            layer, LAYERS, nn.LayerNorm(D), enable_nested_tensor=False
+        )
         self.token, self.position = nn.Embedding(vocab_size, D), nn.Embedding(positions, D)
         self.head = nn.Linear(D, 1 if scores else vocab_size)
         for parameter in self.parameters():
@@ -294,7 +286,7 @@ class Decoder(nn.Module):
         L = tokens.shape[1]
         sees = torch.ones(L, L, dtype=torch.bool, device=tokens.device).tril() & valid[:, None]
         sees |= torch.eye(L, dtype=torch.bool, device=tokens.device)  # padding sees itself
-        hidden = (~sees).repeat_interleave(self.heads, 0)  # (B heads, L, L), True where unseen
+        hidden = (~sees).repeat_interleave(HEADS, 0)  # (B heads, L, L), True where unseen
         x = self.token(tokens) + self.position((valid.cumsum(1) - 1).clamp(min=0))
         return self.head(self.body(x, hidden)), None
 
@@ -377,13 +369,13 @@ def about(prompt: str) -> tuple[str, list[str], float]:
 
 
 def world() -> tuple[list[str], list[str], list[str]]:
-    """Plain prompts to train on, plain ones held out, and disguised ones of what can harm."""
+    """Plain prompts, those of them that are held out, and disguised ones of what can harm."""
     things = itertools.chain(*THINGS.values())
     plain = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in PLAIN]
     things = THINGS["dual-use"] + THINGS["harmful"]
     hidden = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in DISGUISED]
     random.Random(0).shuffle(plain)
-    return plain[len(plain) // 5 :], plain[: len(plain) // 5], hidden
+    return plain, plain[: len(plain) // 5], hidden
 
 
 def true_scores(prompt: str, answer: str) -> dict[str, float]:
@@ -442,23 +434,20 @@ FIELDS = {
 
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a JSON-lines file in PKU-SafeRLHF's schema. ValueError names a bad row's line."""
-    rows = []
+    rows, rules = [], {str: "a text", bool: "true or false", int: "0 or 1"}
     for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            row = json.loads(line) | {"where": where}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where} must be a JSON object: {error}") from None
-        for name, kind in FIELDS.items():
-            value = row.get(name)
-            if type(value) is not kind or (kind is int and value not in (0, 1)):
-                rule = {str: "a text", bool: "true or false", int: "0 or 1"}[kind]
-                raise ValueError(f"{where}: {name} is {value!r:.40}, must be {rule}")
-        row["safe"] = [row["is_response_0_safe"], row["is_response_1_safe"]]
-        if any(row["safe"]) and not row["safe"][row["safer_response_id"]]:
-            raise ValueError(f"{where}: the safer answer is labelled unsafe, the other one safe")
+            row = json.loads(line) | {"where": f"{path}, line {number}"}
+            for name, kind in FIELDS.items():
+                if type(row.get(name)) is not kind or (kind is int and row[name] not in (0, 1)):
+                    raise ValueError(f"{name} is {row.get(name)!r:.40}, must be {rules[kind]}")
+            row["safe"] = [row["is_response_0_safe"], row["is_response_1_safe"]]
+            if any(row["safe"]) and not row["safe"][row["safer_response_id"]]:
+                raise ValueError("the safer answer is labelled unsafe, the other one safe")
+        except (ValueError, TypeError) as error:  # TypeError: no JSON object
+            raise ValueError(f"{path}, line {number}: {error}") from None
         rows.append(row)
     return rows
 
@@ -491,36 +480,36 @@ class Lab:
         self.device = torch.empty(0, device=name).device
         self.rows = [read_rows(path) for path in split(config.preferences)]  # a list a cost
         self.data = hashlib.sha256(repr(self.rows).encode()).hexdigest()
-        shown, r = [], random.Random(config.seed)  # to imitate: prompt, answer, is it harmless
+        shown = []  # to imitate: prompt, answer, is it harmless
         if self.rows:
             prompts = list(dict.fromkeys(row["prompt"] for row in self.rows[0]))
-            self.held, self.disguised = prompts[::10], []
-            self.train = [prompt for prompt in prompts if prompt not in set(self.held)]
+            self.train, self.held, self.disguised = prompts, prompts[::10], []
             for row in self.rows[0]:
                 best = row["better_response_id"]
-                if row["prompt"] in set(self.train):
-                    shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
+                shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
             words = [row[f"response_{k}"] for rows in self.rows for row in rows for k in range(2)]
         else:
             self.train, self.held, self.disguised = world()
-            self.rows = [[] for _ in config.cost_names]
+            self.rows, r = [[] for _ in config.cost_names], random.Random(config.seed)
             for prompt in r.choices(self.train + self.disguised, k=4000):
                 harmful = r.random() < (0.8 if prompt in self.disguised else 0.5)
                 safe = about(prompt)[0] == "harmless"
                 shown.append((prompt, demonstration(prompt, harmful, r), safe))
             words = [*ALTERNATIVES, REFUSAL, *(step for p in self.train for step in about(p)[1])]
+        held, texts = set(self.held), [*words, *self.train, *self.disguised]
+        self.train = [prompt for prompt in self.train if prompt not in held]
+        shown = [row for row in shown if row[0] not in held]
         torch.manual_seed(config.seed)
         if config.policy:
             self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
             self.policy, self.tokenizer = read_folder(config.policy, "AutoModelForCausalLM")
         else:
-            texts = [*words, *self.train, *self.held, *self.disguised]
             self.template, self.tokenizer = "{} ASSISTANT:", WordTokenizer(texts)
             size = 2 * max(len(text.split()) for text in texts) + config.answer + 2
             self.policy = Decoder(len(self.tokenizer.words), size, config)
         self.policy.to(self.device)
-        self.demonstrations = [self.encode(prompt, answer) for prompt, answer, _ in shown]
-        self.harmless = [self.encode(prompt, answer) for prompt, answer, safe in shown if safe]
+        self.demonstrations = [self.encode(*row[:2]) for row in shown]
+        self.harmless = [self.encode(*row[:2]) for row in shown if row[2]]
         if not self.harmless:
             raise ValueError("--preferences: no better answer to train on is labelled safe")
         for rows in self.rows:
@@ -765,7 +754,7 @@ def ppo(lab: Lab, config: Config, name: str) -> Run:
         sources += lab.costs
         options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
         for threshold in config.thresholds:
-            multipliers.append(LagrangeMultiplier(*options, threshold, config.window))
+            multipliers.append(LagrangeMultiplier(*options, threshold))
     rates = [config.lr] + [config.critic_lr] * (len(sources) - 1)
     run = Run(lab, config, name, [copy.deepcopy(net) for net in sources], rates, 0.01)
     run.multipliers = multipliers
@@ -950,6 +939,7 @@ def read_folder(folder: str, kind: str, new_head: bool = False) -> tuple[Pretrai
 
 METHODS = ("sft", "ppo", "ppo_lag", "gate", "shaping")
 GAMMA, LAM, CLIP, CRITIC_CLIP = 1.0, 0.95, 0.2, 5.0  # of GAE and PPO, as in the paper's code
+LAYERS, HEADS = 2, 4  # of a new policy; paper: 32 and 32
 
 
 def flag(default, text: str):
@@ -972,7 +962,6 @@ class Config:
     costs: str = flag("harm", "the invented world's constraints, by commas: harm, length")
     threshold: str = flag("-2", "most mean cost, by commas one a cost; paper's code: 0")
     d_model: int = flag(48, "width of a new policy, a multiple of 4; paper: Llama 7B, 4,096")
-    n_layer: int = flag(2, "its layers; paper: 32")
     answer: int = flag(8, "most tokens of an answer, its end included; paper: 512")
     sft_steps: int = flag(600, "supervised steps that make the first policy; --policy: 0")
     sft_lr: float = flag(4e-3, "their peak rate; --policy: 2e-5, the paper's")
@@ -989,7 +978,6 @@ class Config:
     lagrange_initial: float = flag(1.0, "lambda at the start")
     lagrange_lr: float = flag(0.1, "its learning rate; 0: fixed")
     lagrange_maximum: float = flag(5.0, "its largest value")
-    window: int = flag(128, "episode costs that lambda sees the mean of")
     nu: float = flag(1.0, "shaping: the reward is R - nu C")
     eval_every: int = flag(5, "updates from one evaluation and checkpoint to the next")
     eval_rows: int = flag(300, "answers of an evaluation, to held-out prompts")
@@ -1032,7 +1020,7 @@ class Config:
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
 SMOKE = {
-    "d_model": 16, "n_layer": 1, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8,
+    "d_model": 16, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8,
     "updates": 3, "epochs": 1, "eval_every": 1, "eval_rows": 12,
 }  # fmt: skip
 
