@@ -97,7 +97,7 @@ class LagrangeMultiplier:
             rule = "must have 0 < initial <= maximum, lr >= 0 and window >= 1"
             raise ValueError(f"lambda of {initial=}, {maximum=}, {lr=}, {window=}: {rule}")
         self.log, self.lr, self.maximum = math.log(initial), lr, maximum
-        self.threshold, self.costs = threshold, collections.deque(maxlen=window)
+        self.threshold, self.window, self.costs = threshold, window, []
 
     @property
     def value(self) -> float:
@@ -109,7 +109,7 @@ class LagrangeMultiplier:
         costs = torch.as_tensor(costs, dtype=torch.float64).flatten().tolist()
         if not all(map(math.isfinite, costs)):
             raise ValueError(f"costs {costs[:3]} must be finite")
-        self.costs.extend(costs)
+        self.costs = (self.costs + costs)[-self.window :]
         J_C = sum(self.costs) / len(self.costs)
         self.log += self.lr * self.value * (J_C - self.threshold)
         self.log = min(self.log, math.log(self.maximum))
@@ -824,7 +824,7 @@ def train(config: Config) -> dict:
             name = f"shaping-{config.nu:g}" if method == "shaping" else method
             name = f"{name}-{number}" if number > 1 else name
             if method != "sft":
-                runs[name] = ppo(lab, dataclasses.replace(config, method=method), name)
+                runs[name] = ppo(lab, dataclasses.replace(config, method=method, rounds=1), name)
         if config.rounds > 1:
             lab.policy = copy.deepcopy(runs[name].nets[0])
             row = {"round": number, "found": len(lab.found)} | accuracy
@@ -882,9 +882,10 @@ def report(lab: Lab, answers: dict[str, list[dict]], runs: dict[str, Run]) -> No
         for run, name in itertools.product(runs.values(), lab.config.cost_names):
             rows = [row for row in run.rows if f"{kind}_{name}" in row]
             line = [row[f"{kind}_{name}"] for row in rows]
-            axis.plot([row["update"] for row in rows], line, label=f"{run.name}, {name}")
+            if rows:
+                axis.plot([row["update"] for row in rows], line, label=f"{run.name}, {name}")
+                axis.legend(fontsize=7)
         axis.set(title=kind, xlabel="update")
-        axis.legend(fontsize=7)
     for threshold in lab.config.thresholds:
         axes[-2].axhline(threshold, color="k", lw=0.6)
     figure.savefig(lab.out / "runs.png", dpi=110)
@@ -1003,8 +1004,8 @@ class Config:
             )
         if self.method == "gate" and self.preferences:
             raise ValueError("--method gate needs the invented world, whose prompts are tagged")
-        if self.rounds > 1 and (self.preferences or self.method not in ("", "ppo_lag")):
-            raise ValueError(f"--rounds {self.rounds} needs the invented world and ppo_lag")
+        if self.rounds > 1 and (self.method not in ("", "ppo_lag") or "harm" not in names):
+            raise ValueError(f"--rounds {self.rounds} needs ppo_lag and the invented world's harm")
         LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum)
 
     @property
