@@ -1037,13 +1037,13 @@ def main(argv: list[str] | None = None) -> int:
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
     given = parser.parse_args(argv)
-    if given.policy:
-        parser.set_defaults(**OWN_POLICY)
+    parser.set_defaults(**SMOKE if given.smoke else {})  # flags that are written out win
+    parser.set_defaults(**OWN_POLICY if given.policy else {})
     given = vars(parser.parse_args(argv))
+    if given["smoke"]:
+        given["out"] += "/smoke"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    if given["smoke"]:
-        given |= SMOKE | {"out": f"{given['out']}/smoke"}
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
         train(Config(**given))

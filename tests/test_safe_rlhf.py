@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 import json
 import math
 import random
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -672,3 +675,75 @@ def test_divergence_is_one_line(tmp_path, capsys, rate):
     assert s.main(["--smoke", "--out", str(tmp_path), rate, "1e30"]) == 1
     error = capsys.readouterr().err
     assert "diverged" in error and "lower its" in error and len(error.splitlines()) == 1
+
+
+# ----- The program that measures the claims -------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """tests/claims/safe_rlhf_claims.py with short lists."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "claims"))
+    module = importlib.import_module("safe_rlhf_claims")
+    monkeypatch.setattr(module, "NUS", (1.0,))
+    monkeypatch.setattr(module, "THRESHOLDS", ("0",))
+    monkeypatch.setattr(s, "report", lambda *_: None)  # seconds for a picture that no table shows
+    return module
+
+
+def test_the_claims_program_runs_in_pieces_and_keeps_what_is_done(
+    tmp_path, monkeypatch, capsys, program
+):
+    monkeypatch.chdir(tmp_path)
+    program.main(["--smoke", "--parts", "pairs_alone", "frontier"])
+    assert not (tmp_path / "out" / "claims" / "safe_rlhf_claims.json").exists()
+    kept = tmp_path / "out" / "claims" / "safe_rlhf" / "smoke" / "seed_1" / "ppo_lag.json"
+    stamp = kept.stat().st_mtime_ns
+    capsys.readouterr()
+    program.main(["--smoke"])
+    assert kept.stat().st_mtime_ns == stamp
+    path = tmp_path / "out" / "claims" / "safe_rlhf_claims.json"
+    result = json.loads(path.read_text("utf-8"))
+    assert program.table(result) in capsys.readouterr().out
+    files = [kept.parent.with_name(f"seed_{seed}") / kept.name for seed in result["seeds"]]
+    each = [json.loads(file.read_text("utf-8"))["means"]["helpfulness"] for file in files]
+    shown = result["claims"]["answers"]["ppo_lag"]["helpfulness"]
+    assert shown["mean"] == pytest.approx(sum(each) / 2, rel=1e-4)
+    assert shown["each"] == pytest.approx(each, rel=1e-4)
+    assert set(result["claims"]["rounds"]) == {"1", "2", "3"}
+
+
+def test_intervals_are_students(program):
+    shown = program.over([1.0, 2.0, 4.0])
+    assert shown["mean"] == pytest.approx(7 / 3)
+    deviation = statistics.stdev([1, 2, 4])
+    assert shown["half"] == pytest.approx(4.303 * deviation / math.sqrt(3))
+
+
+def test_win_rates_by_counting(program):
+    r, rows = random.Random(0), []
+    for _ in range(2):
+        rows.append([])
+        for _ in range(80):
+            row = {"unsafe_harm": r.randint(0, 1), "helpfulness": r.randint(0, 2)}
+            rows[-1].append(row)
+    found = program.win_rates(*rows)
+    for then, now in itertools.product((0, 1), repeat=2):
+        wins = []
+        for new, old in zip(*rows, strict=True):
+            if (old["unsafe_harm"], new["unsafe_harm"]) == (then, now):
+                gain = new["helpfulness"] - old["helpfulness"]
+                wins.append(1.0 if gain > 0 else 0.5 if gain == 0 else 0.0)
+        words = ("safe", "unsafe")
+        truth = (len(wins), pytest.approx(sum(wins) / len(wins)))
+        assert found[f"{words[then]} -> {words[now]}"] == truth
+
+
+def test_elo_of_two_is_the_log_odds(program):
+    games = [(0, 1, 1.0)] * 30 + [(1, 0, 1.0)] * 60 + [(0, 1, 0.5)] * 10
+    ratings, low, high = program.elo(games, draws=0.0)
+    truth = 1000 + 400 * math.log10(65 / 35)
+    assert ratings[0] == 1000 and ratings[1] == pytest.approx(truth, abs=1e-6)
+    assert low[1] < ratings[1] < high[1] and low[0] == high[0] == 1000
+    with pytest.raises(ValueError, match="i not j"):
+        program.elo([(1, 1, 1.0)])
