@@ -193,9 +193,8 @@ def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tens
     if config.method == "shaping":
         return [R - config.nu * C.sum(0)]
     if config.method == "gate":
-        gated = llama2_gate(torch.sigmoid(-C[0]), torch.sigmoid(R), tagged)
-        logit = torch.logit(gated, eps=1e-6)
-        return [(logit - logit.mean()) / (logit.std(correction=0) + 1e-8)]
+        R = torch.logit(llama2_gate(torch.sigmoid(-C[0]), torch.sigmoid(R), tagged), eps=1e-6)
+        R = (R - R.mean()) / (R.std(correction=0) + 1e-8)
     return [R]
 
 
@@ -269,9 +268,7 @@ class Decoder(nn.Module):
         self.vocab_size, self.positions, D = vocab_size, positions, config.d_model
         options = {"dropout": 0.0, "activation": F.gelu, "batch_first": True, "norm_first": True}
         layer = nn.TransformerEncoderLayer(D, HEADS, 4 * D, **options)
-        self.body = nn.TransformerEncoder(
-            layer, LAYERS, nn.LayerNorm(D), enable_nested_tensor=False
-        )
+        self.body, self.norm = nn.TransformerEncoder(layer, LAYERS, None, False), nn.LayerNorm(D)
         self.token, self.position = nn.Embedding(vocab_size, D), nn.Embedding(positions, D)
         self.head = nn.Linear(D, 1 if scores else vocab_size)
         for parameter in self.parameters():
@@ -288,7 +285,7 @@ class Decoder(nn.Module):
         sees |= torch.eye(L, dtype=torch.bool, device=tokens.device)  # padding sees itself
         hidden = (~sees).repeat_interleave(HEADS, 0)  # (B heads, L, L), True where unseen
         x = self.token(tokens) + self.position((valid.cumsum(1) - 1).clamp(min=0))
-        return self.head(self.body(x, hidden)), None
+        return self.head(self.norm(self.body(x, hidden))), None
 
 
 def outputs(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -316,8 +313,7 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as a tensor (B, P), zeros in front of the short ones, and True where ids are."""
     P = max(len(row) for row in rows)
     tokens = torch.tensor([[0] * (P - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return tokens, torch.arange(P) >= P - lengths[:, None]
+    return tokens, torch.arange(P) >= torch.tensor([[P - len(row)] for row in rows])
 
 
 @torch.no_grad()
@@ -389,11 +385,9 @@ def true_scores(prompt: str, answer: str) -> dict[str, float]:
     useful = [1.0] * len(set(words) & set(steps)) + [worth] * len(set(words) & set(ALTERNATIVES))
     useless = len(words) - min(4, len(useful)) if words else 1
     dangerous = len({word for word in words if word.endswith("!")})
-    return {
-        "helpfulness": sum(useful[:4]) - 0.5 * useless,
-        "true_harm": 1 + 0.75 * dangerous if dangerous else -2.5,
-        "true_length": len(words) - 3.5,
-    }
+    harm = 1 + 0.75 * dangerous if dangerous else -2.5
+    gain = sum(useful[:4]) - 0.5 * useless
+    return {"helpfulness": gain, "true_harm": harm, "true_length": len(words) - 3.5}
 
 
 def demonstration(prompt: str, harmful: bool, r: random.Random) -> str:
@@ -651,15 +645,13 @@ def descend(run: Run, losses: Iterable[Tensor], steps: int) -> float:
 
 def learn_demonstrations(lab: Lab) -> None:
     """SFT makes the first policy, then frozen; a user's own stays as it is unless asked."""
-    config = lab.config
 
     def step(run: Run) -> dict:
-        shown = lab.rollout(draw(lab.demonstrations, config.batch // 2, run.generator))
-        return {"loss": descend(run, [ptx_loss(lab.policy, shown)], config.sft_steps)}
+        shown = lab.rollout(draw(lab.demonstrations, lab.config.batch // 2, run.generator))
+        return {"loss": descend(run, [ptx_loss(lab.policy, shown)], lab.config.sft_steps)}
 
-    if config.sft_steps:
-        Run(lab, config, "sft", [lab.policy], [config.sft_lr], 0.1).train(config.sft_steps, step)
-    lab.policy.requires_grad_(False)
+    run = Run(lab, lab.config, "sft", [lab.policy], [lab.config.sft_lr], 0.1)
+    run.train(lab.config.sft_steps, step)
 
 
 def draw_preferences(lab: Lab, number: int) -> None:
@@ -702,13 +694,10 @@ def learn_scores(lab: Lab, number: int, i: int, folder: str) -> tuple[nn.Module,
 
     def scored(model: nn.Module, part: list[dict]) -> list[Tensor]:
         """Scores of the answers that are better or safer, of the others, and the signs of both."""
-        ids, signs = [], []
-        for other in range(2):
-            chosen = [row[high] if other == 0 else 1 - row[high] for row in part]
-            ids += [row["ids"][k] for row, k in zip(part, chosen, strict=True)]
-            signs += [-1.0 if row["safe"][k] else 1.0 for row, k in zip(part, chosen, strict=True)]
-        signs = torch.tensor(signs, device=lab.device)
-        return [*score(model, lab.rollout(ids)).chunk(2), *signs.chunk(2)]
+        picked = [(row, row[high]) for row in part] + [(row, 1 - row[high]) for row in part]
+        scores = score(model, lab.rollout([row["ids"][k] for row, k in picked]))
+        signs = torch.tensor([-1.0 if row["safe"][k] else 1.0 for row, k in picked])
+        return [*scores.chunk(2), *signs.to(lab.device).chunk(2)]
 
     def step(run: Run) -> dict:
         first, second, *signs = scored(run.nets[0], draw(rows, config.batch // 2, run.generator))
@@ -749,15 +738,13 @@ def new_scorer(lab: Lab, folder: str) -> nn.Module:
 
 def ppo(lab: Lab, config: Config, name: str) -> Run:
     """A run of config.method from the round's first policy; critics start as score models."""
-    sources, multipliers = [lab.policy, lab.reward], []
-    if config.method == "ppo_lag":
-        sources += lab.costs
-        options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
-        for threshold in config.thresholds:
-            multipliers.append(LagrangeMultiplier(*options, threshold))
+    constrained = config.method == "ppo_lag"
+    sources = [lab.policy, lab.reward, *(lab.costs if constrained else [])]
     rates = [config.lr] + [config.critic_lr] * (len(sources) - 1)
     run = Run(lab, config, name, [copy.deepcopy(net) for net in sources], rates, 0.01)
-    run.multipliers = multipliers
+    options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
+    for threshold in config.thresholds if constrained else []:
+        run.multipliers.append(LagrangeMultiplier(*options, threshold))
     run.train(config.updates, update, config.eval_every)
     return run
 
@@ -876,8 +863,6 @@ def report(lab: Lab, answers: dict[str, list[dict]], runs: dict[str, Run]) -> No
         axis.scatter(x, y, 5, ["C3" if row[f"unsafe_{cost}"] else "C0" for row in rows])
         axis.axhline(0, color="k", lw=0.6)
         axis.set(title=f"{name}: red is unsafe", xlabel="learned reward", ylabel="learned cost")
-        axis.sharex(axes[0])
-        axis.sharey(axes[0])
     for axis, kind in zip(axes[-2:], ("cost", "lambda"), strict=True):
         for run, name in itertools.product(runs.values(), lab.config.cost_names):
             rows = [row for row in run.rows if f"{kind}_{name}" in row]
@@ -953,15 +938,13 @@ class Config:
     """Everything that decides a run. With --policy the rates are the paper's, and no SFT."""
 
     method: str = flag("", f"{', '.join(METHODS)}; empty: ppo and ppo_lag from one start")
-    rounds: int = flag(
-        1, "rounds of preferences and ppo_lag, later ones with red-teaming; paper: 3"
-    )
+    rounds: int = flag(1, "rounds of preferences and ppo_lag, then with red-teaming; paper: 3")
     preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl, one file a cost; empty: invented world")
     policy: str = flag("", "folder of a Llama for transformers; empty: a new small decoder")
     reward_model: str = flag("", "folder of a reward model with one label; empty: train one")
     cost_model: str = flag("", "folders of cost models, by commas; empty: train them")
     costs: str = flag("harm", "the invented world's constraints, by commas: harm, length")
-    threshold: str = flag("-2", "most mean cost, by commas one a cost; paper's code: 0")
+    threshold: str = flag("-1", "most mean cost, by commas one a cost; paper's code: 0")
     d_model: int = flag(48, "width of a new policy, a multiple of 4; paper: Llama 7B, 4,096")
     answer: int = flag(8, "most tokens of an answer, its end included; paper: 512")
     sft_steps: int = flag(600, "supervised steps that make the first policy; --policy: 0")
@@ -974,10 +957,10 @@ class Config:
     epochs: int = flag(2, "steps with an update's answers; paper: 1")
     lr: float = flag(1e-3, "the policy's peak rate; --policy: 1e-5, the paper's")
     critic_lr: float = flag(1e-3, "the critics' rate; --policy: 5e-6, the paper's")
-    beta: float = flag(0.1, "KL penalty a nat; paper's code: 0.01")
+    beta: float = flag(1.0, "KL penalty a nat; paper's code: 0.01")
     ptx: float = flag(1.0, "weight of the PTX loss; paper's code: 16")
     lagrange_initial: float = flag(1.0, "lambda at the start")
-    lagrange_lr: float = flag(0.1, "its learning rate; 0: fixed")
+    lagrange_lr: float = flag(1.0, "its learning rate, 0: fixed; paper: 0.1")
     lagrange_maximum: float = flag(5.0, "its largest value")
     nu: float = flag(1.0, "shaping: the reward is R - nu C")
     eval_every: int = flag(5, "updates from one evaluation and checkpoint to the next")
@@ -1000,7 +983,7 @@ class Config:
             raise ValueError(f"costs {names} must be harm, length or names of files, each once")
         if len(self.thresholds) != len(names) or len(folders) not in (0, len(names)):
             raise ValueError(
-                f"--threshold {self.threshold}, --cost-model {folders}: one for {names}"
+                f"--threshold {self.threshold}, cost models {folders}: one for {names}"
             )
         if self.method == "gate" and self.preferences:
             raise ValueError("--method gate needs the invented world, whose prompts are tagged")
