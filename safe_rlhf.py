@@ -220,7 +220,7 @@ def update(run: Run) -> dict:
     advantages, returns = gae(torch.stack(heads, -1), values, mask, GAMMA, LAM)
     advantage = advantages[..., 0]
     if run.multipliers:
-        lams = [m.update(costs) for m, costs in zip(run.multipliers, C, strict=True)]
+        lams = [m.update(costs.tolist()) for m, costs in zip(run.multipliers, C, strict=True)]
         A_C = advantages[..., 1:].movedim(-1, 0)  # (K, B, T)
         advantage = lagrangian_advantage(advantage, A_C, torch.tensor(lams))
     weights = mask / mask.sum(1, keepdim=True)  # a mean within an answer, then over the answers
@@ -476,12 +476,13 @@ class Lab:
         self.data = hashlib.sha256(repr(self.rows).encode()).hexdigest()
         shown = []  # to imitate: prompt, answer, is it harmless
         if self.rows:
-            prompts = list(dict.fromkeys(row["prompt"] for row in self.rows[0]))
+            every = [row for rows in self.rows for row in rows]
+            prompts = list(dict.fromkeys(row["prompt"] for row in every))
             self.train, self.held, self.disguised = prompts, prompts[::10], []
             for row in self.rows[0]:
                 best = row["better_response_id"]
                 shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
-            words = [row[f"response_{k}"] for rows in self.rows for row in rows for k in range(2)]
+            words = [row[key] for row in every for key in ("prompt", "response_0", "response_1")]
         else:
             self.train, self.held, self.disguised = world()
             self.rows, r = [[] for _ in config.cost_names], random.Random(config.seed)
@@ -577,7 +578,8 @@ class Run:
         self.lab, self.config, self.name, self.rates = lab, config, name, rates
         self.nets = nn.ModuleList(nets).requires_grad_(True)
         groups = [{"params": [*net.parameters()]} for net in nets]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=decay)
+        options = {"betas": (0.9, 0.95), "weight_decay": decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(groups, **options)
         self.generator = torch.Generator(lab.device).manual_seed(config.seed)
         self.multipliers, self.rows, self.path = [], [], lab.out / f"{name}.pt"
         self.made_of = dataclasses.asdict(config) | {"the rows of --preferences": lab.data}
@@ -684,11 +686,11 @@ def learn_scores(lab: Lab, number: int, i: int, folder: str) -> tuple[nn.Module,
     config, name, high = lab.config, "reward", "better_response_id"
     if i > 0:
         name, high = f"cost_{config.cost_names[i - 1]}", "safer_response_id"
-    rows, held = [], []
-    for row in lab.rows[max(0, i - 1)]:
-        (held if row["prompt"] in set(lab.held) else rows).append(row)
-    if not rows:
-        raise ValueError("--preferences has one prompt alone, which is held out")
+    held_out, every = set(lab.held), lab.rows[max(0, i - 1)]
+    rows = [row for row in every if row["prompt"] not in held_out]
+    held = [row for row in every if row["prompt"] in held_out]
+    if not (rows and held):
+        raise ValueError(f"{name}: too few prompts: a tenth is held out, and some must be left")
     if i > 0 and len({flag for row in rows for flag in row["safe"]}) < 2:
         raise ValueError(f"{name}: all answers have one safety label, so that C has no zero")
 
@@ -960,7 +962,7 @@ class Config:
     beta: float = flag(1.0, "KL penalty a nat; paper's code: 0.01")
     ptx: float = flag(1.0, "weight of the PTX loss; paper's code: 16")
     lagrange_initial: float = flag(1.0, "lambda at the start")
-    lagrange_lr: float = flag(1.0, "its learning rate, 0: fixed; paper: 0.1")
+    lagrange_lr: float = flag(0.5, "its learning rate, 0: fixed; paper: 0.1")
     lagrange_maximum: float = flag(5.0, "its largest value")
     nu: float = flag(1.0, "shaping: the reward is R - nu C")
     eval_every: int = flag(5, "updates from one evaluation and checkpoint to the next")
@@ -979,8 +981,10 @@ class Config:
         names, folders = self.cost_names, split(self.cost_model)
         if self.method not in ("", *METHODS):
             raise ValueError(f"--method {self.method!r} must be one of {', '.join(METHODS)}")
-        if len(set(names)) < len(names) or not (self.preferences or {*names} <= {"harm", "length"}):
-            raise ValueError(f"costs {names} must be harm, length or names of files, each once")
+        if len({*names, "reward"}) <= len(names):
+            raise ValueError(f"costs {names} must have names of their own, other than reward")
+        if not self.preferences and not {*names} <= {"harm", "length"}:
+            raise ValueError(f"--costs {self.costs} must be harm or length, or both")
         if len(self.thresholds) != len(names) or len(folders) not in (0, len(names)):
             raise ValueError(
                 f"--threshold {self.threshold}, cost models {folders}: one for {names}"

@@ -561,7 +561,8 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
         (["--threshold", "0,1"], ["--threshold 0,1", "one for"]),
         (["--threshold", "x"], ["'x'"]),
         (["--costs", "harm,charm"], ["charm", "must be"]),
-        (["--costs", "harm,harm"], ["['harm', 'harm']", "each once"]),
+        (["--costs", "harm,harm"], ["['harm', 'harm']", "of their own"]),
+        (["--preferences", "reward.jsonl"], ["['reward']", "other than reward"]),
         (["--cost-model", "a,b"], ["a", "one for"]),
         (["--lagrange-initial", "9"], ["initial=9.0", "maximum"]),
         (["--lr", "-1"], ["--lr -1.0", "must be at least 0"]),
@@ -646,7 +647,7 @@ def test_own_preferences_and_two_files_of_them(tmp_path, capsys):
     other = []
     for i, row in enumerate(rows_of()):
         flags = {"is_response_0_safe": i % 2 == 0, "is_response_1_safe": True}
-        other.append(row | flags | {"safer_response_id": 1})
+        other.append(row | flags | {"safer_response_id": 1, "prompt": f"{row['prompt']} again"})
     paths = [write_rows(tmp_path / "rude.jsonl", rows_of())]
     paths.append(write_rows(tmp_path / "long.jsonl", other))
     flags = ["--smoke", "--preferences", ",".join(paths), "--threshold", "0,0"]

@@ -39,7 +39,8 @@ ROWS = {  # of the table: the run's name in the result file
     "SFT alone": "sft", "PPO on the reward": "ppo", "**PPO-Lagrangian**": "ppo_lag",
     "its cost model by pairs alone": "no sign terms", "Llama 2's gate": "gate",
     "R − 0.5 C": "nu 0.5", "R − C": "nu 1", "R − 2 C": "nu 2", "R − 5 C": "nu 5",
-    "threshold 0": "d 0", "threshold −2": "d -2", "threshold −2.5": "d -2.5", "threshold −3": "d -3",
+    "threshold 0": "d 0", "threshold −2": "d -2", "threshold −2.5": "d -2.5",
+    "threshold −3": "d -3",
 }  # fmt: skip
 
 
