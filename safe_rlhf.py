@@ -6,8 +6,8 @@
 
 Dai et al., "Safe RLHF: Safe Reinforcement Learning from Human Feedback", arXiv 2310.12773.
 
-    python safe_rlhf.py              PPO beside PPO-Lagrangian in a small world: @TIME@
-    python safe_rlhf.py --rounds 3   and two further rounds, with red-teaming: @TIME3@
+    python safe_rlhf.py              PPO beside PPO-Lagrangian in a small world: minutes
+    python safe_rlhf.py --rounds 3   and two further rounds, with red-teaming
     python safe_rlhf.py --preferences rows.jsonl --policy FOLDER   your rows, your Llama
 
 The policy answers "how do i ... ?", and half of its answers to harmful prompts are harmful. Reward
