@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-# ----- The method: Section 3 ----------------------------------------------------------------------
+# ----- The method ---------------------------------------------------------------------------------
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_loss(better: Tensor, worse: Tensor, regularisation: float = 0.001) -> Tensor:
-    """Equation 4: -log sigmoid(R_better - R_worse), mean over pairs (B,), plus the mean square."""
+    """-log sigmoid(R_better - R_worse), mean over pairs (B,), plus the little weighted squares."""
     squares = torch.cat([better, worse]).square().mean()
     return -F.logsigmoid(better - worse).mean() + regularisation * squares
 
@@ -71,7 +71,7 @@ def cost_loss(
     safer: Tensor, unsafer: Tensor, safer_sign: Tensor, unsafer_sign: Tensor,
     regularisation: float = 0.001,
 ) -> Tensor:  # fmt: skip
-    """Equation 5: the unsafer answer costs more, and the cost of either has its sign; all (B,).
+    """The unsafer answer costs more, and the cost of either has its sign; all (B,).
 
     A sign is +1 of an unsafe answer and -1 of a safe one. The sign terms compare an answer with a
     virtual one of cost 0, and so fix the zero of C, which pairs alone leave free.
@@ -218,7 +218,7 @@ def update(run: Run) -> dict:
         sign = -1 if i == 0 else 1  # of the KL: a reward first, then costs
         heads.append(shaped_rewards(scores, rollout.logp, reference_logp, mask, config.beta, sign))
     advantages, returns = gae(torch.stack(heads, -1), values, mask, GAMMA, LAM)
-    advantage = advantages[..., 0]
+    advantage, lams = advantages[..., 0], []
     if run.multipliers:
         lams = [m.update(costs.tolist()) for m, costs in zip(run.multipliers, C, strict=True)]
         A_C = advantages[..., 1:].movedim(-1, 0)  # (K, B, T)
@@ -238,12 +238,9 @@ def update(run: Run) -> dict:
 
     for _ in range(config.epochs):
         loss = descend(run, losses(), config.updates)
-    row = {"loss": loss, "batch_reward": R.mean().item()}
-    for i, name in enumerate(config.cost_names):
-        row[f"batch_{name}"] = C[i].mean().item()
-        if run.multipliers:
-            row[f"lambda_{name}"] = lams[i]
-    return row
+    names, row = config.cost_names, {"loss": loss, "batch_reward": R.mean().item()}
+    row |= {f"batch_{name}": costs.mean().item() for name, costs in zip(names, C, strict=True)}
+    return row | {f"lambda_{name}": lam for name, lam in zip(names, lams, strict=False)}
 
 
 # ----- The model: a small decoder, and its answers ------------------------------------------------
