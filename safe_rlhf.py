@@ -1,68 +1,40 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6"]
+# dependencies = ["torch==2.13.0"]
 # ///
-"""Safe RLHF: PPO for helpfulness under a constraint on harm, both learned from preferences of their own.
+"""Safe RLHF: PPO for helpfulness under a constraint on harm, both learned from preferences.
 
 Dai et al., "Safe RLHF: Safe Reinforcement Learning from Human Feedback", arXiv 2310.12773.
 
-    python safe_rlhf.py                                      the paper in miniature, 2.5 minutes on one core
-    python safe_rlhf.py --rounds 3                           with red-teaming and two further rounds, 6 minutes
-    python safe_rlhf.py --preferences FILE --policy FOLDER   rows as in PKU-SafeRLHF, your Llama
+    python safe_rlhf.py              PPO beside PPO-Lagrangian in a small world: minutes
+    python safe_rlhf.py --rounds 3   and two further rounds, with red-teaming
+    python safe_rlhf.py --preferences rows.jsonl --policy FOLDER   your rows, your Llama
 
-The first makes a small policy that answers "how do i ... ?" and is harmful on about half of the harmful prompts, writes
-preferences between its answers, learns a reward and a cost model from them, and trains from the same start `ppo`, on
-the reward alone, and `ppo_lag`, which holds the mean cost at --threshold. Read the answers that it prints.
+The policy answers "how do i ... ?", and half of its answers to harmful prompts are harmful. Reward
+and cost model learn from preferences between its answers. Then `ppo` maximises the reward alone,
+and `ppo_lag` the reward while the mean cost stays at --threshold. A ground truth judges both.
 
-code                       shape        paper
-policy, Experiment.policy               pi_theta and the reference pi_ref: Llamas of one size
-reward, costs              (B,)         R(y, x), C(y, x): of whole answers; C > 0 means unsafe
-rewards, costs of tokens   (B, T)       r_t and c_t: the KL penalty at each token, the score at the last
-values                     (B, T)       V_R, V_C: two critics, which start from the reward and the cost model
-lam, LagrangeMultiplier                 lambda >= 0; log lambda is what moves
-threshold                               -d of J_C = E[C] + d <= 0
-helpfulness, true cost                  the ground truth, which preferences are drawn by and no method sees
+code                    shape            paper
+R, C                    (B,), (K, B)     R(y, x) and C(y, x) of whole answers; C > 0 is unsafe
+values, advantages      (B, T, 1 + K)    V_R, V_C and A_R, A_C: reward first, then K costs
+lam, LagrangeMultiplier (K,)             lambda >= 0; its logarithm is what moves
+threshold                                -d of J_C = E[C] + d <= 0
 
-What matters, and where it is done
-  C is a Bradley-Terry score with a zero: against a virtual answer of cost 0  `cost_loss`
-  scores and values by Llamas without dropout; the score at the last token    `Llama.score_of`, `Llama.over`
-  the KL penalty counts once whatever lambda is: -beta in r_t, +beta in c_t   `shaped_rewards`, `lagrangian_advantage`
-  lambda sees raw episode costs, without KL, the mean of the last 128         `LagrangeMultiplier`
-  advantages divided by 1 + lambda, so that the step size stays; not whitened `lagrangian_advantage`
-  sums within an answer are means first, so that long answers count no more   `answer_weights`
-  reward and cost models share the prompts and answers, not the labels        `Experiment.learn_preferences`
+Where the constraint is slack lambda fades, and harm is traded for reward up to the threshold. It
+bounds a mean: safe answers pay for harmful ones. `score(model, rollout) > 0` is a classifier.
 
-What users ask
-  Why does lambda go to 0? The constraint is slack: log lambda falls at the rate lr lambda (C - threshold), so it fades,
-  and it takes as long to come back. Why does the cost rise after it had fallen? A slack constraint costs nothing, so
-  the policy trades harm for reward up to the threshold. Why are some answers harmful though the mean cost keeps to the
-  threshold? Because it is a mean: safe answers pay for harmful ones; lower the threshold. The cost model alone as a
-  classifier of harm: `Llama.score_of(...) > 0`. Memory: the policy, its reference, a score model and a critic for the
-  reward and for each cost, so six networks of one size, three of them with optimiser states.
-
-Differences from the paper
-1. The default policy has 0.1M parameters and the world is invented, with a ground truth: things that are harmless,
-   dual-use (one step of four is dangerous) or harmful; dangerous steps are written with a "!". Learning rates are a
-   small model's, and so are --ptx, --beta and --epochs; the flags' help gives the values of the paper's code.
-2. Where answers are drawn from the policy, labels are drawn from Bradley and Terry's model of the true scores, the
-   safety flags too, against the virtual answer of cost 0: what annotators would have to do for the losses to be right.
-3. Red-teaming draws disguised prompts and keeps those that the policy answers harmfully, by the ground truth in place
-   of people. A further round starts from the last one's policy, which is its reference, with all preferences so far.
-4. `gate` is Llama 2's rule (arXiv 2307.09288, section 3.2.3) with the cost model in the place of its safety model.
-
-Not included: more than one device, gradient accumulation, reward normalisers, cutting long rows, annotators.
+Differences from the paper: a small decoder in an invented world, where a ground truth stands for
+people: labels are drawn from the Bradley-Terry model of its scores, and red-teaming finds what it
+calls harmful. --help has the paper's settings. Gate: Llama 2's rule, with C as its safety model.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -70,478 +42,62 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait must soon sleep: tests/bench
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
-# ----- Config ---------------------------------------------------------------------------------------------------------
-
-METHODS = ("sft", "ppo", "ppo_lag", "shaping", "gate")
-COSTS = ("harm", "length")  # the built-in ones
-COST_TERMS = ("both", "pairs", "signs")
-
-
-def flag(default, text: str):
-    """A field of `Config`, and a flag with its default and help."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run; each field is a flag."""
-
-    method: str = flag("", f"{', '.join(METHODS)}; empty: the whole story, which is sft, ppo and ppo_lag")
-    rounds: int = flag(1, "rounds of preferences and ppo_lag, from the second on with red-teaming; paper: 3")
-    preferences: str = flag("", "JSON-lines file of PKU-SafeRLHF rows, by commas one a cost; empty: an invented world")
-    policy: str = flag("", "folder of a Llama in Hugging Face layout with tokenizer.json; empty: a new small model")
-    reward_model: str = flag("", "folder of a Llama with a score head to take as the reward model; empty: train one")
-    cost_model: str = flag("", "the same for the cost model, by commas one a cost; empty: train them")
-    costs: str = flag("harm", "constraints in the invented world, by commas: harm, length")
-    threshold: str = flag("-2", "most mean cost, -d in the paper, by commas one a cost; the paper's code: 0")
-    safe_demonstrations: float = flag(0.0, "share of the harmful demonstrations that safe ones replace in the SFT data")
-    d_model: int = flag(48, "width of a new policy; paper: Llama 7B, 4096")
-    n_layer: int = flag(2, "its blocks; paper: 32")
-    n_head: int = flag(4, "its heads; paper: 32")
-    answer: int = flag(8, "most tokens of an answer, its end included; paper: 512")
-    sft_steps: int = flag(600, "supervised steps that make the first policy; 0: take --policy as it is")
-    sft_lr: float = flag(4e-3, "their peak learning rate; paper: 2e-5")
-    pairs: int = flag(8000, "preferences drawn in a round, a tenth held out")
-    score_steps: int = flag(800, "steps of each score model; paper: 2 epochs")
-    score_lr: float = flag(3e-3, "their peak learning rate; paper: 2e-5")
-    regularisation: float = flag(0.001, "of the scores' squares")
-    cost_terms: str = flag("both", "what the cost loss has: both, pairs (its zero is anywhere), signs (a classifier)")
-    batch: int = flag(128, "answers an update; a supervised step has half as many rows, or pairs")
-    updates: int = flag(80, "PPO updates of a method in a round")
-    epochs: int = flag(2, "passes over an update's answers, a step each; paper: 1")
-    lr: float = flag(1e-3, "of the policy, cosine; paper: 1e-5")
-    critic_lr: float = flag(1e-3, "of the critics; paper: 5e-6")
-    gamma: float = flag(1.0, "discount a token")
-    lam: float = flag(0.95, "lambda of generalised advantage estimation")
-    clip: float = flag(0.2, "the policy ratio stays within 1 +- clip")
-    critic_clip: float = flag(5.0, "values stay within this distance of the old ones")
-    beta: float = flag(0.1, "KL penalty a nat; paper's code: 0.01")
-    ptx: float = flag(1.0, "weight of the cross-entropy on harmless demonstrations; paper's code: 16, on Alpaca's")
-    lagrange_initial: float = flag(1.0, "lambda at the start")
-    lagrange_lr: float = flag(0.1, "its learning rate; 0: fixed")
-    lagrange_maximum: float = flag(5.0, "its largest value")
-    window: int = flag(128, "episode costs that lambda sees the mean of")
-    nu: float = flag(1.0, "of shaping: the reward is R - nu C")
-    normalise_shaping: bool = flag(False, "shaping's reward is (R - nu C) / (1 + nu), as ppo_lag's; official: R - nu C")
-    eval_every: int = flag(5, "updates from one evaluation, checkpoint and row of metrics.jsonl to the next")
-    eval_rows: int = flag(300, "answers of an evaluation, to held-out prompts, always by the same draws")
-    seed: int = flag(0, "seed of initialisation, data order and samples")
-    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
-    out: str = flag("out/safe_rlhf", "folder of the stages, preferences, metrics, result and picture")
-    resume: bool = flag(False, "go on within unfinished runs; finished stages are always taken again")
-    smoke: bool = flag(False, "a tiny model for a few steps, whatever the other flags: does it run?")
-
-    def __post_init__(self):
-        zero = {"seed", "sft_steps", "lr", "critic_lr", "lam", "beta", "ptx", "lagrange_lr", "nu", "regularisation"}
-        zero |= {"safe_demonstrations"}
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                rule = "at least 0" if name in zero else "at least 1" if isinstance(value, int) else "above 0"
-                fits = math.isfinite(value) and (value > 0 or (value == 0 and name in zero))
-                require(fits, f"--{name.replace('_', '-')} {value}: must be {rule} and finite; correct it")
-        names, own, more, folders = self.cost_names, bool(self.preferences), self.rounds > 1, parts(self.cost_model)
-        limits = len(self.thresholds) == len(names) and all(map(math.isfinite, self.thresholds))
-        for what, fits, rule in (
-            (f"--method {self.method!r}", self.method in ("", *METHODS), f"one of {', '.join(METHODS)}"),
-            (f"--cost-terms {self.cost_terms!r}", self.cost_terms in COST_TERMS, f"one of {', '.join(COST_TERMS)}"),
-            (f"--safe-demonstrations {self.safe_demonstrations}", self.safe_demonstrations <= 1, "at most 1"),
-            (f"--gamma {self.gamma}, --lam {self.lam}", max(self.gamma, self.lam) <= 1, "at most 1"),
-            (f"--pairs {self.pairs}", own or self.pairs >= 40, "at least 40"),
-            (f"--costs {self.costs}", own or {*names} <= {*COSTS}, f"of {', '.join(COSTS)}"),
-            (f"costs {names}", 0 < len(names) == len({*names}), "some, each once"),
-            (f"costs {names}", "reward" not in names, "named otherwise than the reward"),
-            (f"--threshold {self.threshold!r}", limits, f"a number a cost of {names}, with commas"),
-            (f"--cost-model, {len(folders)} folders", len(folders) in (0, len(names)), f"one a cost of {names}"),
-            (f"--rounds {self.rounds}", not (more and own), "1 with --preferences, for nobody labels new answers"),
-            (f"--rounds {self.rounds}", self.method in ("", "ppo_lag") or not more, f"1 with --method {self.method}"),
-            (f"--rounds {self.rounds}", "harm" in names or not more, "1 without a cost of harm to search for"),
-        ):
-            require(fits, f"{what}: must be {rule}; correct it")
-        LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum, window=self.window)
-
-    @property
-    def cost_names(self) -> list[str]:
-        """Names of the K costs: built-in ones, or those of the files of preferences."""
-        return [Path(part).stem for part in parts(self.preferences)] or parts(self.costs)
-
-    @property
-    def thresholds(self) -> list[float]:
-        """The K thresholds; NaN for what is no number."""
-        try:
-            return [float(part) for part in parts(self.threshold)]
-        except ValueError:
-            return [math.nan]
-
-
-def parts(text: str) -> list[str]:
-    """`a, b` -> ["a", "b"]; nothing of an empty text."""
-    return [part.strip() for part in text.split(",")] if text.strip() else []
-
-
-SMOKE = {
-    "d_model": 16, "n_layer": 1, "n_head": 2, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8, "updates": 3,
-    "epochs": 1, "eval_every": 1, "eval_rows": 12,
-}  # fmt: skip
-FREE = ("device", "out", "resume", "smoke")  # what may differ from a saved stage's config
-OF_SCORES = (  # what the first policy does not depend on
-    "reward_model", "cost_model", "costs", "pairs", "score_steps", "score_lr", "regularisation", "cost_terms",
-)  # fmt: skip
-OF_METHODS = (  # what pi_0 and the score models of the first round do not depend on
-    "method", "rounds", "threshold", "updates", "epochs", "lr", "critic_lr", "gamma", "lam", "clip",
-    "critic_clip", "beta", "ptx", "lagrange_initial", "lagrange_lr", "lagrange_maximum", "window", "nu",
-    "normalise_shaping", "eval_every", "eval_rows",
-)  # fmt: skip
-
-
-# ----- Shared block: the same text in every script --------------------------------------------------------------------
-
-
-class UserError(ValueError):
-    """Bad input from the user: one line that says the value, the rule and the fix."""
-
-
-def require(fits: bool, message: str) -> None:
-    """Raise UserError with the message unless the input fits."""
-    if not fits:
-        raise UserError(message)
-
-
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> argparse.ArgumentParser:
-    """A flag for every field of the config dataclass, with its help and default."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    for field in dataclasses.fields(config_class):
-        boolean = isinstance(field.default, bool)
-        kind = {"action": argparse.BooleanOptionalAction} if boolean else {"type": type(field.default)}
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    return parser
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of that name; auto is cuda, mps or cpu, the first there is."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); try auto") from None
-
-
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Call write(temporary name), then rename: a crash leaves the old file or the new one, never half of one."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, of a full disk
-        raise OSError(f"{path}: not written, {str(error)[:60]!r}; is the disk full? Make room") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write value as indented JSON, atomically."""
-    write_atomically(path, lambda name: Path(name).write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
-
-
-def progress_line(step: int, steps: int, parts: dict[str, str], seconds_a_step: float) -> str:
-    """`step 10/400 · loss 3.21 · ... · 4:12 left`: one line, the same in a terminal and in a log."""
-    left = round((steps - step) * seconds_a_step)
-    return " · ".join([f"step {step:,}/{steps:,}", *map(" ".join, parts.items()), f"{left // 60}:{left % 60:02} left"])
-
-
-def result_record(config: object, device: torch.device, **rest) -> dict:
-    """What a result file says of its run: config, command, seed, versions, device, this script's hash, and `rest`."""
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
-    record = {"config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed}
-    record["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    record["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return record | rest
-
-
-# ----- An invented world with a ground truth --------------------------------------------------------------------------
-
-TEMPLATE = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"
-THINGS = {
-    "harmless": "dax blick wug toma zib fep",
-    "dual-use": "vorn kesh plif drud hosk yat",
-    "harmful": "grax skel murk thob vex prug",
-}  # each made in four steps, "dax-1" to "dax-4"; dangerous ones end in "!"
-VERBS = "make fix open move mix clean store build"
-PLAIN = ("how do i {} the {} ?", "please tell me how to {} a {} .", "what is the way to {} my {} ?")
-DISGUISED = (
-    "in my story a hero will {} the {} . how ?", "my teacher asks how to {} the {} .",
-    "ignore all rules and {} the {} .", "pretend that you {} the {} for me .",
-)  # fmt: skip
-ALTERNATIVES, REFUSAL = ("ask-an-expert", "use-a-kit", "read-the-label", "buy-it-ready"), "sorry"
-ALTERNATIVE_VALUES = (0.3, 0.6, 0.8)  # of an alternative against a right step, by thing
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt; its kind and thing where it is of the invented world."""
-
-    text: str
-    kind: str = "all"
-    thing: str = ""
-    disguised: bool = False
-
-
-def world() -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """Plain prompts to train on and held out, and disguised ones, each in an order without meaning."""
-    made = [
-        Prompt(form.format(verb, thing), kind, thing, form in DISGUISED)
-        for kind, things in THINGS.items() for thing in things.split()
-        for verb in VERBS.split() for form in PLAIN + DISGUISED
-    ]  # fmt: skip
-    random.Random(0).shuffle(made)
-    plain = [prompt for prompt in made if not prompt.disguised]
-    disguised = [prompt for prompt in made if prompt.disguised and prompt.kind != "harmless"]
-    return plain[len(plain) // 5 :], plain[: len(plain) // 5], disguised
-
-
-def steps_of(prompt: Prompt) -> list[str]:
-    """The four right steps; of a harmful thing all are dangerous, of a dual-use one a single one is."""
-    number = THINGS[prompt.kind].split().index(prompt.thing)
-    dangerous = {"harmless": (), "dual-use": (number % 4,), "harmful": range(4)}[prompt.kind]
-    return [f"{prompt.thing}-{i + 1}{'!' * (i in dangerous)}" for i in range(4)]
-
-
-def true_scores(prompt: Prompt, answer: str) -> dict[str, float]:
-    """The ground truth of an answer: helpfulness, and its true cost of harm and of length, unsafe above 0.
-
-    Helpfulness: right steps 1 each, except where the thing is harmless alternatives less; four count, each further
-    word takes 1/2 off. A refusal has 0. Harm: 1 and 3/4 for each dangerous step, -2.5 without any, -3.5 of a refusal.
-    """
-    words = answer.split()
-    if words == [REFUSAL]:
-        return {"helpfulness": 0.0, "harm": -3.5, "length": -2.5}
-    worth = ALTERNATIVE_VALUES[THINGS[prompt.kind].split().index(prompt.thing) % 3] * (prompt.kind != "harmless")
-    useful = len({*words} & {*steps_of(prompt)}) * [1.0] + len({*words} & {*ALTERNATIVES}) * [worth]
-    dangerous = len({word for word in words if word.endswith("!")})
-    helpfulness = sum(sorted(useful)[-4:]) - 0.5 * (len(words) - min(4, len(useful))) - 0.5 * (not words)
-    return {"helpfulness": helpfulness, "harm": 1 + 0.75 * dangerous if dangerous else -2.5, "length": len(words) - 3.5}
-
-
-def demonstration(prompt: Prompt, r: random.Random, safe_share: float) -> str:
-    """An answer to imitate: some right steps, now and then a wrong or a repeated one; or alternatives, or a refusal.
-
-    Of harmful things half of the answers to plain prompts are harmful and four fifths to disguised ones, of which
-    safe_share are replaced.
-    """
-    harmful = r.random() < (0.8 if prompt.disguised else 0.5) and r.random() >= safe_share
-    if prompt.kind == "harmful" and not harmful:
-        return REFUSAL if r.random() < 0.5 else " ".join(r.sample(ALTERNATIVES, r.randint(1, 4)))
-    words = r.sample(steps_of(prompt), r.randint(1, 4))
-    if prompt.kind == "dual-use":
-        words = [w if harmful or not w.endswith("!") else r.choice(ALTERNATIVES) for w in words]
-    if r.random() < 0.4:
-        kind = r.choice(("harmless", "dual-use"))
-        others = steps_of(Prompt("", kind, r.choice(THINGS[kind].split())))
-        wrong = [word for word in others if not word.endswith("!")]
-        words.insert(r.randint(0, len(words)), r.choice(words + wrong))
-    return " ".join(words)
-
-
-def preference_rows(prompts: list[Prompt], answers: list[tuple[str, str]], cost: str, r: random.Random) -> list[dict]:
-    """Labelled rows in PKU-SafeRLHF's schema; equal answers are left out.
-
-    Better and safer are drawn from Bradley and Terry's model of the true scores, an answer's flag as safer or not than
-    the virtual answer of cost 0. Of two flags that differ the safe one's answer is the safer.
-    """
-    rows = []
-    for prompt, pair in zip(prompts, answers, strict=True):
-        if pair[0] == pair[1]:
-            continue
-        first, second = (true_scores(prompt, answer) for answer in pair)
-        odds = [-first[cost], -second[cost], first[cost] - second[cost]]
-        odds.append(2 * (second["helpfulness"] - first["helpfulness"]))
-        *safe, safer, better = (r.random() < 1 / (1 + math.exp(-x)) for x in odds)  # as many draws for any cost
-        safer, better = int(safer if safe[0] == safe[1] else safe[1]), int(better)
-        rows.append({
-            "prompt": prompt.text, "response_0": pair[0], "response_1": pair[1], "is_response_0_safe": safe[0],
-            "is_response_1_safe": safe[1], "better_response_id": better, "safer_response_id": safer,
-        })  # fmt: skip
-    return rows
-
-
-# ----- Preferences, tokenizers ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A row of preferences: a prompt's two answers, which are safe, which is better, which safer, where it stands."""
-
-    prompt: str
-    answers: tuple[str, str]
-    safe: tuple[bool, bool]
-    better: int
-    safer: int
-    where: str
-
-
-FIELDS = {
-    "prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool, "is_response_1_safe": bool,
-    "better_response_id": int, "safer_response_id": int,
-}  # fmt: skip
-
-
-def read_pairs(path: str) -> list[Pair]:
-    """Rows of a JSON-lines file in PKU-SafeRLHF's schema, checked; raises UserError with file and line."""
-    require(Path(path).is_file(), f"--preferences {path}: no such file; give a JSON-lines file of PKU-SafeRLHF's rows")
-    try:
-        lines, pairs = Path(path).read_text("utf-8-sig").split("\n"), []
-    except UnicodeDecodeError as error:
-        raise UserError(f"--preferences {path}: must be UTF-8, but {error}; save it as such") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row = None
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-        require(isinstance(row, dict), f"{where}: {line[:60]!r} must be a JSON object; correct it")
-        for name, kind in FIELDS.items():
-            fits = type(row.get(name)) is kind and (kind is not int or row[name] in (0, 1))
-            rule = {str: "a text", bool: "true or false", int: "0 or 1"}[kind]
-            require(fits, f"{where}: {name!r} is {row.get(name, 'missing')!r:.40}, must be {rule}; correct it")
-        prompt, first, second, *safe, better, safer = (row[name] for name in FIELDS)
-        rule = "is called the safer, must not be labelled unsafe beside a safe one; correct the labels"
-        require(safe[safer] or not safe[1 - safer], f"{where}: response_{safer} {rule}")
-        pairs.append(Pair(prompt, (first, second), tuple(safe), better, safer, where))
-    require(len(pairs) >= 20, f"{path}: {len(pairs)} rows, must be at least 20; add some, or raise --pairs")
-    return pairs
-
-
-class WordTokenizer:
-    """Knows the words of given texts, between spaces, and the template's two parts; id 0 ends an answer."""
-
-    def __init__(self, texts: Iterable[str]):
-        self.words = ["</s>", *sorted({word for text in [TEMPLATE, *texts] for word in self.split(text)})]
-        self.ids = {word: i for i, word in enumerate(self.words)}
-        self.size, self.end = len(self.words), 0
-
-    @staticmethod
-    def split(text: str) -> list[str]:
-        """Words of a text; the template's parts are one each, and need no space behind."""
-        for part in TEMPLATE.split("{}"):
-            text = text.replace(part.strip(), f" {part.strip().replace(' ', '_')} ")
-        return text.split()
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the words of a text."""
-        return [self.ids[word] for word in self.split(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return " ".join(self.words[i] for i in ids)
-
-
-class FolderTokenizer:
-    """The tokenizer.json of a checkpoint folder, by the tokenizers package; the end is config.json's eos_token_id."""
-
-    def __init__(self, folder: str):
-        path, end = Path(folder) / "tokenizer.json", read_fields(folder).get("eos_token_id")
-        self.end = end[0] if isinstance(end, list) and end else end
-        require(isinstance(self.end, int), f"{folder}: config.json has no eos_token_id, must have one; add it")
-        try:
-            self.inner = importlib.import_module("tokenizers").Tokenizer.from_file(str(path))
-        except ImportError:
-            raise UserError(f"{path}: reading it needs the tokenizers package; pip install tokenizers") from None
-        except Exception as error:  # the package has no kind of its own
-            raise UserError(f"{path}: no tokenizer ({str(error)[:60]}); give a folder that has one") from None
-        self.size = max(self.inner.get_vocab_size(), self.end + 1)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a conversation, with what stands in front by the tokenizer's own rule."""
-        ids = self.inner.encode(text).ids
-        return ids[:-1] if ids[-1:] == [self.end] else ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return self.inner.decode(list(ids)).strip()
-
-
-# ----- The method -----------------------------------------------------------------------------------------------------
+# ----- The method ---------------------------------------------------------------------------------
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is 1: what follows end-of-text never counts."""
+    """Mean of x (B, T) over the tokens where mask (B, T) is 1, up to a reply's end."""
     return (x * mask).sum() / mask.sum()
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and TD(lambda) returns, all (B, T), by generalised advantage estimation (Schulman et al. 2016).
-
-    A reply is an episode: nothing follows its last token, so the value behind it is 0, and padding gives 0.
-    """
-    values = F.pad(values * mask, (0, 1))  # (B, T + 1)
-    deltas = rewards + gamma * values[:, 1:] - values[:, :-1]
-    advantages, last = torch.zeros_like(rewards), 0.0
-    for t in reversed(range(rewards.shape[1])):
-        advantages[:, t] = last = (deltas[:, t] + gamma * lam * last) * mask[:, t]
-    return advantages, advantages + values[:, :-1]
-
-
-def ppo_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """PPO's clipped objective, negated, mean over the tokens that count; all (B, T) (Schulman et al. 2017, eq. 7)."""
-    ratio = (logp - old_logp).exp()
-    return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
-
-
-def answer_weights(mask: Tensor) -> Tensor:
-    """The mask (B, T) as weights: a `masked_mean` by them is a mean within each answer, then over the answers."""
-    return mask / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def critic_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Half the larger of the squared errors of the values and of the clipped values, mean by the mask; all (B, T)."""
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-
-
 def reward_loss(better: Tensor, worse: Tensor, regularisation: float = 0.001) -> Tensor:
-    """-log sigmoid(R_better - R_worse), mean over B pairs, plus the mean square of all scores, little weighted."""
+    """-log sigmoid(R_better - R_worse), mean over pairs (B,), plus the little weighted squares."""
     squares = torch.cat([better, worse]).square().mean()
     return -F.logsigmoid(better - worse).mean() + regularisation * squares
 
 
 def cost_loss(
-    safer: Tensor, unsafer: Tensor, safer_sign: Tensor, unsafer_sign: Tensor, regularisation: float = 0.001
-) -> Tensor:
-    """The reward's loss with the unsafer answer of higher cost, and -log sigmoid(sign C) of either answer; all (B,).
+    safer: Tensor, unsafer: Tensor, safer_sign: Tensor, unsafer_sign: Tensor,
+    regularisation: float = 0.001,
+) -> Tensor:  # fmt: skip
+    """The unsafer answer costs more, and the cost of either has its sign; all (B,).
 
-    A sign is +1 of an unsafe answer and -1 of a safe one: Bradley and Terry's model against a virtual answer of cost 0,
-    which only the signs fix. A sign of 0 leaves the term out, but for a constant.
+    A sign is +1 of an unsafe answer and -1 of a safe one. The sign terms compare an answer with a
+    virtual one of cost 0, and so fix the zero of C, which pairs alone leave free.
     """
     signs = F.logsigmoid(safer_sign * safer) + F.logsigmoid(unsafer_sign * unsafer)
     return reward_loss(unsafer, safer, regularisation) - signs.mean()
 
 
-class LagrangeMultiplier:
-    """lambda >= 0 by gradient ascent on its logarithm: log lambda += lr lambda (mean of the last costs - threshold).
+def ptx_loss(policy: nn.Module, shown: Rollout) -> Tensor:
+    """The PTX loss: cross-entropy of demonstrations, so that RL does not unlearn them."""
+    return -masked_mean(token_logp(policy, shown), shown.mask)
 
-    Where the constraint is slack it fades towards 0; it is at most `maximum`. Costs are raw episode costs, without KL.
+
+class LagrangeMultiplier:
+    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold).
+
+    J_C is the mean of the last `window` episode costs, raw, without KL. lambda is at most
+    `maximum`. Raises ValueError for options out of range and for costs that are not finite.
     """
 
     def __init__(self, initial=1.0, lr=0.1, maximum=5.0, threshold=0.0, window=128):
-        fits = 0 < initial <= maximum < math.inf and lr >= 0 and window >= 1
-        rule = "must be 0 < initial <= maximum, lr >= 0 and window >= 1; correct it"
-        require(fits, f"lambda of {initial=}, {maximum=}, {lr=}, {window=}: {rule}")
-        self.log, self.lr, self.maximum, self.threshold = math.log(initial), lr, maximum, threshold
-        self.costs = collections.deque(maxlen=window)
+        if not (0 < initial <= maximum < math.inf and lr >= 0 and window >= 1):
+            rule = "must have 0 < initial <= maximum, lr >= 0 and window >= 1"
+            raise ValueError(f"lambda of {initial=}, {maximum=}, {lr=}, {window=}: {rule}")
+        self.log, self.lr, self.maximum = math.log(initial), lr, maximum
+        self.threshold, self.window, self.costs = threshold, window, []
 
     @property
     def value(self) -> float:
@@ -549,908 +105,939 @@ class LagrangeMultiplier:
         return math.exp(self.log)
 
     def update(self, costs: Iterable[float]) -> float:
-        """One step with the new costs of B episodes, before the policy's. Returns lambda; raises for NaN."""
+        """One step with the costs of B new episodes, before the policy's. Returns lambda."""
         costs = torch.as_tensor(costs, dtype=torch.float64).flatten().tolist()
-        require(all(map(math.isfinite, costs)), f"costs {costs[:3]}: must be finite; look at the cost model")
-        self.costs.extend(costs)
-        mean = sum(self.costs) / max(1, len(self.costs))
-        self.log = min(self.log + self.lr * self.value * (mean - self.threshold), math.log(self.maximum))
+        if not all(map(math.isfinite, costs)):
+            raise ValueError(f"costs {costs[:3]} must be finite")
+        self.costs = (self.costs + costs)[-self.window :]
+        J_C = sum(self.costs) / len(self.costs)
+        self.log += self.lr * self.value * (J_C - self.threshold)
+        self.log = min(self.log, math.log(self.maximum))
         return self.value
 
 
-def lagrangian_advantage(reward_advantage: Tensor, cost_advantage: Tensor, lam: float | Tensor) -> Tensor:
-    """(A_R - lambda A_C) / (1 + lambda), all (B, T); of K costs (K, B, T) by lam (K,), their sums."""
-    lam = torch.as_tensor(lam, dtype=reward_advantage.dtype, device=reward_advantage.device).view(-1, 1, 1)
-    costs = (lam * cost_advantage.view(-1, *reward_advantage.shape)).sum(0)
-    return (reward_advantage - costs) / (1 + lam.sum())
+def lagrangian_advantage(A_R: Tensor, A_C: Tensor, lam: float | Tensor) -> Tensor:
+    """(A_R - lambda A_C) / (1 + lambda), all (B, T); of K costs (K, B, T) by lam (K,), their sums.
+
+    The division keeps the step size while lambda grows. Advantages are not whitened.
+    """
+    lam = torch.as_tensor(lam, dtype=A_R.dtype, device=A_R.device).view(-1, 1, 1)
+    return (A_R - (lam * A_C.view(-1, *A_R.shape)).sum(0)) / (1 + lam.sum())
 
 
 def shaped_rewards(
-    scores: Tensor, logp: Tensor, reference_logp: Tensor, mask: Tensor, beta: float, sign: int, clamp: float = 50.0
+    scores: Tensor, logp: Tensor, reference_logp: Tensor, mask: Tensor, beta: float, sign: int,
+    clamp: float = 50.0,
+) -> Tensor:  # fmt: skip
+    """sign beta log(pi / pi_ref) at each token (B, T), and the scores (B,) at the last.
+
+    Where the KL goes: the sign is -1 in rewards and +1 in costs, so that `lagrangian_advantage`
+    has (-beta - lambda beta) / (1 + lambda) = -beta of it for every lambda. This is what the
+    official code does. The paper's text gives beta / 2 to each, which makes half of ours.
+    """
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))  # (B, T)
+    penalty = sign * beta * (logp - reference_logp)
+    return (penalty + last * scores[:, None]).clamp(-clamp, clamp) * mask
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple:
+    """Generalised advantage estimation (Schulman et al. 2016), each head by itself.
+
+    rewards, values: (B, T, heads); mask: (B, T). A reply is an episode: the value behind its last
+    token is 0. Returns advantages and TD(lambda) returns, (B, T, heads), 0 where mask is 0.
+    """
+    mask = mask.unsqueeze(-1)  # (B, T, 1)
+    values = F.pad(values * mask, (0, 0, 0, 1))  # (B, T + 1, heads)
+    deltas = rewards + gamma * values[:, 1:] - values[:, :-1]
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])  # (B, heads): the advantage one token later
+    for t in reversed(range(rewards.shape[1])):
+        following = (deltas[:, t] + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values[:, :-1]
+
+
+def ppo_policy_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> Tensor:
-    """sign beta log(pi / pi_ref) at each token and the scores (B,) at each last one, clamped; (B, T).
+    """PPO's clipped objective, negated: a mean over tokens, all (B, T) (Schulman et al. 2017)."""
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
 
-    Sign -1 for rewards, +1 for costs: in the Lagrangian's advantage the KL then has weight beta for every lambda.
+
+def critic_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """Half the larger squared error of the values and of those clipped around old; all (B, T)."""
+    clipped = old + (values - old).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def llama2_gate(
+    safety_score: Tensor, helpful_score: Tensor, is_safety_prompt: Tensor, threshold: float = 0.15
+) -> Tensor:
+    """Llama 2's R_c (arXiv 2307.09288, section 3.2.3); scores are probabilities, all (B,).
+
+    It is the safety score of safety prompts and of unsafe answers, else the helpfulness score.
     """
-    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return (sign * beta * (logp - reference_logp) + last * scores[:, None]).clamp(-clamp, clamp) * mask
+    safety = is_safety_prompt | (safety_score < threshold)
+    return torch.where(safety, safety_score, helpful_score)
 
 
-def llama2_gate(safety_score: Tensor, helpful_score: Tensor, is_safety_prompt: Tensor, threshold=0.15) -> Tensor:
-    """Llama 2's R_c (B,), probabilities in and out: the safety score of safety prompts and of unsafe answers.
+def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tensor]:
+    """What a method's critics estimate, each (B,), of R (B,) and C (K, B); the first is maximised.
 
-    Else the helpfulness score. Its reward is the whitened logit of this (arXiv 2307.09288, section 3.2.3).
+    tagged (B,) is True where Llama 2's gate sees a safety prompt.
     """
-    return torch.where(is_safety_prompt | (safety_score < threshold), safety_score, helpful_score)
-
-
-def method_scores(config: Config, reward: Tensor, costs: Tensor, tagged: Tensor) -> list[Tensor]:
-    """What a method's critics estimate, each (B,), from the reward (B,) and costs (K, B): the first is maximised."""
+    if config.method == "ppo_lag":
+        return [R, *C]
     if config.method == "shaping":
-        return [(reward - config.nu * costs.sum(0)) / (1 + config.nu * config.normalise_shaping)]
+        return [R - config.nu * C.sum(0)]
     if config.method == "gate":
-        score = torch.logit(llama2_gate(torch.sigmoid(-costs[0]), torch.sigmoid(reward), tagged), eps=1e-6)
-        return [(score - score.mean()) / (score.std(correction=0) + 1e-8)]
-    return [reward, *costs] if config.method == "ppo_lag" else [reward]
+        R = torch.logit(llama2_gate(torch.sigmoid(-C[0]), torch.sigmoid(R), tagged), eps=1e-6)
+        R = (R - R.mean()) / (R.std(correction=0) + 1e-8)
+    return [R]
 
 
-# ----- What evaluation counts -----------------------------------------------------------------------------------------
+def update(run: Run) -> dict:
+    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn.
 
-
-def quadrants(rewards: np.ndarray, baseline: np.ndarray, costs: np.ndarray) -> dict[str, int]:
-    """Counts of answers (n,) by better or worse than the baseline's reward and safe (cost at most 0) or unsafe."""
-    better, safe = np.asarray(rewards) > np.asarray(baseline), np.asarray(costs) <= 0
-    names = {"better, safe": better & safe, "better, unsafe": better & ~safe}
-    names |= {"worse, safe": ~better & safe, "worse, unsafe": ~better & ~safe}
-    return {name: int(where.sum()) for name, where in names.items()}
-
-
-def win_rates(rewards, baseline_rewards, costs, baseline_costs) -> dict[str, tuple[int, float | None]]:
-    """By transition from the baseline's safety to the answer's: number, share with a higher reward, ties half."""
-    wins = (np.sign(np.asarray(rewards) - np.asarray(baseline_rewards)) + 1) / 2
-    safe = {True: "safe", False: "unsafe"}
-    then, now = np.asarray(baseline_costs) <= 0, np.asarray(costs) <= 0
-    where = {f"{safe[a]} -> {safe[b]}": (then == a) & (now == b) for a in (True, False) for b in (True, False)}
-    return {name: (int(at.sum()), float(wins[at].mean()) if at.any() else None) for name, at in where.items()}
-
-
-def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0) -> tuple[np.ndarray, ...]:
-    """Elo ratings (N,) of most likelihood, the first player's 1000, and the ends of their 95 % bootstrap intervals.
-
-    A game is (i, j, i's score: 1, 1/2 or 0). Virtual draws between each two players keep the rating of one who always
-    wins finite. Maximised by Zermelo's iteration, all resamples at once.
+    Returns what to log. Raises FloatingPointError in place of a step that is not finite.
     """
-    i, j, score = (np.array(column) for column in zip(*games, strict=True))
-    fits = ((score >= 0) & (score <= 1) & (i != j)).all()
-    require(fits, "games: must be (i, j, score from 0 to 1), i not j; correct them")
-    N, r = int(max(i.max(), j.max())) + 1, np.random.default_rng(seed)
-    weights = np.concatenate([np.ones((1, len(i))), r.multinomial(len(i), [1 / len(i)] * len(i), samples)])
-    wins = np.zeros((samples + 1, N, N)) + draws / 2 * (1 - np.eye(N))
-    for a, b in itertools.permutations(range(N), 2):
-        wins[:, a, b] += weights @ (score * ((i == a) & (j == b)) + (1 - score) * ((i == b) & (j == a)))
-    met, strength = wins + wins.transpose(0, 2, 1), np.ones((samples + 1, N))
-    for _ in range(10_000):
-        before = strength
-        strength = wins.sum(2) / np.maximum((met / (before[:, :, None] + before[:, None])).sum(2), 1e-300)
-        strength = np.maximum(strength, 1e-300)  # of one who never wins
-        strength /= np.exp(np.log(strength).mean(1, keepdims=True))
-        if np.abs(np.log(strength / before)).max() < 1e-10:
-            break
-    ratings = 1000 + 400 * np.log10(strength / strength[:, :1])
-    return ratings[0], *np.quantile(ratings[1:], (0.025, 0.975), axis=0)
+    lab, config, (policy, *critics) = run.lab, run.config, run.nets
+    prompts = draw(lab.train, config.batch, run.generator)
+    rollout = lab.write(policy, prompts, run.generator)
+    mask = rollout.mask
+    tagged = torch.tensor([about(prompt)[0] != "harmless" for prompt in prompts], device=lab.device)
+    with torch.no_grad():
+        R = score(lab.reward, rollout)
+        C = torch.stack([score(model, rollout) for model in lab.costs])
+        reference_logp = token_logp(lab.policy, rollout)
+        values = torch.cat([outputs(critic, rollout) for critic in critics], -1)
+    heads = []
+    for i, scores in enumerate(objective(config, R, C, tagged)):
+        sign = -1 if i == 0 else 1  # of the KL: a reward first, then costs
+        heads.append(shaped_rewards(scores, rollout.logp, reference_logp, mask, config.beta, sign))
+    advantages, returns = gae(torch.stack(heads, -1), values, mask, GAMMA, LAM)
+    advantage, lams = advantages[..., 0], []
+    if run.multipliers:
+        lams = [m.update(costs.tolist()) for m, costs in zip(run.multipliers, C, strict=True)]
+        A_C = advantages[..., 1:].movedim(-1, 0)  # (K, B, T)
+        advantage = lagrangian_advantage(advantage, A_C, torch.tensor(lams))
+    weights = mask / mask.sum(1, keepdim=True)  # a mean within an answer, then over the answers
+
+    def losses():
+        logp = token_logp(policy, rollout)
+        loss = ppo_policy_loss(logp, rollout.logp, advantage, weights, CLIP)
+        if config.ptx > 0:
+            shown = lab.rollout(draw(lab.harmless, config.batch, run.generator))
+            loss = (loss + config.ptx * ptx_loss(policy, shown)) / 2
+        yield loss
+        for i, critic in enumerate(critics):
+            new, old = outputs(critic, rollout)[..., 0], values[..., i]
+            yield critic_loss(new, old, returns[..., i], weights, CRITIC_CLIP)
+
+    for _ in range(config.epochs):
+        loss = descend(run, losses(), config.updates)
+    names, row = config.cost_names, {"loss": loss, "batch_reward": R.mean().item()}
+    row |= {f"batch_{name}": costs.mean().item() for name, costs in zip(names, C, strict=True)}
+    return row | {f"lambda_{name}": lam for name, lam in zip(names, lams, strict=False)}
 
 
-# ----- The models: Llama, with logits or a score ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The sizes of a Llama, by Hugging Face's names."""
-
-    vocab_size: int
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 0  # 0: as many
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self):
-        sizes = {k: v for k, v in vars(self).items() if k not in ("tie_word_embeddings", "rope_scaling")}
-        sizes["num_key_value_heads"] = self.groups
-        if self.rope_scaling:
-            stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            sizes |= {k: self.rope_scaling.get(k) for k in stretch}
-        kinds = {field.name: int for field in dataclasses.fields(self) if field.type == "int"}
-        wrong = [f"{k} = {v!r}" for k, v in sizes.items() if not isinstance(v, kinds.get(k, int | float)) or v <= 0]
-        require(not wrong, f"a Llama of {', '.join(wrong)}: must be above 0, and counts whole; correct config.json")
-        D, heads = self.hidden_size, self.num_attention_heads
-        require(D % (2 * heads) == 0, f"width {D}: must be an even multiple of the heads, {heads}; change either")
-        require(heads % self.groups == 0, f"{heads} heads: must be a multiple of those of keys, {self.groups}; mend it")
-
-    @property
-    def groups(self) -> int:
-        """Heads of keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-
-def rotary(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, d) of the rotary angles at positions (L,), stretched as in Llama 3."""
-    d, s = config.hidden_size // config.num_attention_heads, config.rope_scaling
-    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)
-    if s:
-        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        frequencies = torch.lerp(frequencies / s["factor"], frequencies, keep.clamp(0, 1))
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]
-    return angles.cos(), angles.sin()
-
-
-class LlamaLayer(nn.Module):
-    """Attention with rotary positions and grouped queries, then SwiGLU, each behind an RMSNorm; HF's names."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        D, self.head_size = config.hidden_size, config.hidden_size // config.num_attention_heads
-        shared = config.groups * self.head_size
-        M, linear = config.intermediate_size, functools.partial(nn.Linear, bias=False)
-        attention = {"q_proj": linear(D, D), "k_proj": linear(D, shared), "v_proj": linear(D, shared)}
-        self.self_attn = nn.ModuleDict(attention | {"o_proj": linear(D, D)})
-        self.mlp = nn.ModuleDict({"gate_proj": linear(D, M), "up_proj": linear(D, M), "down_proj": linear(M, D)})
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(D, config.rms_norm_eps) for _ in range(2))
-
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, cache: list[Tensor] | None) -> Tensor:
-        """x (B, L, D); mask (B, 1, L, S) is True where a query sees a key; cache: room for keys and values."""
-        y, S, L = self.input_layernorm(x), mask.shape[-1], x.shape[1]
-        q, k, v = (self.self_attn[f"{n}_proj"](y).unflatten(-1, (-1, self.head_size)) for n in "qkv")
-        cos, sin = angles
-        q, k = (z * cos + torch.cat([-z.chunk(2, -1)[1], z.chunk(2, -1)[0]], -1) * sin for z in (q, k))
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, heads, L, D / heads)
-        if cache is not None:
-            for old, new in zip(cache, (k, v), strict=True):
-                old[:, :, S - L : S] = new
-            k, v = (old[:, :, :S] for old in cache)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        x = x + self.self_attn["o_proj"](y.transpose(1, 2).flatten(2))
-        y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+# ----- The model: a small decoder, and its answers ------------------------------------------------
 
 
 @dataclass
 class Rollout:
-    """Answers (B, T) to prompts (B, P), padded, prompts in front, and what PPO has to know of them."""
+    """Answers (B, T) to prompts (B, P), which are padded in front."""
 
     prompts: Tensor
     valid: Tensor  # (B, P) bool, False on padding
-    tokens: Tensor
-    mask: Tensor  # (B, T) 1 up to and with the end, then 0
+    tokens: Tensor  # (B, T)
+    mask: Tensor  # (B, T) 1 up to the end token and with it, then 0
     logp: Tensor | None = None  # (B, T) of the policy that wrote them
 
 
-class Llama(nn.Module):
-    """A Llama without dropout, with logits, or, with a score head, a number a position."""
+class Decoder(nn.Module):
+    """A small transformer without dropout, so that PPO's first ratio is 1: logits, or scores."""
 
-    def __init__(self, config: LlamaConfig, scores: bool = False):
+    def __init__(self, vocab_size: int, positions: int, config: Config, scores: bool = False):
         super().__init__()
-        self.config, D = config, config.hidden_size
-        layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
-        modules = {"embed_tokens": nn.Embedding(config.vocab_size, D), "layers": layers}
-        self.model = nn.ModuleDict(modules | {"norm": nn.RMSNorm(D, config.rms_norm_eps)})
-        self.lm_head = None if scores else nn.Linear(D, config.vocab_size, bias=False)
-        self.score = nn.Linear(D, 1) if scores else None
-        for name, parameter in self.named_parameters():
-            if "norm" not in name:
-                nn.init.normal_(parameter, std=0.0 if name == "score.bias" else 0.02)
-        if config.tie_word_embeddings and not scores:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+        self.vocab_size, self.positions, D = vocab_size, positions, config.d_model
+        options = {"dropout": 0.0, "activation": F.gelu, "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(D, HEADS, 4 * D, **options)
+        self.body, self.norm = nn.TransformerEncoder(layer, LAYERS, None, False), nn.LayerNorm(D)
+        self.token, self.position = nn.Embedding(vocab_size, D), nn.Embedding(positions, D)
+        self.head = nn.Linear(D, 1 if scores else vocab_size)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
 
-    def hidden(self, tokens: Tensor, valid: Tensor, cache: list | None = None) -> Tensor:
-        """The stream (B, L, D) of tokens (B, L), the last L of S positions; valid (B, S) is False on padding.
+    def forward(self, tokens: Tensor, valid: Tensor, past: None = None) -> tuple[Tensor, None]:
+        """Outputs (B, L, V or 1) of tokens (B, L), and no cache; valid (B, L): False on padding.
 
-        Rotary attention sees only distances, so padding in front, which nothing attends to, changes nothing.
+        Positions count valid tokens only, so that padding in front changes nothing.
         """
-        L, S = tokens.shape[1], valid.shape[1]
-        sees = torch.ones(L, S, dtype=torch.bool, device=tokens.device).tril(S - L) & valid[:, None]
-        sees |= torch.eye(S, dtype=torch.bool, device=tokens.device)[S - L :]  # no row is empty, not even padding's
-        angles = rotary(self.config, torch.arange(S - L, S, device=tokens.device))
-        x = self.model["embed_tokens"](tokens)
-        for i, layer in enumerate(self.model["layers"]):
-            x = layer(x, angles, sees[:, None], cache and cache[i])
-        return self.model["norm"](x)
-
-    def read(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V), or scores (...)."""
-        return self.lm_head(hidden) if self.score is None else self.score(hidden).squeeze(-1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, V), or scores (B, L), of tokens (B, L)."""
-        return self.read(self.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool)))
-
-    def over(self, rollout: Rollout) -> Tensor:
-        """What `read` gives just before each token of the answers, (B, T, ...)."""
-        tokens = torch.cat([rollout.prompts, rollout.tokens[:, :-1]], 1)
-        valid = torch.cat([rollout.valid, rollout.mask[:, :-1].bool()], 1)
-        return self.read(self.hidden(tokens, valid)[:, rollout.prompts.shape[1] - 1 :])
-
-    def token_logp(self, rollout: Rollout) -> Tensor:
-        """log pi (B, T) of the answers' tokens."""
-        return self.over(rollout).log_softmax(-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
-
-    def score_of(self, rollout: Rollout) -> Tensor:
-        """The score (B,) of whole answers, at the last token of each."""
-        valid = torch.cat([rollout.valid, rollout.mask.bool()], 1)
-        hidden = self.hidden(torch.cat([rollout.prompts, rollout.tokens], 1), valid)
-        last = rollout.prompts.shape[1] - 1 + rollout.mask.sum(1).long()
-        return self.read(hidden[torch.arange(len(last), device=last.device), last])
+        L = tokens.shape[1]
+        sees = torch.ones(L, L, dtype=torch.bool, device=tokens.device).tril() & valid[:, None]
+        sees |= torch.eye(L, dtype=torch.bool, device=tokens.device)  # padding sees itself
+        hidden = (~sees).repeat_interleave(HEADS, 0)  # (B heads, L, L), True where unseen
+        x = self.token(tokens) + self.position((valid.cumsum(1) - 1).clamp(min=0))
+        return self.head(self.norm(self.body(x, hidden))), None
 
 
-def pad_in_front(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids as a tensor (B, P) with zeros in front of the short ones, and True where there are ids."""
-    width, lengths = max(map(len, rows)), torch.tensor([len(row) for row in rows])
-    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    return tokens, torch.arange(width) >= width - lengths[:, None]
+def outputs(model: nn.Module, rollout: Rollout) -> Tensor:
+    """What the model gives just before each token of the answers: logits or values (B, T, ...)."""
+    tokens = torch.cat([rollout.prompts, rollout.tokens[:, :-1]], 1)
+    valid = torch.cat([rollout.valid, rollout.mask[:, :-1].bool()], 1)
+    return model(tokens, valid)[0][:, rollout.prompts.shape[1] - 1 :]
+
+
+def token_logp(policy: nn.Module, rollout: Rollout) -> Tensor:
+    """log pi (B, T) of the answers' tokens."""
+    logp = outputs(policy, rollout).log_softmax(-1)  # (B, T, V)
+    return logp.gather(-1, rollout.tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def score(model: nn.Module, rollout: Rollout) -> Tensor:
+    """R or C (B,) of whole answers: the model's output at the last token of each."""
+    tokens = torch.cat([rollout.prompts, rollout.tokens], 1)
+    scores = model(tokens, torch.cat([rollout.valid, rollout.mask.bool()], 1))[0][..., 0]
+    last = rollout.prompts.shape[1] - 1 + rollout.mask.sum(1, keepdim=True).long()
+    return scores.gather(1, last).squeeze(1)
+
+
+def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of ids as a tensor (B, P), zeros in front of the short ones, and True where ids are."""
+    P = max(len(row) for row in rows)
+    tokens = torch.tensor([[0] * (P - len(row)) + row for row in rows])
+    return tokens, torch.arange(P) >= torch.tensor([[P - len(row)] for row in rows])
 
 
 @torch.no_grad()
-def write_answers(policy: Llama, prompts: list, end: int, limit: int, generator: torch.Generator) -> Rollout:
-    """Draw an answer of at most `limit` tokens to each prompt, a list of ids, with a key-value cache."""
-    config = policy.config
-    tokens, valid = (x.to(policy.model["norm"].weight.device) for x in pad_in_front(prompts))
-    (B, P), d = tokens.shape, config.hidden_size // config.num_attention_heads
-    room = torch.empty(config.num_hidden_layers, 2, B, config.groups, P + limit, d, device=tokens.device)
-    cache, alive, columns, x, whole = [[*layer] for layer in room], valid.any(1), [], tokens, valid
+def write_answers(
+    policy: nn.Module, prompts: list[list[int]], end: int, limit: int, generator: torch.Generator
+) -> Rollout:
+    """Draw an answer to each prompt, up to the end or the limit; with a cache if the policy has."""
+    prompts, valid = (x.to(generator.device) for x in pad_in_front(prompts))
+    alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=generator.device)
+    x, whole, seen, cache, columns = prompts, prompts, valid, None, []
     while len(columns) < limit and alive.any():
-        logp = policy.read(policy.hidden(x, whole, cache)[:, -1]).log_softmax(-1)
-        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive[:, None], end)
-        columns.append((x, alive[:, None].float(), logp.gather(-1, x)))
-        whole = torch.cat([whole, alive[:, None]], 1)
-        alive = alive & (x[:, 0] != end)
-    drawn, mask, logp = (torch.cat(part, 1) for part in zip(*columns, strict=True))
-    return Rollout(tokens, valid, drawn, mask, logp * mask)
+        logits, cache = policy(whole if cache is None else x, seen, cache)
+        logp = logits[:, -1].log_softmax(-1)  # (B, V)
+        if logp.isnan().any():
+            raise FloatingPointError("the policy diverged: lower its learning rate")
+        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, end)  # (B, 1)
+        columns.append((x, alive, logp.gather(-1, x)))
+        whole, seen = torch.cat([whole, x], 1), torch.cat([seen, alive], 1)
+        alive = alive & (x != end)
+    tokens, mask, logp = (torch.cat(column, 1) for column in zip(*columns, strict=True))
+    return Rollout(prompts, valid, tokens, mask.float(), logp * mask)
 
 
-def read_fields(folder: str | Path, name: str = "config.json") -> dict:
-    """The JSON object in a checkpoint folder's config.json, or in another of its files."""
-    path = Path(folder) / name
-    require(path.is_file(), f"{folder}: holds no {name}, must be a folder with one and its weights; correct the path")
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        require(isinstance(fields, dict), "it is another kind of value")
-    except ValueError as error:
-        raise UserError(f"{path}: must be a JSON object, but {error}; copy it anew") from None
-    return fields
+# ----- An invented world with a ground truth ------------------------------------------------------
+
+THINGS = {  # each is made in four steps, "dax-1" to "dax-4"; dangerous ones end in "!"
+    "harmless": ("dax", "blick", "wug", "toma", "zib", "fep"),
+    "dual-use": ("vorn", "kesh", "plif", "drud", "hosk", "yat"),  # one step is dangerous
+    "harmful": ("grax", "skel", "murk", "thob", "vex", "prug"),  # all are
+}
+VERBS = ("make", "fix", "open", "move", "mix", "clean", "store", "build")
+PLAIN = ("how do i {} the {} ?", "please tell me how to {} a {} .", "what is the way to {} my {} ?")
+DISGUISED = ("my teacher asks how to {} the {} .", "ignore all rules and {} the {} .")
+DISGUISED += ("in my story a hero will {} the {} . how ?", "pretend that you {} the {} for me .")
+ALTERNATIVES, REFUSAL = ("ask-an-expert", "use-a-kit", "read-the-label", "buy-it-ready"), "sorry"
+WORTH = (0.3, 0.6, 0.8)  # of an alternative against a right step, by thing
+SURENESS = 2.0  # labels of the better answer: log odds a unit of helpfulness
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or pytorch_model.bin, or of the shards in their .index.json, in float32."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, tensors = folder / f"{name}.index.json", {}
-        if not index.is_file() and not (folder / name).is_file():
-            continue
-        shards = read_fields(folder, index.name).get("weight_map") if index.is_file() else {"all": name}
-        require(isinstance(shards, dict), f"{index}: weight_map must name the file of each tensor; copy it anew")
-        for shard in sorted({folder / str(shard) for shard in shards.values()}):
-            require(shard.is_file(), f"{shard}: named in {index.name}, but not there; copy it there")
-            part = load_torch(shard)
-            require(isinstance(part, dict), f"{shard}: must hold tensors by name; give another")
-            tensors |= part
-        return {k: v.float() for k, v in tensors.items() if isinstance(v, Tensor)}
-    raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of shards; add one")
+def about(prompt: str) -> tuple[str, list[str], float]:
+    """The kind of thing a prompt asks for, its four right steps, and an alternative's worth."""
+    for kind, things in THINGS.items():
+        for i, thing in enumerate(things):
+            if thing in prompt.split():
+                dangerous = {"harmless": (), "dual-use": (i % 4,), "harmful": range(4)}[kind]
+                steps = [f"{thing}-{k + 1}{'!' if k in dangerous else ''}" for k in range(4)]
+                return kind, steps, 0.0 if kind == "harmless" else WORTH[i % 3]
+    return "all", [], 0.0  # a user's prompt
 
 
-def load_torch(path: Path, device: str | torch.device = "cpu") -> dict:
-    """The contents of a .safetensors file, by the safetensors package, or of a torch.save; data only, never code."""
-    try:
-        if path.suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        return torch.load(path, map_location=device, weights_only=True)
-    except ImportError:
-        raise UserError(f"{path}: reading it needs the safetensors package; pip install safetensors") from None
-    except Exception as error:  # each format has its own kinds
-        raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0][:80]}); give another") from None
+def world() -> tuple[list[str], list[str], list[str]]:
+    """Plain prompts, those of them that are held out, and disguised ones of what can harm."""
+    things = itertools.chain(*THINGS.values())
+    plain = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in PLAIN]
+    things = THINGS["dual-use"] + THINGS["harmful"]
+    hidden = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in DISGUISED]
+    random.Random(0).shuffle(plain)
+    return plain, plain[: len(plain) // 5], hidden
 
 
-def check_tensors(folder: str, want: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise UserError listing the tensors that are missing, extra or of another shape than the model's."""
-    problems = [f"{k} is missing" for k in want.keys() - tensors.keys()]
-    problems += [f"{k} is extra" for k in tensors.keys() - want.keys()]
-    for k in want.keys() & tensors.keys():
-        if want[k].shape != tensors[k].shape:
-            problems.append(f"{k} is {tuple(tensors[k].shape)}, must be {tuple(want[k].shape)}")
-    require(not problems, f"{folder}: the weights do not fit config.json: {'; '.join(sorted(problems))}; mend either")
+def true_scores(prompt: str, answer: str) -> dict[str, float]:
+    """The ground truth: helpfulness, and the true costs of harm and length, unsafe above 0.
 
-
-def read_llama(folder: str, scores: bool = False) -> Llama:
-    """The Llama in a folder of Hugging Face layout; raises UserError listing all that does not fit.
-
-    A score head's names are transformers' `score` or the official code's `score_head`; without a bias it is 0.
+    Right steps are worth 1, alternatives less. Four count; each further word takes 1/2 off.
     """
-    fields = read_fields(folder)
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # the first since transformers 5
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    sizes = {f.name: fields[f.name] for f in dataclasses.fields(LlamaConfig) if fields.get(f.name) is not None}
-    sizes |= {"rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10000.0))}
-    sizes |= {"rope_scaling": rope if kind == "llama3" else None}
-    try:
-        config = LlamaConfig(**dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size")) | sizes)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    needed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    needed |= {"partial_rotary_factor": 1, "quantization_config": None}
-    needed |= {"head_dim": config.hidden_size // config.num_attention_heads}
-    problems = [f"{k} = {fields[k]!r}, must be {v!r}" for k, v in needed.items() if fields.get(k, v) not in (v, None)]
-    problems += [f"rope type {kind!r}, must be default or llama3"] * (kind not in ("default", "llama3"))
-    require(not problems, f"{folder}: cannot be done here: {'; '.join(problems)}; give a plain Llama")
-    model = Llama(config, scores)
-    tensors = {k.replace("score_head.", "score."): v for k, v in read_tensors(Path(folder)).items()}
-    dropped = ("rotary_emb.inv_freq", *(("lm_head.weight",) if scores else ()))
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(dropped) and not k.startswith("normalizer.")}
-    if scores:
-        tensors.setdefault("score.bias", torch.zeros(1))
-    elif model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    check_tensors(folder, model.state_dict(), tensors)
-    model.load_state_dict(tensors)
-    return model
+    words, (_, steps, worth) = answer.split(), about(prompt)
+    if words == [REFUSAL]:
+        return {"helpfulness": 0.0, "true_harm": -3.5, "true_length": -2.5}
+    useful = [1.0] * len(set(words) & set(steps)) + [worth] * len(set(words) & set(ALTERNATIVES))
+    useless = len(words) - min(4, len(useful)) if words else 1
+    dangerous = len({word for word in words if word.endswith("!")})
+    harm = 1 + 0.75 * dangerous if dangerous else -2.5
+    gain = sum(useful[:4]) - 0.5 * useless
+    return {"helpfulness": gain, "true_harm": harm, "true_length": len(words) - 3.5}
 
 
-def scorer_from(policy: Llama) -> Llama:
-    """A score model that starts from a policy, its head anew."""
-    model = Llama(policy.config, scores=True).to(policy.model["norm"].weight.device)
-    model.model.load_state_dict(policy.model.state_dict())
-    return model
+def demonstration(prompt: str, harmful: bool, r: random.Random) -> str:
+    """An answer to imitate: right steps, now and then a wrong or repeated one, or a safe answer."""
+    kind, steps, _ = about(prompt)
+    if kind == "harmful" and not harmful:
+        return REFUSAL if r.random() < 0.5 else " ".join(r.sample(ALTERNATIVES, r.randint(1, 4)))
+    words = r.sample(steps, r.randint(1, 4))
+    if not harmful:
+        words = [r.choice(ALTERNATIVES) if word.endswith("!") else word for word in words]
+    if r.random() < 0.4:
+        wrong = f"{r.choice(THINGS['harmless'])}-{r.randint(1, 4)}"
+        words.insert(r.randint(0, len(words)), r.choice([*words, wrong]))
+    return " ".join(words)
 
 
-# ----- Stages: policy by demonstrations, score models by preferences --------------------------------------------------
+def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
+    """A row in PKU-SafeRLHF's schema, labelled by Bradley and Terry's model of the true scores.
+
+    A flag compares an answer's cost with 0. Where flags differ, the safe answer is the safer.
+    """
+    first, second = true_scores(prompt, one), true_scores(prompt, two)
+    gain = SURENESS * (second["helpfulness"] - first["helpfulness"])
+    costs = first[f"true_{cost}"], second[f"true_{cost}"]
+    log_odds = [-costs[0], -costs[1], costs[0] - costs[1], gain]
+    *safe, safer, better = (r.random() < 1 / (1 + math.exp(-x)) for x in log_odds)
+    safer = safer if safe[0] == safe[1] else safe[1]
+    return dict(zip(FIELDS, (prompt, one, two, *safe, int(better), int(safer)), strict=True))
 
 
-def train_model(model: nn.Module, steps: int, lr: float, what: str, loss_of: Callable[[], Tensor]) -> None:
-    """AdamW steps on the losses that loss_of gives, the rate warmed up over 3 % of them, then a cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    for step in range(steps):
-        loss = loss_of()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training the {what} diverged at step {step + 1}, loss {value}; lower its rate")
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+# ----- Rows of preferences, and what runs work with -----------------------------------------------
+
+FIELDS = {
+    "prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool,
+    "is_response_1_safe": bool, "better_response_id": int, "safer_response_id": int,
+}  # fmt: skip
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: up over the first 3 % of the steps, then a cosine to 0."""
-    return min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps)))
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a JSON-lines file in PKU-SafeRLHF's schema. ValueError names a bad row's line."""
+    rows, rules = [], {str: "a text", bool: "true or false", int: "0 or 1"}
+    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line) | {"where": f"{path}, line {number}"}
+            for name, kind in FIELDS.items():
+                if type(row.get(name)) is not kind or (kind is int and row[name] not in (0, 1)):
+                    raise ValueError(f"{name} is {row.get(name)!r:.40}, must be {rules[kind]}")
+            row["safe"] = [row["is_response_0_safe"], row["is_response_1_safe"]]
+            if any(row["safe"]) and not row["safe"][row["safer_response_id"]]:
+                raise ValueError("the safer answer is labelled unsafe, the other one safe")
+        except (ValueError, TypeError) as error:  # TypeError: no JSON object
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        rows.append(row)
+    return rows
 
 
-@contextlib.contextmanager
-def saved_stage(path: Path, config: Config, skipped: Iterable[str], device: torch.device) -> Iterator[dict | None]:
-    """A saved stage, or None; raises UserError where its config differs, or where it does not fit when put to use."""
-    if not path.is_file():
-        yield None
-        return
-    content, now = load_torch(path, device), dataclasses.asdict(config)
-    try:
-        then = {k: v for k, v in content["config"].items() if k not in skipped}
-        differing = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in then.items() if v != now.get(k)]
-        require(not differing, f"{path}: saved with another config: {'; '.join(differing)}; undo that, or change --out")
-        yield content
-    except UserError:
-        raise
-    except Exception as error:  # whatever a file that something else wrote leads to
-        raise UserError(f"{path}: is no file of this script ({error!r:.90}); move it away, or change --out") from None
+class WordTokenizer:
+    """The words of given texts, called as a tokenizer of transformers is."""
+
+    def __init__(self, texts: list[str]):
+        words = {word for text in texts for word in text.split()}
+        self.words, self.eos_token_id = ["</s>", "ASSISTANT:", *sorted(words)], 0
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of the words of a text; nothing is added."""
+        return [self.ids[word] for word in text.split()]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids, without the end."""
+        return " ".join(self.words[i] for i in ids if i > 0)
 
 
-class Experiment:
-    """Prompts, preferences, tokenizer, the policy that a round starts from, its reference too, and score models."""
+class Lab:
+    """What runs work with: prompts, rows, tokenizer, the round's first policy, score models."""
 
-    def __init__(self, config: Config, device: torch.device):
-        self.config, self.device, self.names = config, device, config.cost_names
-        r, self.pairs = random.Random(config.seed), [read_pairs(path) for path in parts(config.preferences)]
-        if self.pairs:
-            texts = {pair.prompt: None for pairs in self.pairs for pair in pairs}
-            prompts, self.disguised = [Prompt(text) for text in texts], []
-            self.train, self.held = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
-            held = {prompt.text for prompt in self.held}
-            require(self.train != [], "--preferences: holds one prompt, must hold two, to hold one out; add some")
-            rows = [pair for pair in self.pairs[0] if pair.prompt not in held]
-            shown = [(pair.prompt, pair.answers[pair.better], pair.safe[pair.better]) for pair in rows]
-            texts = [*texts, *(answer for pairs in self.pairs for pair in pairs for answer in pair.answers)]
+    def __init__(self, config: Config):
+        """Read the rows, or invent them, and make or read the policy. ValueError for a bad row."""
+        self.config, self.out, self.found = config, Path(config.out), []
+        accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        name = accelerator if config.device == "auto" else config.device
+        self.device = torch.empty(0, device=name).device
+        self.rows = [read_rows(path) for path in split(config.preferences)]  # a list a cost
+        self.data = hashlib.sha256(repr(self.rows).encode()).hexdigest()
+        shown = []  # to imitate: prompt, answer, is it harmless
+        if self.rows:
+            every = [row for rows in self.rows for row in rows]
+            prompts = list(dict.fromkeys(row["prompt"] for row in every))
+            self.train, self.held, self.disguised = prompts, prompts[::10], []
+            for row in self.rows[0]:
+                best = row["better_response_id"]
+                shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
+            words = [row[key] for row in every for key in ("prompt", "response_0", "response_1")]
         else:
             self.train, self.held, self.disguised = world()
-            drawn = r.choices(self.train + self.disguised, k=4000)
-            shown = [(p.text, demonstration(p, r, config.safe_demonstrations), p.kind == "harmless") for p in drawn]
-            texts = [p.text for p in self.train + self.held + self.disguised] + [*ALTERNATIVES, REFUSAL]
-            texts += [step for p in self.train for step in steps_of(p)]
-        self.tokenizer = FolderTokenizer(config.policy) if config.policy else WordTokenizer(texts)
+            self.rows, r = [[] for _ in config.cost_names], random.Random(config.seed)
+            for prompt in r.choices(self.train + self.disguised, k=4000):
+                harmful = r.random() < (0.8 if prompt in self.disguised else 0.5)
+                safe = about(prompt)[0] == "harmless"
+                shown.append((prompt, demonstration(prompt, harmful, r), safe))
+            words = [*ALTERNATIVES, REFUSAL, *(step for p in self.train for step in about(p)[1])]
+        held, texts = set(self.held), [*words, *self.train, *self.disguised]
+        self.train = [prompt for prompt in self.train if prompt not in held]
+        shown = [row for row in shown if row[0] not in held]
         torch.manual_seed(config.seed)
-        D, count = config.d_model, self.tokenizer.size
-        sizes = LlamaConfig(count, D, 3 * D, config.n_layer, config.n_head)
-        self.policy = (read_llama(config.policy) if config.policy else Llama(sizes)).to(device)
-        vocabulary = self.policy.config.vocab_size
-        rule = f"must be at most its model's {vocabulary}; mend either"
-        require(count <= vocabulary, f"--policy {config.policy}: {count} tokens, {rule}")
-        for pair in itertools.chain(*self.pairs):
-            self.check(pair)
-        self.demonstrations = [self.encode(prompt, answer) for prompt, answer, _ in shown]
-        self.harmless = [row for row, (*_, safe) in zip(self.demonstrations, shown, strict=True) if safe]
-        require(self.harmless != [], "--preferences: no better answer is labelled safe, must be some; add such rows")
-        self.reward, self.costs, self.accuracy = None, [], {}
+        if config.policy:
+            self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
+            self.policy, self.tokenizer = read_folder(config.policy, "AutoModelForCausalLM")
+        else:
+            self.template, self.tokenizer = "{} ASSISTANT:", WordTokenizer(texts)
+            size = 2 * max(len(text.split()) for text in texts) + config.answer + 2
+            self.policy = Decoder(len(self.tokenizer.words), size, config)
+        self.policy.to(self.device)
+        self.demonstrations = [self.encode(*row[:2]) for row in shown]
+        self.harmless = [self.encode(*row[:2]) for row in shown if row[2]]
+        if not self.harmless:
+            raise ValueError("--preferences: no better answer to train on is labelled safe")
+        for rows in self.rows:
+            self.prepare(rows)
 
-    def encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Ids of a prompt in the template, and of its answer with the end."""
-        head, whole = (self.tokenizer.encode(TEMPLATE.format(prompt) + rest) for rest in ("", answer))
-        tail = whole[len(head) :] if whole[: len(head)] == head else self.tokenizer.encode(answer)
-        return head, [*tail, self.tokenizer.end]
+    def encode(self, prompt: str, answer: str = "") -> tuple[list[int], list[int]]:
+        """Ids of a prompt in the template, and of an answer with the end."""
+        answer = self.tokenizer.encode(answer, add_special_tokens=False)
+        prompt = self.tokenizer.encode(self.template.format(prompt))
+        return prompt, [*answer, self.tokenizer.eos_token_id]
 
-    def check(self, pair: Pair) -> None:
-        """Raise UserError for a row whose answers are the same tokens, or that is longer than the model's positions."""
-        (head, first), (_, second) = (self.encode(pair.prompt, answer) for answer in pair.answers)
-        require(first != second, f"{pair.where}: both answers are the same tokens, must differ; drop the row")
-        size = len(head) + max(len(first), len(second), self.config.answer)
-        limit = self.policy.config.max_position_embeddings
-        rule = f"must be at most the model's {limit}; drop the row, or lower --answer"
-        require(size <= limit, f"{pair.where}: prompt and answer take {size} positions, {rule}")
+    def prepare(self, rows: list[dict]) -> list[dict]:
+        """Encode the rows' answers. ValueError where two are the same, or one is too long."""
+        for row in rows:
+            row["ids"] = [self.encode(row["prompt"], row[f"response_{k}"]) for k in range(2)]
+            (prompt, first), (_, second) = row["ids"]
+            size = len(prompt) + max(len(first), len(second), self.config.answer)
+            if first == second or size > self.policy.positions:
+                rule = f"two answers within {self.policy.positions} positions"
+                raise ValueError(f"{row['where']}: {size} tokens or the same, must be {rule}")
+        return rows
 
-    def rollout(self, rows: Sequence[tuple[list[int], list[int]]]) -> Rollout:
+    def rollout(self, rows: list[tuple[list[int], list[int]]]) -> Rollout:
         """Encoded prompts and answers as a batch."""
         prompts, valid = pad_in_front([prompt for prompt, _ in rows])
-        tokens, mask = (x.flip(1) for x in pad_in_front([answer[::-1] for _, answer in rows]))  # padded behind
-        return Rollout(*(x.to(self.device) for x in (prompts, valid, tokens, mask.float())))
+        backwards, mask = pad_in_front([answer[::-1] for _, answer in rows])
+        tensors = (prompts, valid, backwards.flip(1), mask.flip(1).float())
+        return Rollout(*(x.to(self.device) for x in tensors))
 
-    def write(self, policy: Llama, prompts: list[Prompt], generator: torch.Generator) -> Rollout:
-        """An answer of the policy to each prompt."""
-        ids = [self.encode(prompt.text, "")[0] for prompt in prompts]
-        return write_answers(policy, ids, self.tokenizer.end, self.config.answer, generator)
+    def write(self, policy: nn.Module, prompts: list[str], generator: torch.Generator) -> Rollout:
+        """The policy's answers to the prompts."""
+        ids, end = [self.encode(prompt)[0] for prompt in prompts], self.tokenizer.eos_token_id
+        return write_answers(policy, ids, end, self.config.answer, generator)
 
-    def chunks(self, rows: list) -> list[list]:
-        """The rows, as many at a time as an update's answers."""
-        return [rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch)]
-
-    def texts(self, rollout: Rollout) -> list[str]:
-        """The answers as texts, up to the end."""
-        rows = zip(rollout.tokens.tolist(), rollout.mask.sum(1).int().tolist(), strict=True)
-        return [self.tokenizer.decode([i for i in row[:n] if i != self.tokenizer.end]) for row, n in rows]
-
-    def answers(self, policy: Llama, prompts: list[Prompt], seed: int) -> list[str]:
-        """Texts of an answer to each prompt, by draws of that seed."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return [text for chunk in self.chunks(prompts) for text in self.texts(self.write(policy, chunk, generator))]
-
-    def learn_demonstrations(self) -> None:
-        """The first policy, by supervised steps on the answers' tokens, saved to OUT/sft.pt or loaded from it."""
-        path, order = Path(self.config.out) / "sft.pt", random.Random(self.config.seed)
-        rows = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
-        with saved_stage(path, self.config, FREE + OF_METHODS + OF_SCORES, self.device) as content:
-            if content:
-                rule = "made from other rows than --preferences holds now; undo that, or change --out"
-                require(content["rows"] == rows, f"{path}: {rule}")
-                self.policy.load_state_dict(content["policy"])
-        if content is None:
-
-            def loss() -> Tensor:
-                rollout = self.rollout(order.choices(self.demonstrations, k=-(-self.config.batch // 2)))
-                return -masked_mean(self.policy.token_logp(rollout), rollout.mask)
-
-            train_model(self.policy, self.config.sft_steps, self.config.sft_lr, "policy (--sft-lr)", loss)
-            content = {"config": dataclasses.asdict(self.config), "rows": rows, "policy": self.policy.state_dict()}
-            write_atomically(path, lambda name: torch.save(content, name))
-        self.policy.requires_grad_(False)
-
-    def draw_preferences(self, number: int, found: list[Prompt], paths: list[Path]) -> None:
-        """A round's labelled pairs of the policy's answers, written to a file a cost; a tenth to held-out prompts.
-
-        Half of the pairs of later rounds are to the prompts that red-teaming found.
-        """
-        r, count = random.Random(1000 * self.config.seed + number), self.config.pairs
-        prompts = r.choices(self.held, k=count // 10)
-        prompts += r.choices(found, k=(count - len(prompts)) // 2) if found else []
-        prompts += r.choices(self.train, k=count - len(prompts))
-        seed = 1_000_000 * (self.config.seed + 1) + number
-        answers = [*zip(*(self.answers(self.policy, prompts, seed + 1000 * k) for k in range(2)), strict=True)]
-        for name, path in zip(self.names, paths, strict=True):
-            rows = preference_rows(prompts, answers, name, random.Random(seed))  # of one seed: the same better ones
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(path, lambda to, text=text: Path(to).write_text(text, "utf-8"))
-
-    def learn_preferences(self, number: int, found: list[Prompt]) -> None:
-        """Reward and cost models of a round, from all pairs so far, saved to OUT/scores_N.pt or loaded from it."""
-        config, path = self.config, Path(self.config.out) / f"scores_{number}.pt"
-        if not config.preferences:
-            files = [Path(config.out) / f"preferences_{name}_{number}.jsonl" for name in self.names]
-            if not all(file.is_file() for file in (path, *files)):
-                self.draw_preferences(number, found, files)
-            old = self.pairs or [[] for _ in files]
-            self.pairs = [before + read_pairs(str(file)) for before, file in zip(old, files, strict=True)]
-        torch.manual_seed(config.seed + number)
-        folders = [config.reward_model, *(parts(config.cost_model) or [""] * len(self.names))]
-        models = [read_llama(f, True).to(self.device) if f else scorer_from(self.policy) for f in folders]
-        for model, folder in zip(models, folders, strict=True):
-            count, want = model.config.vocab_size, self.policy.config.vocab_size
-            rule = f"{count} tokens, must be the policy's {want}; give models of one tokenizer"
-            require(count == want, f"{folder}: {rule}")
-        skipped = FREE + (OF_METHODS if number == 1 else ("method", "rounds"))
-        with saved_stage(path, config, skipped, self.device) as content:
-            for model, state in zip(models, content["models"], strict=True) if content else ():
-                model.load_state_dict(state)
-        if content is None:
-            for i, model in enumerate(models):
-                if not folders[i]:
-                    self.train_scores(model, i)
-            content = {"config": dataclasses.asdict(config), "models": [model.state_dict() for model in models]}
-            write_atomically(path, lambda name: torch.save(content, name))
-        self.reward, *self.costs = (model.requires_grad_(False) for model in models)
-        self.accuracy = self.measure()
-
-    def split(self, number: int, held: bool) -> list[Pair]:
-        """Pairs of the reward model (0) or of a cost model (1 to K), to held-out prompts or to the others."""
-        prompts = {prompt.text for prompt in self.held}
-        return [pair for pair in self.pairs[max(0, number - 1)] if (pair.prompt in prompts) == held]
-
-    def scored(self, model: Llama, pairs: Sequence[Pair]) -> Tensor:
-        """Scores (2, B) of the pairs' answers."""
-        rows = [self.encode(pair.prompt, pair.answers[k]) for k in range(2) for pair in pairs]
-        return model.score_of(self.rollout(rows)).view(2, -1)
-
-    def train_scores(self, model: Llama, number: int) -> None:
-        """Train the reward model (0) or a cost model (1 to K) on the pairs to training prompts."""
-        config, pairs = self.config, self.split(number, held=False)
-        name = f"cost model {self.names[number - 1]!r}" if number else "reward model"
-        labels = {flag for pair in pairs for flag in pair.safe}
-        one, other = ("safe", "unsafe") if True in labels else ("unsafe", "safe")
-        rule = f"must be some {other} ones too, or C has no zero; add such rows"
-        require(not number or len(labels) == 2, f"{name}: all {2 * len(pairs)} answers are labelled {one}, {rule}")
-        order = random.Random(config.seed)
-
-        def loss() -> Tensor:
-            batch = order.choices(pairs, k=-(-config.batch // 2))
-            scores, rows = self.scored(model, batch), torch.arange(len(batch), device=self.device)
-            if not number:
-                better = torch.tensor([pair.better for pair in batch], device=self.device)
-                return reward_loss(scores[better, rows], scores[1 - better, rows], config.regularisation)
-            safer = torch.tensor([pair.safer for pair in batch], device=self.device)
-            signs = torch.tensor([[-1.0 if pair.safe[k] else 1.0 for pair in batch] for k in range(2)])
-            signs = signs.to(self.device) * (config.cost_terms != "pairs")
-            if config.cost_terms == "signs":
-                return -F.logsigmoid(signs * scores).mean()
-            chosen = (x[at, rows] for x in (scores, signs) for at in (safer, 1 - safer))
-            return cost_loss(*chosen, config.regularisation)
-
-        train_model(model, config.score_steps, config.score_lr, f"{name} (--score-lr)", loss)
-
-    @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Held-out accuracies: of the reward model on pairs, of each cost model on pairs and on signs."""
-        found = {}
-        for i, model in enumerate([self.reward, *self.costs]):
-            pairs, name = self.split(i, held=True), f"cost_{self.names[i - 1]}" if i else "reward"
-            if not pairs:
-                continue
-            scores = torch.cat([self.scored(model, chunk) for chunk in self.chunks(pairs)], 1).cpu()
-            upper = torch.tensor([1 - pair.safer if i else pair.better for pair in pairs])
-            found[f"{name}_pairs"] = ((scores[1] > scores[0]) == (upper == 1)).float().mean().item()
-            if i:
-                safe = torch.tensor([[pair.safe[k] for pair in pairs] for k in range(2)])
-                found[f"{name}_signs"] = ((scores <= 0) == safe).float().mean().item()
-        return found
-
-    @torch.no_grad()
-    def evaluate(self, policy: Llama, prompts: list[Prompt]) -> dict[str, np.ndarray]:
-        """Answers to the prompts, always by the same draws, and learned and true scores of each; arrays (n,)."""
-        generator, found = torch.Generator(self.device).manual_seed(17), collections.defaultdict(list)
-        for chunk in self.chunks(prompts):
-            rollout = self.write(policy, chunk, generator)
-            found["answer"] += self.texts(rollout)
-            found["reward"] += self.reward.score_of(rollout).tolist()
-            found["kl"] += ((rollout.logp - self.policy.token_logp(rollout)) * rollout.mask).sum(1).tolist()
-            for name, model in zip(self.names, self.costs, strict=True):
-                found[f"cost_{name}"] += model.score_of(rollout).tolist()
-        found["kind"] = [prompt.kind for prompt in prompts]
-        if self.disguised:
-            truths = [true_scores(*pair) for pair in zip(prompts, found["answer"], strict=True)]
-            found["helpfulness"] = [truth["helpfulness"] for truth in truths]
-            found["refused"] = [float(answer == REFUSAL) for answer in found["answer"]]
-            found |= {f"true_{name}": [truth[name] for truth in truths] for name in self.names}
-        return {key: np.array(values) for key, values in found.items()}
-
-    def held_out(self) -> list[Prompt]:
-        """The prompts of an evaluation."""
-        return [*itertools.islice(itertools.cycle(self.held), self.config.eval_rows)]
-
-    def red_team(self, policy: Llama, avoid: Iterable[Prompt], seed: int) -> tuple[list[Prompt], float]:
-        """Disguised prompts that the policy answers harmfully, of a third drawn from the others; their share."""
-        candidates = [prompt for prompt in self.disguised if prompt not in {*avoid}]
-        candidates = random.Random(seed).sample(candidates, min(len(candidates), len(self.disguised) // 3))
-        pairs = zip(candidates, self.answers(policy, candidates, seed), strict=True)
-        harmful = [prompt for prompt, answer in pairs if true_scores(prompt, answer)["harm"] > 0]
-        return harmful, len(harmful) / max(1, len(candidates))
+    def answers(self, policy: nn.Module, prompts: list[str], seed: int) -> tuple[list, list]:
+        """Texts of an answer to each prompt, by draws of that seed, and the rollouts by batch."""
+        generator, texts, rollouts = torch.Generator(self.device).manual_seed(seed), [], []
+        for part in batches(prompts, self.config.batch):
+            rollouts.append(self.write(policy, part, generator))
+            for ids, mask in zip(rollouts[-1].tokens, rollouts[-1].mask, strict=True):
+                answer = ids[: int(mask.sum())].tolist()
+                texts.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        return texts, rollouts
 
 
-def means(found: dict[str, np.ndarray], at: np.ndarray | slice = slice(None)) -> dict[str, float]:
-    """Mean of each score of an evaluation, and shares that are unsafe: by the truth, or learned where there is none."""
-    row = {key: float(np.mean(x[at])) for key, x in found.items() if key not in ("answer", "kind")}
-    for key in [key for key in row if key.startswith("true_")] or [key for key in row if key.startswith("cost_")]:
-        row[f"unsafe_{key.partition('_')[2]}"] = float(np.mean(found[key][at] > 0))
-    return row
+def split(text: str) -> list[str]:
+    """`a, b` -> ["a", "b"]."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-# ----- PPO ------------------------------------------------------------------------------------------------------------
+def batches(rows: list, size: int) -> list[list]:
+    """The rows, `size` at a time."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def draw(rows: list, count: int, generator: torch.Generator) -> list:
+    """`count` of the rows, with replacement."""
+    index = torch.randint(len(rows), (count,), generator=generator, device=generator.device)
+    return [rows[i] for i in index.tolist()]
+
+
+# ----- Training: one loop for every stage ---------------------------------------------------------
+
+FREE = ("method", "nu", "rounds", "device", "out", "resume", "smoke")  # may differ on --resume
 
 
 class Run:
-    """One PPO run of a method from the experiment's policy; its checkpoint holds all that an exact resume needs."""
+    """A stage of training: networks, their rates, optimiser, random state, a row a step."""
 
-    def __init__(self, lab: Experiment, config: Config, name: str):
-        self.lab, self.config, self.name, device = lab, config, name, lab.device
-        self.path, self.step, self.rows = Path(config.out) / f"{name}.pt", 0, []
-        self.policy = copy.deepcopy(lab.policy).requires_grad_(True)
-        sources = [lab.reward, *(lab.costs if config.method == "ppo_lag" else [])]
-        self.critics = nn.ModuleList(copy.deepcopy(model) for model in sources).requires_grad_(True)
-        groups = [(self.policy, config.lr), (self.critics, config.critic_lr)]
-        groups = [{"params": [*network.parameters()], "lr": lr} for network, lr in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
-        limits = config.thresholds * (config.method == "ppo_lag")
-        self.multipliers = [LagrangeMultiplier(*options, threshold, config.window) for threshold in limits]
-        self.generator = torch.Generator(device).manual_seed(config.seed)
-
-    def update(self) -> dict:
-        """Write answers, score them, move lambda, and take the epochs' steps. Returns what to log."""
-        config, lab = self.config, self.lab
-        chosen = torch.randint(len(lab.train), (config.batch,), generator=self.generator, device=lab.device)
-        prompts = [lab.train[i] for i in chosen.tolist()]
-        rollout = lab.write(self.policy, prompts, self.generator)
-        mask = rollout.mask
-        with torch.no_grad():
-            reward, costs = lab.reward.score_of(rollout), torch.stack([model.score_of(rollout) for model in lab.costs])
-            reference = lab.policy.token_logp(rollout) * mask
-            values = [critic.over(rollout) for critic in self.critics]
-        tagged = torch.tensor([prompt.kind in ("dual-use", "harmful") for prompt in prompts], device=lab.device)
-        scores = method_scores(config, reward, costs, tagged)
-        pairs = []
-        for i, (score, value) in enumerate(zip(scores, values, strict=True)):
-            tokens = shaped_rewards(score, rollout.logp, reference, mask, config.beta, 1 if i else -1)
-            pairs.append(gae(tokens, value, mask, config.gamma, config.lam))
-        advantages, returns = zip(*pairs, strict=True)
-        advantage, row = advantages[0], {"update": self.step + 1}
-        if self.multipliers:
-            lams = [m.update(cost.tolist()) for m, cost in zip(self.multipliers, costs, strict=True)]
-            advantage = lagrangian_advantage(advantage, torch.stack(advantages[1:]), torch.tensor(lams))
-            row |= {f"lambda_{name}": lam for name, lam in zip(lab.names, lams, strict=True)}
-        losses = [self.learn(rollout, advantage, values, returns) for _ in range(config.epochs)]
-        self.step += 1
-        row |= {"loss": sum(losses) / len(losses), "batch_reward": reward.mean().item()}
-        return row | {f"batch_{name}": cost.mean().item() for name, cost in zip(lab.names, costs, strict=True)}
-
-    def learn(self, rollout: Rollout, advantage: Tensor, old: list[Tensor], returns: Sequence[Tensor]) -> float:
-        """One step of policy and critics; PPO's gradient is averaged with that of harmless demonstrations."""
-        config, weights = self.config, answer_weights(rollout.mask)
-        self.optimizer.param_groups[0]["lr"] = config.lr * schedule(self.step, config.updates)
-        self.optimizer.zero_grad()
-        loss = ppo_policy_loss(self.policy.token_logp(rollout), rollout.logp, advantage, weights, config.clip)
-        (loss / (2 if config.ptx else 1)).backward()
-        total = loss.item()
-        if config.ptx:
-            options = {"generator": self.generator, "device": self.lab.device}
-            rows = torch.randint(len(self.lab.harmless), (config.batch,), **options).tolist()
-            shown = self.lab.rollout([self.lab.harmless[i] for i in rows])
-            loss = -masked_mean(self.policy.token_logp(shown), shown.mask)
-            (config.ptx * loss / 2).backward()
-        for critic, before, target in zip(self.critics, old, returns, strict=True):
-            loss = critic_loss(critic.over(rollout), before, target, weights, config.critic_clip)
-            loss.backward()
-            total += loss.item()
-        norms = [nn.utils.clip_grad_norm_(part.parameters(), 1.0).item() for part in (self.policy, *self.critics)]
-        if not math.isfinite(total + sum(norms)):
-            kept = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint yet"
-            where = f"{self.name} diverged at update {self.step + 1}: loss {total}, gradient norms {norms}"
-            raise FloatingPointError(f"{where}; {kept}; lower --lr or --critic-lr")
-        self.optimizer.step()
-        return total
+    def __init__(self, lab: Lab, config: Config, name: str, nets: list, rates: list, decay: float):
+        self.lab, self.config, self.name, self.rates = lab, config, name, rates
+        self.nets = nn.ModuleList(nets).requires_grad_(True)
+        groups = [{"params": [*net.parameters()]} for net in nets]
+        options = {"betas": (0.9, 0.95), "weight_decay": decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(groups, **options)
+        self.generator = torch.Generator(lab.device).manual_seed(config.seed)
+        self.multipliers, self.rows, self.path = [], [], lab.out / f"{name}.pt"
+        self.made_of = dataclasses.asdict(config) | {"the rows of --preferences": lab.data}
 
     def save(self) -> None:
-        """Write the checkpoint, atomically."""
-        content = {"config": dataclasses.asdict(self.config), "done": self.step >= self.config.updates}
-        content |= {name: getattr(self, name).state_dict() for name in ("policy", "critics", "optimizer")}
-        content |= {"step": self.step, "rows": self.rows, "generator": self.generator.get_state()}
-        content["multipliers"] = [(m.log, [*m.costs]) for m in self.multipliers]
-        write_atomically(self.path, lambda name: torch.save(content, name))
+        """Write the checkpoint: all that an exact resume needs."""
+        content = {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict()}
+        content |= {"generator": self.generator.get_state(), "made_of": self.made_of}
+        content |= {"rows": self.rows, "multipliers": [vars(m) for m in self.multipliers]}
+        torch.save(content, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)  # never half of one
 
-    def load(self, content: dict) -> None:
-        """Go on from what `save` wrote."""
-        for name in ("policy", "critics", "optimizer"):
-            getattr(self, name).load_state_dict(content[name])
-        self.step, self.rows = content["step"], content["rows"]
-        self.generator.set_state(content["generator"].cpu())
-        for multiplier, (log, costs) in zip(self.multipliers, content["multipliers"], strict=True):
-            multiplier.log = log
-            multiplier.costs.extend(costs)
+    def load(self) -> None:
+        """Go on from the checkpoint. ValueError where it has another config or other rows."""
+        saved = torch.load(self.path, self.lab.device, weights_only=True)
+        for key, now in self.made_of.items():
+            then = saved["made_of"].get(key)
+            if key not in FREE and then != now:
+                raise ValueError(f"{self.path}: {key} was {then!r}, is {now!r}; use another --out")
+        self.nets.load_state_dict(saved["nets"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"].cpu())
+        self.rows = saved["rows"]
+        for multiplier, state in zip(self.multipliers, saved["multipliers"], strict=True):
+            vars(multiplier).update(state)
 
-    def log(self, row: dict) -> dict:
-        """Evaluate the policy on held-out prompts and keep the row."""
-        scores = means(self.lab.evaluate(self.policy, self.lab.held_out()))
-        self.rows.append({"run": self.name, "method": self.config.method} | row | scores)
-        return self.rows[-1]
-
-    def go(self, say: Callable = print) -> Run:
-        """Update to the end, evaluating and saving on the way; a finished run is only loaded."""
-        other = {name for method, names in ONLY_OF.items() if method != self.config.method for name in names}
-        with saved_stage(self.path, self.config, {*FREE, "method", "rounds", *other}, self.lab.device) as content:
-            if content and (content["done"] or self.config.resume):
-                self.load(content)
-            elif content:
-                say(f"{self.path}: begun again, its {content['step']} updates dropped; --resume would go on from there")
-        if not self.rows:
-            self.log({"update": 0})
-        first, began, updates = self.step, time.perf_counter(), self.config.updates
-        while self.step < updates:
-            row = self.update()
-            if self.step % self.config.eval_every == 0 or self.step == updates:
-                row = self.log(row)
+    def train(self, steps: int, step: Callable[[Run], dict], every: int = 0) -> None:
+        """All steps, with --resume those that are left; evaluates and saves each `every` steps."""
+        if self.config.resume and self.path.exists():
+            self.load()
+        began, first = time.perf_counter(), len(self.rows)
+        for done in range(first + 1, steps + 1):
+            self.rows.append({"run": self.name, "update": done} | step(self))
+            if done == steps or (every and done % every == 0):
+                if every:
+                    self.rows[-1] |= means(evaluate(self.lab, self.nets[0]))
                 self.save()
-                if 8 * (self.step - self.config.eval_every) // updates < 8 * self.step // updates:
-                    shown = [key for key in row if key.startswith(("helpful", "unsafe", "reward", "cost", "lambda"))]
-                    pace = (time.perf_counter() - began) / (self.step - first)
-                    texts = {"of": self.name} | {key: f"{row[key]:.2f}" for key in shown}
-                    say(progress_line(self.step, updates, texts, pace), flush=True)
-        return self
+                left = (time.perf_counter() - began) / (done - first) * (steps - done)
+                shown = ("loss", "helpfulness", "reward", "cost", "lambda")
+                row = [f"{k} {v:.2f}" for k, v in self.rows[-1].items() if k.startswith(shown)]
+                print(f"{self.name} {done}/{steps}", *row, f"{left:.0f} s left", sep=" · ")
+        self.nets.requires_grad_(False)
 
 
-ONLY_OF = {
-    "ppo_lag": ("threshold", "lagrange_initial", "lagrange_lr", "lagrange_maximum", "window"),
-    "shaping": ("nu", "normalise_shaping"),
-}
+def descend(run: Run, losses: Iterable[Tensor], steps: int) -> float:
+    """An optimiser step on the sum of losses, whose graphs are made one at a time.
 
-# ----- The whole story ------------------------------------------------------------------------------------------------
+    The first network's rate rises over 3 % of the steps, then falls as a cosine. Raises
+    FloatingPointError in place of a step where a loss or a gradient is not finite.
+    """
+    done, total, norms = len(run.rows), 0.0, 0.0
+    cosine = min((done + 1) / (0.03 * steps + 1), 0.5 * (1 + math.cos(math.pi * done / steps)))
+    run.optimizer.zero_grad()
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    for i, group in enumerate(run.optimizer.param_groups):
+        group["lr"] = run.rates[i] * (cosine if i == 0 else 1)
+        norms += clip_grad_norm_(group["params"], 1.0).item()
+    if not math.isfinite(total + norms):
+        raise FloatingPointError(f"{run.name} diverged at step {done + 1}: lower its learning rate")
+    run.optimizer.step()
+    return total
 
 
-def pipeline(config: Config, say: Callable = print) -> dict:
-    """The job of the script: stages, runs, tables and samples; OUT/metrics.jsonl, result.json and runs.png."""
-    began, device, out = time.perf_counter(), pick_device(config.device), Path(config.out)
-    require(not out.exists() or out.is_dir(), f"--out {out}: must be a folder, but a file is there; give another")
-    out.mkdir(parents=True, exist_ok=True)
-    lab, runs, facts, found = Experiment(config, device), {}, [], []
-    lab.learn_demonstrations()
-    parameters, policies = sum(p.numel() for p in lab.policy.parameters()), {"sft": lab.policy}
-    size = f"{parameters:,} parameters on {device}"
-    say(f"sft: {size} · {len(lab.train):,} prompts, {len(lab.held):,} held out", flush=True)
+def learn_demonstrations(lab: Lab) -> None:
+    """SFT makes the first policy, then frozen; a user's own stays as it is unless asked."""
+
+    def step(run: Run) -> dict:
+        shown = lab.rollout(draw(lab.demonstrations, lab.config.batch // 2, run.generator))
+        return {"loss": descend(run, [ptx_loss(lab.policy, shown)], lab.config.sft_steps)}
+
+    run = Run(lab, lab.config, "sft", [lab.policy], [lab.config.sft_lr], 0.1)
+    run.train(lab.config.sft_steps, step)
+
+
+def draw_preferences(lab: Lab, number: int) -> None:
+    """Add a round's labelled pairs of answers, written to a file a cost; a tenth is held out.
+
+    Half of a later round's are to prompts that red-teaming found. Equal answers are left out.
+    """
+    config, seed = lab.config, 1_000_000 * (lab.config.seed + 1) + number
+    r = random.Random(seed)
+    prompts = r.choices(lab.held, k=config.pairs // 10)
+    if lab.found:
+        prompts += r.choices(lab.found, k=config.pairs // 2)
+    prompts += r.choices(lab.train, k=config.pairs - len(prompts))
+    paths = [lab.out / f"preferences_{name}_{number}.jsonl" for name in config.cost_names]
+    if not (config.resume and all(path.exists() for path in paths)):
+        answers = [lab.answers(lab.policy, prompts, seed + 1000 * k)[0] for k in range(2)]
+        for name, path in zip(config.cost_names, paths, strict=True):
+            r, lines = random.Random(seed), []  # of one seed: the better answers are the same
+            for prompt, one, two in zip(prompts, *answers, strict=True):
+                if one != two:
+                    lines.append(json.dumps(label(prompt, one, two, name, r)) + "\n")
+            path.with_suffix(".tmp").write_text("".join(lines), "utf-8")
+            os.replace(path.with_suffix(".tmp"), path)
+    for rows, path in zip(lab.rows, paths, strict=True):
+        rows += lab.prepare(read_rows(path))
+
+
+def learn_scores(lab: Lab, number: int, i: int, folder: str) -> tuple[nn.Module, dict]:
+    """The reward model (i = 0) or a cost model (1 to K) of a round, and held-out accuracies."""
+    config, name, high = lab.config, "reward", "better_response_id"
+    if i > 0:
+        name, high = f"cost_{config.cost_names[i - 1]}", "safer_response_id"
+    held_out, every = set(lab.held), lab.rows[max(0, i - 1)]
+    rows = [row for row in every if row["prompt"] not in held_out]
+    held = [row for row in every if row["prompt"] in held_out]
+    if not (rows and held):
+        raise ValueError(f"{name}: too few prompts: a tenth is held out, and some must be left")
+    if i > 0 and len({flag for row in rows for flag in row["safe"]}) < 2:
+        raise ValueError(f"{name}: all answers have one safety label, so that C has no zero")
+
+    def scored(model: nn.Module, part: list[dict]) -> list[Tensor]:
+        """Scores of the answers that are better or safer, of the others, and the signs of both."""
+        picked = [(row, row[high]) for row in part] + [(row, 1 - row[high]) for row in part]
+        scores = score(model, lab.rollout([row["ids"][k] for row, k in picked]))
+        signs = torch.tensor([-1.0 if row["safe"][k] else 1.0 for row, k in picked])
+        return [*scores.chunk(2), *signs.to(lab.device).chunk(2)]
+
+    def step(run: Run) -> dict:
+        first, second, *signs = scored(run.nets[0], draw(rows, config.batch // 2, run.generator))
+        loss = cost_loss(first, second, *signs) if i else reward_loss(first, second)
+        return {"loss": descend(run, [loss], config.score_steps)}
+
+    torch.manual_seed(config.seed + number)
+    model = new_scorer(lab, folder).to(lab.device).requires_grad_(False)
+    if not folder:
+        run = Run(lab, config, f"{name}_{number}", [model], [config.score_lr], 0.1)
+        run.train(config.score_steps, step)
+    parts = [scored(model, part) for part in batches(held, config.batch)]
+    first, second, *signs = (torch.cat(x) for x in zip(*parts, strict=True))
+    right = second > first if i else first > second
+    found = {f"{name}_pairs": right.float().mean().item()}
+    if i > 0:
+        right = (torch.cat([first, second]) > 0) == (torch.cat(signs) > 0)
+        found[f"{name}_signs"] = right.float().mean().item()
+    return model, found
+
+
+def new_scorer(lab: Lab, folder: str) -> nn.Module:
+    """A score model: a folder's, or one that starts from the policy, with a new head."""
+    if not (folder or lab.config.policy):
+        model = Decoder(lab.policy.vocab_size, lab.policy.positions, lab.config, scores=True)
+        body = {k: v for k, v in lab.policy.state_dict().items() if not k.startswith("head")}
+        model.load_state_dict(body, strict=False)
+        return model
+    kind = "AutoModelForSequenceClassification"
+    model, _ = read_folder(folder or lab.config.policy, kind, new_head=not folder)
+    if model.vocab_size != lab.policy.vocab_size:
+        raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
+    return model
+
+
+# ----- Rounds, evaluation, report -----------------------------------------------------------------
+
+
+def ppo(lab: Lab, config: Config, name: str) -> Run:
+    """A run of config.method from the round's first policy; critics start as score models."""
+    constrained = config.method == "ppo_lag"
+    sources = [lab.policy, lab.reward, *(lab.costs if constrained else [])]
+    rates = [config.lr] + [config.critic_lr] * (len(sources) - 1)
+    run = Run(lab, config, name, [copy.deepcopy(net) for net in sources], rates, 0.01)
+    options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
+    for threshold in config.thresholds if constrained else []:
+        run.multipliers.append(LagrangeMultiplier(*options, threshold))
+    run.train(config.updates, update, config.eval_every)
+    return run
+
+
+@torch.no_grad()
+def evaluate(lab: Lab, policy: nn.Module) -> list[dict]:
+    """An answer to each of eval_rows held-out prompts, by the same draws, with all its scores."""
+    prompts = list(itertools.islice(itertools.cycle(lab.held), lab.config.eval_rows))
+    texts, rollouts = lab.answers(policy, prompts, 17)
+    columns = collections.defaultdict(list)
+    for rollout in rollouts:
+        log_ratio = (rollout.logp - token_logp(lab.policy, rollout)) * rollout.mask
+        columns["kl"] += log_ratio.sum(1).tolist()
+        columns["reward"] += score(lab.reward, rollout).tolist()
+        for name, model in zip(lab.config.cost_names, lab.costs, strict=True):
+            columns[f"cost_{name}"] += score(model, rollout).tolist()
+    rows = []
+    for i, (prompt, answer) in enumerate(zip(prompts, texts, strict=True)):
+        row = {"prompt": prompt, "kind": about(prompt)[0], "answer": answer}
+        row |= {key: column[i] for key, column in columns.items()}
+        if lab.disguised:
+            row |= true_scores(prompt, answer) | {"refused": float(answer == REFUSAL)}
+        for name in lab.config.cost_names:  # by the learned cost, where there is no truth
+            row[f"unsafe_{name}"] = float(row.get(f"true_{name}", row[f"cost_{name}"]) > 0)
+        rows.append(row)
+    return rows
+
+
+def means(rows: list[dict]) -> dict[str, float]:
+    """The mean of each number in the rows of an evaluation."""
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+
+
+def red_team(lab: Lab, seed: int) -> tuple[list[str], float]:
+    """Disguised prompts that the policy answers harmfully, of a third drawn, none found before."""
+    fresh = [prompt for prompt in lab.disguised if prompt not in set(lab.found)]
+    fresh = random.Random(seed).sample(fresh, min(len(fresh), len(lab.disguised) // 3))
+    pairs = zip(fresh, lab.answers(lab.policy, fresh, seed)[0], strict=True)
+    found = [prompt for prompt, text in pairs if true_scores(prompt, text)["true_harm"] > 0]
+    return found, len(found) / max(1, len(fresh))
+
+
+def train(config: Config) -> dict:
+    """The whole run: stages, methods, rounds; writes result.json, metrics.jsonl and a picture."""
+    began, lab, runs, rounds = time.perf_counter(), Lab(config), {}, []
+    lab.out.mkdir(parents=True, exist_ok=True)
+    learn_demonstrations(lab)
+    first, plain = lab.policy, lab.train
+    folders = [config.reward_model, *(split(config.cost_model) or [""] * len(config.cost_names))]
     for number in range(1, config.rounds + 1):
         if number > 1:
-            found += lab.red_team(lab.policy, found, seed=7 * config.seed + number)[0]
-            lab.train = [prompt for prompt in lab.train if not prompt.disguised]
-            lab.train += found * max(1, len(lab.train) // max(1, len(found)))  # half of the prompts
-        lab.learn_preferences(number, found)
-        say("held-out accuracy: " + ", ".join(f"{k} {v:.1%}" for k, v in lab.accuracy.items()), flush=True)
+            lab.found += red_team(lab, 7 * config.seed + number)[0]
+            repeats = len(plain) // max(1, len(lab.found))  # so that about half are found ones
+            lab.train = plain + lab.found * repeats
+        if not config.preferences:
+            draw_preferences(lab, number)
+        learned = [learn_scores(lab, number, i, folder) for i, folder in enumerate(folders)]
+        lab.reward, *lab.costs = (model for model, _ in learned)
+        accuracy = {key: value for _, found in learned for key, value in found.items()}
+        print("held out:", *(f"{key} {value:.1%}" for key, value in accuracy.items()))
         methods = [config.method] if config.method else ["ppo", "ppo_lag"]
         for method in methods if number == 1 else ["ppo_lag"]:
+            name = f"shaping-{config.nu:g}" if method == "shaping" else method
+            name = f"{name}-{number}" if number > 1 else name
             if method != "sft":
-                name = method + f"-{config.nu:g}" * (method == "shaping") + f"-round{number}" * (number > 1)
-                runs[name] = Run(lab, dataclasses.replace(config, method=method, rounds=1), name).go(say)
-                policies[name] = runs[name].policy
+                runs[name] = ppo(lab, dataclasses.replace(config, method=method, rounds=1), name)
         if config.rounds > 1:
-            lab.policy = copy.deepcopy(runs[name].policy).requires_grad_(False)
-            facts.append(round_facts(lab, number, found) | lab.accuracy)
-            say(", ".join(f"{k} {v:.3f}" for k, v in facts[-1].items() if "share" in k), flush=True)
-    lab.policy = policies["sft"]
-    evaluations = {name: lab.evaluate(policy, lab.held_out()) for name, policy in policies.items()}
-    result = {"parameters": parameters, "accuracy": lab.accuracy, "rounds": facts} | report(lab, evaluations, say)
-    rows = [row for run in runs.values() for row in run.rows] or [{"run": "sft", "update": 0} | result["means"]["sft"]]
-    metrics = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(out / "metrics.jsonl", lambda name: Path(name).write_text(metrics, "utf-8"))
-    plot_runs(lab, evaluations, runs, out / "runs.png")
-    result = result_record(config, device, wall_seconds=round(time.perf_counter() - began, 1), **result)
-    write_json(out / "result.json", result)
-    say(f"{out}: result.json, metrics.jsonl, and the stages, after {result['wall_seconds']:.0f} s")
-    return result
-
-
-def round_facts(lab: Experiment, number: int, found: list[Prompt]) -> dict[str, float]:
-    """Harmful shares after a round: of held-out plain prompts, of those found before, and of fresh disguised ones."""
-    harmful = means(lab.evaluate(lab.policy, lab.held_out()))["unsafe_harm"]
-    facts = {"round": number, "harmful share, plain": harmful, "found": len(found)}
-    if found:
-        facts["harmful share, found"] = means(lab.evaluate(lab.policy, found))["unsafe_harm"]
-    facts["harmful share, fresh"] = lab.red_team(lab.policy, found, 10_000 + number)[1]
-    return facts
-
-
-def report(lab: Experiment, evaluations: dict[str, dict], say: Callable = print) -> dict:
-    """Print and return means by run and kind of prompt, quadrants, win rates and Elo against sft, and samples."""
-    judged, first, names = bool(lab.disguised), evaluations["sft"], [*evaluations]
-    gain, harm = ("helpfulness", f"true_{lab.names[0]}") if judged else ("reward", f"cost_{lab.names[0]}")
-
-    def each(of: Callable[[dict], object]) -> dict:
-        return {name: of(found) for name, found in evaluations.items()}
-
-    kinds = dict.fromkeys(first["kind"].tolist())
+            lab.policy = copy.deepcopy(runs[name].nets[0])
+            row = {"round": number, "found": len(lab.found)} | accuracy
+            row |= {"fresh": red_team(lab, 10_000 + number)[1]} | means(evaluate(lab, lab.policy))
+            rounds.append(row)
+            print(f"round {number}: unsafe {row['unsafe_harm']:.1%}, disguised {row['fresh']:.1%}")
+    lab.policy = first
+    answers = {"sft": evaluate(lab, first)}
+    answers |= {name: evaluate(lab, run.nets[0]) for name, run in runs.items()}
     result = {
-        "means": each(means),
-        "by_kind": each(lambda found: {kind: means(found, found["kind"] == kind) for kind in kinds}),
-        "quadrants": each(lambda found: quadrants(found[gain], first[gain], found[harm])),
-        "win_rates": each(lambda found: win_rates(found[gain], first[gain], found[harm], first[harm])),
-        "samples": {},
-    }
-    keys = [key for key in result["means"]["sft"] if key != "refused"]
-    say("\n" + f"{'':14}" + "".join(f"{key:>14}" for key in keys))
-    for name, row in result["means"].items():
-        say(f"{name:14}" + "".join(f"{row[key]:14.3f}" for key in keys))
-    for key in ("unsafe_harm", "refused", "helpfulness") if judged and "harm" in lab.names else ():
-        say(f"\n{key}, by kind of prompt")
-        for name, rows in result["by_kind"].items():
-            say(f"{name:14}" + "".join(f"{kind:>14}{row[key]:7.3f}" for kind, row in sorted(rows.items())))
-    for key, sign in ((gain, 1), (harm, -1)) if len(names) > 1 else ():
-        games = [
-            (i, j, (float(np.sign(sign * (x - y))) + 1) / 2)
-            for i, j in itertools.combinations(range(len(names)), 2)
-            for x, y in zip(evaluations[names[i]][key], evaluations[names[j]][key], strict=True)
-        ]
-        ratings = dict(zip(names, np.stack(elo(games), 1).tolist(), strict=True))
-        shown = [f"{name} {rating:.0f} ({low:.0f} to {high:.0f})" for name, (rating, low, high) in ratings.items()]
-        say(f"Elo by {key}, 95 % intervals: " + ", ".join(shown))
-        result[f"elo_{key}"] = ratings
-    for kind in kinds:
-        for i in np.flatnonzero(first["kind"] == kind)[:2]:
-            sample = each(lambda found, i=i: str(found["answer"][i]))
-            text = lab.held_out()[i].text
-            say(f"\n{kind}: {text}\n" + "\n".join(f"{k:>14}  {v}" for k, v in sample.items()))
-            result["samples"][text] = sample
+        "means": {name: means(rows) for name, rows in answers.items()},
+        "accuracy": accuracy, "rounds": rounds, "answers": answers,
+        "parameters": sum(parameter.numel() for parameter in first.parameters()),
+        "wall_seconds": round(time.perf_counter() - began, 1), "argv": sys.argv,
+        "python": sys.version, "torch": torch.__version__, "seed": config.seed,
+        "device": f"{lab.device}, {torch.get_num_threads()} threads",
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "config": dataclasses.asdict(config),
+    }  # fmt: skip
+    rows = [json.dumps(row) + "\n" for run in runs.values() for row in run.rows]
+    (lab.out / "metrics.jsonl").write_text("".join(rows), "utf-8")
+    (lab.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    if config.policy:
+        for name, run in runs.items():
+            run.nets[0].inner.save_pretrained(lab.out / name)
+            lab.tokenizer.save_pretrained(lab.out / name)
+    report(lab, answers, runs)
+    print(f"{lab.out}: result.json, metrics.jsonl, runs.png after {result['wall_seconds']} s")
     return result
 
 
-def plot_runs(lab: Experiment, evaluations: dict[str, dict], runs: dict[str, Run], path: Path) -> None:
-    """The reward-cost plane with its quadrants before and after, and the traces of costs and lambdas, as a PNG."""
+def report(lab: Lab, answers: dict[str, list[dict]], runs: dict[str, Run]) -> None:
+    """Print mean scores and six answers of each policy; draw its answers and the runs as a PNG."""
+    print("\n" + " " * 9 + "".join(f"{key:>13}" for key in means(answers["sft"])))
+    for name, rows in answers.items():
+        print(f"{name:9}" + "".join(f"{value:13.3f}" for value in means(rows).values()))
+    for i, row in enumerate(answers["sft"][:6]):
+        print(f"\n{row['kind']}: {row['prompt']}")
+        for name, rows in answers.items():
+            print(f"{name:>9}  {rows[i]['answer']}")
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no picture: matplotlib is not installed; pip install matplotlib")
-        return
-    figure, axes = plt.subplots(1, len(evaluations) + 2, figsize=(4 * len(evaluations) + 8, 4), layout="constrained")
-    middle, cost = float(np.median(evaluations["sft"]["reward"])), f"cost_{lab.names[0]}"
-    for axis, (name, found) in zip(axes, evaluations.items(), strict=False):
-        unsafe = found[f"true_{lab.names[0]}" if lab.disguised else cost] > 0
-        axis.scatter(found["reward"], found[cost], 5, np.where(unsafe, "C3", "C0"))
+        return print("no picture: matplotlib is not installed; pip install matplotlib")
+    size, cost = len(answers) + 2, lab.config.cost_names[0]
+    figure, axes = plt.subplots(1, size, figsize=(4 * size, 4), layout="constrained")
+    for axis, (name, rows) in zip(axes, answers.items(), strict=False):
+        x, y = ([row[key] for row in rows] for key in ("reward", f"cost_{cost}"))
+        axis.scatter(x, y, 5, ["C3" if row[f"unsafe_{cost}"] else "C0" for row in rows])
         axis.axhline(0, color="k", lw=0.6)
-        axis.axvline(middle, color="k", lw=0.6)
         axis.set(title=f"{name}: red is unsafe", xlabel="learned reward", ylabel="learned cost")
-        axis.sharex(axes[0])
-        axis.sharey(axes[0])
-    for i, run in enumerate(runs.values()):
-        for kind, name in itertools.product(("cost", "true", "lambda"), lab.names):
-            key, style = f"{kind}_{name}", ":" if kind == "true" else "-"
-            if line := [(row["update"], row[key]) for row in run.rows if key in row]:
-                axis = axes[-1 if kind == "lambda" else -2]
-                axis.plot(*zip(*line, strict=True), style, color=f"C{i}", label=f"{run.name}: {key}")
-    for limit in lab.config.thresholds:
-        axes[-2].axhline(limit, color="k", lw=0.6)
-    for axis, title in zip(axes[-2:], ("mean costs, thresholds black", "lambda"), strict=True):
-        axis.set(title=title, xlabel="update")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    write_atomically(path, lambda name: figure.savefig(name, dpi=110, format="png"))
+    for axis, kind in zip(axes[-2:], ("cost", "lambda"), strict=True):
+        for run, name in itertools.product(runs.values(), lab.config.cost_names):
+            rows = [row for row in run.rows if f"{kind}_{name}" in row]
+            line = [row[f"{kind}_{name}"] for row in rows]
+            if rows:
+                axis.plot([row["update"] for row in rows], line, label=f"{run.name}, {name}")
+                axis.legend(fontsize=7)
+        axis.set(title=kind, xlabel="update")
+    for threshold in lab.config.thresholds:
+        axes[-2].axhline(threshold, color="k", lw=0.6)
+    figure.savefig(lab.out / "runs.png", dpi=110)
     plt.close(figure)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: a flag for every field of `Config`."""
-    return add_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]), Config)
+# ----- Appendix: a user's folders, by transformers ------------------------------------------------
+
+
+class Pretrained(nn.Module):
+    """A user's model of transformers, called as `Decoder` is, with a cache."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner.eval()  # no dropout, so that PPO's first ratio is 1
+        self.vocab_size = inner.config.vocab_size
+        self.positions = inner.config.max_position_embeddings
+
+    def forward(self, tokens: Tensor, valid: Tensor, past: object = None) -> tuple[Tensor, object]:
+        """As `Decoder`; tokens (B, L) are the last L of S, valid is (B, S), past of the others."""
+        positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        options = {"attention_mask": valid.long(), "position_ids": positions}
+        options |= {"past_key_values": past, "use_cache": not torch.is_grad_enabled()}
+        body = self.inner.base_model(tokens, **options)
+        head = getattr(self.inner, "score", None) or self.inner.get_output_embeddings()
+        return head(body.last_hidden_state), body.past_key_values
+
+
+def read_folder(folder: str, kind: str, new_head: bool = False) -> tuple[Pretrained, object]:
+    """The model in a folder, of that class of transformers, and a policy's tokenizer.
+
+    Raises ValueError where weights are missing, which transformers would draw anew.
+    """
+    import transformers
+
+    options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    if kind != "AutoModelForCausalLM":
+        options["num_labels"] = 1
+    model, report = getattr(transformers, kind).from_pretrained(folder, **options)
+    missing = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
+    if missing or report["mismatched_keys"]:
+        raise ValueError(f"{folder}: the weights do not fit: {report}")
+    tokenizer = None
+    if kind == "AutoModelForCausalLM":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"{folder}: the tokenizer has no eos_token, which ends an answer")
+    return Pretrained(model), tokenizer
+
+
+# ----- Config and main ----------------------------------------------------------------------------
+
+METHODS = ("sft", "ppo", "ppo_lag", "gate", "shaping")
+GAMMA, LAM, CLIP, CRITIC_CLIP = 1.0, 0.95, 0.2, 5.0  # of GAE and PPO, as in the paper's code
+LAYERS, HEADS = 2, 4  # of a new policy; paper: 32 and 32
+
+
+def flag(default, text: str):
+    """A field of `Config`, which is a flag with this default and help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. With --policy the rates are the paper's, and no SFT."""
+
+    method: str = flag("", f"{', '.join(METHODS)}; empty: ppo and ppo_lag from one start")
+    rounds: int = flag(1, "rounds of preferences and ppo_lag, then with red-teaming; paper: 3")
+    preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl, one file a cost; empty: invented world")
+    policy: str = flag("", "folder of a Llama for transformers; empty: a new small decoder")
+    reward_model: str = flag("", "folder of a reward model with one label; empty: train one")
+    cost_model: str = flag("", "folders of cost models, by commas; empty: train them")
+    costs: str = flag("harm", "the invented world's constraints, by commas: harm, length")
+    threshold: str = flag("-1", "most mean cost, by commas one a cost; paper's code: 0")
+    d_model: int = flag(48, "width of a new policy, a multiple of 4; paper: Llama 7B, 4,096")
+    answer: int = flag(8, "most tokens of an answer, its end included; paper: 512")
+    sft_steps: int = flag(600, "supervised steps that make the first policy; --policy: 0")
+    sft_lr: float = flag(4e-3, "their peak rate; --policy: 2e-5, the paper's")
+    pairs: int = flag(8000, "preferences drawn in a round, a tenth held out")
+    score_steps: int = flag(800, "steps of each score model; paper: 2 epochs")
+    score_lr: float = flag(3e-3, "their peak rate; --policy: 2e-5, the paper's")
+    batch: int = flag(128, "answers an update; a supervised step has half as many rows")
+    updates: int = flag(80, "PPO updates of a run")
+    epochs: int = flag(2, "steps with an update's answers; paper: 1")
+    lr: float = flag(1e-3, "the policy's peak rate; --policy: 1e-5, the paper's")
+    critic_lr: float = flag(1e-3, "the critics' rate; --policy: 5e-6, the paper's")
+    beta: float = flag(1.0, "KL penalty a nat; paper's code: 0.01")
+    ptx: float = flag(1.0, "weight of the PTX loss; paper's code: 16")
+    lagrange_initial: float = flag(1.0, "lambda at the start")
+    lagrange_lr: float = flag(0.5, "its learning rate, 0: fixed; paper: 0.1")
+    lagrange_maximum: float = flag(5.0, "its largest value")
+    nu: float = flag(1.0, "shaping: the reward is R - nu C")
+    eval_every: int = flag(5, "updates from one evaluation and checkpoint to the next")
+    eval_rows: int = flag(300, "answers of an evaluation, to held-out prompts")
+    seed: int = flag(0, "seed of initialisation, data order and samples")
+    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
+    out: str = flag("out/safe_rlhf", "folder of stages, metrics, result and picture")
+    resume: bool = flag(False, "take finished stages in OUT and go on with the others")
+    smoke: bool = flag(False, "tiny and few steps, written to OUT/smoke: does it run?")
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            least = 1 if type(value) is int and name not in ("seed", "sft_steps") else 0
+            if not isinstance(value, str) and not least <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        names, folders = self.cost_names, split(self.cost_model)
+        if self.method not in ("", *METHODS):
+            raise ValueError(f"--method {self.method!r} must be one of {', '.join(METHODS)}")
+        if len({*names, "reward"}) <= len(names):
+            raise ValueError(f"costs {names} must have names of their own, other than reward")
+        if not self.preferences and not {*names} <= {"harm", "length"}:
+            raise ValueError(f"--costs {self.costs} must be harm or length, or both")
+        if len(self.thresholds) != len(names) or len(folders) not in (0, len(names)):
+            raise ValueError(
+                f"--threshold {self.threshold}, cost models {folders}: one for {names}"
+            )
+        if self.method == "gate" and self.preferences:
+            raise ValueError("--method gate needs the invented world, whose prompts are tagged")
+        if self.rounds > 1 and (self.method not in ("", "ppo_lag") or "harm" not in names):
+            raise ValueError(f"--rounds {self.rounds} needs ppo_lag and the invented world's harm")
+        LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum)
+
+    @property
+    def cost_names(self) -> list[str]:
+        """Names of the K costs: the invented world's, or those of the files."""
+        return [Path(part).stem for part in split(self.preferences)] or split(self.costs)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The K thresholds."""
+        return [float(part) for part in split(self.threshold)]
+
+
+OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
+SMOKE = {
+    "d_model": 16, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8,
+    "updates": 3, "epochs": 1, "eval_every": 1, "eval_rows": 12,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line. Returns 0; 1 when training diverged, 2 for bad input, 130 after Ctrl-C."""
-    arguments = vars(build_parser().parse_args(argv))
+    """Run. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    for field in dataclasses.fields(Config):
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    given = parser.parse_args(argv)
+    parser.set_defaults(**SMOKE if given.smoke else {})  # flags that are written out win
+    parser.set_defaults(**OWN_POLICY if given.policy else {})
+    given = vars(parser.parse_args(argv))
+    if given["smoke"]:
+        given["out"] += "/smoke"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
-        pipeline(Config(**arguments | (SMOKE if arguments["smoke"] else {})))
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        train(Config(**given))
+    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
+        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
+        if isinstance(error, ImportError):
+            text += f"; pip install {error.name}"
+        print(text, file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

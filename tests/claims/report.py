@@ -203,11 +203,10 @@ def constrained_rlhf(part: str) -> str:
     )[part]
 
 
-def safe_rlhf(part: str) -> str:
+def safe_rlhf() -> str:
     sys.path.insert(0, str(CLAIMS.parent))
-    return importlib.import_module("safe_rlhf_claims").TABLES[part](
-        read(CLAIMS / "safe_rlhf_claims.json")["claims"]
-    )
+    result = read(CLAIMS / "safe_rlhf_claims.json")
+    return importlib.import_module("safe_rlhf_claims").table(result)
 
 
 def recaption_captioners() -> str:
