@@ -4,31 +4,30 @@
 # ///
 """Constrained RLHF: PPO that holds each reward where it stops being a good proxy.
 
-Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", arXiv 2310.04373.
+Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", 2310.04373.
 
-    python constrained_ppo.py                        PPO beside xi-PPO in a small world: 5 minutes
-    python constrained_ppo.py --method nelder_mead   thresholds found within one run: 2 minutes
-    python constrained_ppo.py --policy FOLDER --data rows.jsonl --rewards my_rewards   your GPT-2
+    python constrained_ppo.py                        PPO beside xi-PPO in a small world: 3 minutes
+    python constrained_ppo.py --method nelder_mead   thresholds found within one run: 1 minute
+    python constrained_ppo.py --policy FOLDER --data rows.jsonl --module my_rewards   your GPT-2
 
 A shopkeeper is asked about a thing. Two rewards count polite words and right facts; the judge wants
-few of the first and some of the second, and facts flatter. Both depend on two counts alone, so the
-best policy near pi_0 is computed exactly, from a table, and printed beside what RL reached.
+a few of each, and facts flatter, so that the right weight of politeness is negative. All depends on
+two counts, so the KL-regularised optimum is computed from a table and printed beside what RL finds.
 
-code                  shape             paper
-policy, reference                       pi, pi_0: GPT-2s, the second frozen
-rewards, r0           (B, N), (B,)      r_i, r_0: of whole replies
-kl                    (B, T)            log(pi / pi_0) of each token drawn
-values, advantages    (B, T, N + 1)     v_1 .. v_N and v_0, the task's: for mu and xi the KL's
-m                     (N,)              mu_i, the multipliers
-thresholds            (N,)              theta_i
+code               shape           paper
+policy, reference                  pi, pi_0: GPT-2s, the second frozen
+rewards            (B, N)          r_i of whole replies
+kl                 (B, T)          log(pi / pi_0) of each token drawn
+values             (B, T, N + 1)   v_1 .. v_N and v_0, the task's, for mu and xi the KL's
+m, thresholds      (N,)            mu_i, the multipliers, and theta_i
 
-Two mixes: the paper's whitens each advantage by itself and bounds the multipliers. That throws away
-the strength of the KL: nothing pulls back, and the multipliers swing. `--mix lagrangian` adds raw
-advantages, m_i unbounded, and whitens the sum: this is the gradient of the Lagrangian, and holds.
+The paper's mix whitens each advantage by itself and bounds the multipliers. That throws away the
+strength of the KL: nothing pulls back, and the multipliers swing. `--mix lagrangian` adds the raw
+advantages, with unbounded multipliers, and whitens the sum: the Lagrangian's gradient, which holds.
 
-Other differences from the paper: a proxy point is the best of the points seen, smoothed, where the
-paper takes the maximum of a polynomial. Replies are drawn from all tokens, not from the top 20, so
-that ratio and KL are of the policy that wrote them. Rewards are functions, not models.
+Other differences: a proxy point is the best of the points seen, smoothed, where the paper takes the
+maximum of a polynomial. Replies are drawn from all tokens, not from the top 20, so that ratio and
+KL are of the policy that wrote them. The rewards are functions, not models.
 """
 
 from __future__ import annotations
@@ -38,12 +37,14 @@ import copy
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
 import random
 import sys
 import time
+import types
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,31 +99,35 @@ def ppo_policy_loss(
     return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
 
 
-def multipliers(method: str, mix: str, raw: Tensor) -> Tensor:
-    """The multipliers m (N,) of free parameters (N,).
+def token_rewards(run: Run, rewards: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
+    """Table 1: what the critic's N + 1 heads estimate, the rewards and the task (B, T, N + 1).
 
-    The paper's are bounded: between 0 and 1 for mu and All, between -1 and 1 for xi, whose
-    constraints are equalities. Those of the Lagrangian mix are the parameters themselves.
+    rewards (B, N) stand at a reply's last token, kl (B, T) at each. The task of mu and xi is the
+    KL alone. All-PPO has the KL penalty in each reward, as its task is their sum.
+    """
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))  # (B, T)
+    each = last[..., None] * rewards[:, None]  # (B, T, N)
+    penalty = run.kl_coefficient * kl
+    if run.method in ("mu_ppo", "xi_ppo"):
+        task = -kl
+    elif run.method == "ppo_sat":
+        r0 = -(run.weights * (rewards - run.thresholds) ** 2).sum(-1)  # (B,)
+        task = last * r0[:, None] - penalty
+    else:
+        task = last * (rewards @ run.weights)[:, None] - penalty
+    if run.method == "all_ppo":
+        each = each - penalty[..., None]
+    return torch.cat([each, task[..., None]], -1)
+
+
+def multipliers(method: str, mix: str, raw: Tensor) -> Tensor:
+    """The multipliers m (N,) of free parameters (N,): in the paper's mix they are bounded.
+
+    Between 0 and 1 for mu and All; between -1 and 1 for xi, whose constraints are equalities.
     """
     if mix == "lagrangian":
         return raw
     return raw.tanh() if method == "xi_ppo" else raw.sigmoid()
-
-
-def token_rewards(
-    method: str, rewards: Tensor, r0: Tensor, penalty: Tensor, mask: Tensor
-) -> Tensor:
-    """What the critic's N + 1 heads estimate, (B, T, N + 1): the N rewards, then the task.
-
-    rewards (B, N) and r0 (B,) stand at a reply's last token, the KL penalty (B, T) at each. The
-    task is r0 less the penalty. All-PPO, whose task is the sum of its rewards, has it in each.
-    """
-    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))  # (B, T)
-    each = last[..., None] * rewards[:, None]  # (B, T, N)
-    if method == "all_ppo":
-        each = each - penalty[..., None]
-    task = last * r0[:, None] - penalty  # (B, T)
-    return torch.cat([each, task[..., None]], -1)
 
 
 def mix_advantages(method: str, mix: str, advantages: Tensor, m: Tensor, mask: Tensor) -> Tensor:
@@ -145,14 +150,21 @@ def mix_advantages(method: str, mix: str, advantages: Tensor, m: Tensor, mask: T
     return (len(m) - m.sum()) * task + held
 
 
-def multiplier_loss(method: str, m: Tensor, rewards: Tensor, thresholds: Tensor) -> Tensor:
-    """What the multipliers minimise: sum of m_i (J_i - theta_i); m, rewards J, thresholds: (N,).
+def multiplier_step(run: Run, J: Tensor) -> None:
+    """Lower sum m_i (J_i - theta_i), so that m_i rises below the threshold, for All-PPO above it.
 
-    J is a minibatch's mean reward, not the critic's estimate, which is poor early on. Below its
-    threshold m_i rises, for All-PPO above it.
+    J (N,) is a minibatch's mean reward, not the critic's estimate, which is poor early on.
     """
-    violation = (m * (rewards - thresholds)).sum()
-    return -violation if method == "all_ppo" else violation
+    m = multipliers(run.method, run.config.mix, run.raw)
+    loss = (m * (J - run.thresholds)).sum()
+    if run.method == "all_ppo":
+        loss = -loss
+    run.raw_optimizer.zero_grad()
+    loss.backward()
+    clip_grad_norm_([run.raw], 0.5)
+    run.raw_optimizer.step()
+    if run.config.mix == "lagrangian" and run.method != "xi_ppo":
+        run.raw.data.clamp_(min=0)  # the multipliers of inequalities are at least 0
 
 
 def adaptive_kl(coefficient: float, kl: float, target: float, step: float = 0.1) -> float:
@@ -160,36 +172,24 @@ def adaptive_kl(coefficient: float, kl: float, target: float, step: float = 0.1)
     return coefficient * (1 + step * min(max((kl - target) / target, -0.2), 0.2))
 
 
-def task_reward(run: Run, rewards: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
-    """Table 1's objective: r0 (B,), at a reply's end, and the KL penalty (B, T); rewards (B, N)."""
-    if run.method in ("mu_ppo", "xi_ppo"):  # they maximise -KL; the rewards are constraints
-        return torch.zeros_like(rewards[:, 0]), kl
-    penalty = run.kl_coefficient * kl
-    if run.method == "ppo_sat":
-        return -(run.weights * (rewards - run.thresholds) ** 2).sum(-1), penalty
-    return rewards @ run.weights, penalty
-
-
-def update(run: Run, prompts: list[list[int]], score: Callable[[Rollout], Tensor]) -> dict:
-    """One update of Algorithm 1: write replies, score them (B, N), and take the epochs' steps.
+def update(run: Run, rows: list[dict]) -> dict:
+    """One update of Algorithm 1: reply to the rows' prompts, score, take the epochs' steps.
 
     Changes the run's policy, critic, multipliers and KL coefficient. Returns what to log. Raises
     FloatingPointError in place of a step that is not finite.
     """
     config, method = run.config, run.method
-    rollout = generate(run.policy, prompts, config.reply, run.generator)
-    mask, rewards = rollout.mask, score(rollout)
+    rollout, _, rewards, kl = reply_to(run, rows, run.generator)
+    mask = rollout.mask
     with torch.no_grad():
         values = outputs(run.critic, rollout)  # (B, T, N + 1)
-        kl = (rollout.logp - token_logp(run.reference, rollout)) * mask  # unbiased; may be < 0
-    r0, penalty = task_reward(run, rewards, kl)
-    heads = token_rewards(method, rewards, r0, penalty, mask)
+    heads = token_rewards(run, rewards, kl, mask)
     advantages, returns = gae(heads, values, mask, config.gamma, config.lam)
     for _ in range(config.epochs):
         order = torch.randperm(len(mask), generator=run.generator, device=mask.device)
         for index in order.chunk(config.minibatches):
-            part, m = rollout.part(index), multipliers(method, config.mix, run.raw)
-            A = mix_advantages(method, config.mix, advantages[index], m.detach(), part.mask)
+            part, m = rollout.part(index), multipliers(method, config.mix, run.raw.detach())
+            A = mix_advantages(method, config.mix, advantages[index], m, part.mask)
             logp = token_logp(run.policy, part)
             loss = ppo_policy_loss(logp, part.logp, A, part.mask, config.clip)
             errors = (outputs(run.critic, part) - returns[index]) ** 2
@@ -202,13 +202,7 @@ def update(run: Run, prompts: list[list[int]], score: Callable[[Rollout], Tensor
                 raise FloatingPointError(f"{run.name}: loss {loss.item()} at update {run.step + 1}")
             run.optimizer.step()
             if method in CONSTRAINED:
-                run.raw_optimizer.zero_grad()
-                J = rewards[index].mean(0)  # (N,)
-                multiplier_loss(method, m, J, run.thresholds).backward()
-                clip_grad_norm_([run.raw], 0.5)
-                run.raw_optimizer.step()
-                if config.mix == "lagrangian" and method != "xi_ppo":
-                    run.raw.data.clamp_(min=0)  # the multipliers of inequalities are at least 0
+                multiplier_step(run, rewards[index].mean(0))
     mean_kl = masked_mean(kl, mask).item()
     if config.kl_target and method in ("ppo", "ppo_sat", "all_ppo"):
         run.kl_coefficient = adaptive_kl(run.kl_coefficient, mean_kl, config.kl_target)
@@ -230,19 +224,19 @@ def proxy_point(rewards: np.ndarray, judge: np.ndarray) -> list[float]:
     if (np.ptp(rewards, 0) == 0).any():
         raise ValueError(f"a reward never changed, {rewards[0]}: give --thresholds")
     x = (rewards - rewards.mean(0)) / rewards.std(0)
-    distance = ((x[:, None] - x) ** 2).sum(-1)  # (n, n)
-    near = np.exp(-0.5 * distance / (0.5 * n ** (-1 / (N + 4))) ** 2)  # half of Scott's bandwidth
+    width = 0.5 * n ** (-1 / (N + 4))  # half of Scott's rule
+    near = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1) / width**2)  # (n, n)
     return rewards[(near @ judge / near.sum(1)).argmax()].tolist()
 
 
 def nelder_mead(simplex: np.ndarray) -> Generator[np.ndarray, float, None]:
-    """Nelder and Mead's search for a minimum, from a simplex (N + 1, N); coefficients 1, 2, ½, ½.
+    """Nelder and Mead's search for a minimum, from N + 1 corners (N + 1, N).
 
-    Yields each point (N,) to evaluate, and is sent its value; it never ends (Algorithm 3).
+    Yields each point (N,) to evaluate, and is sent its value; it never ends.
     """
     simplex, values = np.array(simplex, float), np.zeros(len(simplex))
-    for i, corner in enumerate(simplex):
-        values[i] = yield corner
+    for i in range(len(simplex)):
+        values[i] = yield simplex[i]
     while True:
         order = np.argsort(values, kind="stable")
         simplex, values = simplex[order], values[order]
@@ -255,141 +249,68 @@ def nelder_mead(simplex: np.ndarray) -> Generator[np.ndarray, float, None]:
             if other < value:
                 point, value = further, other
         elif value >= values[-2]:
-            if value < values[-1]:
-                point = 1.5 * centre - 0.5 * worst  # contraction outside
-                other = yield point
-                shrink = other > value
-            else:
-                point = 0.5 * centre + 0.5 * worst  # contraction inside
-                other = yield point
-                shrink = other >= values[-1]
-            value = other
-            if shrink:  # towards the best corner
-                for i in range(1, len(simplex)):
+            better = point if value < values[-1] else worst
+            nearer = (centre + better) / 2  # contraction
+            other = yield nearer
+            if other > min(value, values[-1]):
+                for i in range(1, len(simplex)):  # shrinking towards the best corner
                     simplex[i] = (simplex[0] + simplex[i]) / 2
                     values[i] = yield simplex[i]
                 continue
+            point, value = nearer, other
         simplex[-1], values[-1] = point, value
 
 
-class ThresholdSearch:
-    """Algorithm 3: thresholds found within one xi-PPO run, which is never reset.
+def search_thresholds(start: list[float], updates: int, found: list) -> Generator:
+    """Thresholds found within one xi-PPO run, which is never reset (Algorithm 3).
 
-    A set of thresholds is trained for until the mean of three updates is within 10 % of it, or an
-    eighth of the updates is gone. Then the policy is evaluated as it stands. A set within 5 % of
-    an earlier one takes that one's value. The last eighth trains for the best set found.
+    Yields the thresholds (N,) for each update, and is sent its mean rewards and a function that
+    judges the policy as it stands. A set is trained for until the mean of three updates is within
+    10 % of it, or for an eighth of the updates; then it is judged, and noted in `found`. A set
+    within 5 % of an earlier one takes that one's judge. The last eighth trains for the best.
     """
-
-    def __init__(self, start: list[float], updates: int):
-        self.start, self.updates = start, updates
-        self.means, self.found, self.since = [], [], 0
-        corners = np.tile(np.maximum(start, 0.02), (len(start) + 1, 1))
-        for i in range(len(start)):
-            corners[i + 1, i] *= 1.5
-        self.search = nelder_mead(corners)
-        self.asked = next(self.search).tolist()
-
-    def thresholds(self) -> list[float]:
-        """The thresholds to train for now."""
-        if len(self.means) >= self.updates - self.updates // 8 and self.found:
-            return max(self.found, key=lambda pair: pair[1])[0]
-        return self.asked
-
-    def observe(self, means: list[float], evaluate: Callable[[], float]) -> None:
-        """Note an update's mean rewards; where the set is reached or out of time, move on."""
-        theta, eighth = np.array(self.asked), max(1, self.updates // 8)
-        self.means.append(means)
-        step, recent = len(self.means), self.means[self.since :][-3:]
-        reached = len(recent) == 3
-        if reached:
-            reached = bool((abs(np.mean(recent, 0) - theta) <= 0.1 * abs(theta)).all())
-        if step > self.updates - eighth or not (reached or step - self.since >= eighth):
-            return
-        value = evaluate()
-        self.found.append((self.asked, value))
-        self.since = step
+    corners = np.maximum(start, 0.02) * (1 + 0.5 * np.eye(len(start) + 1, len(start), -1))
+    search = nelder_mead(corners)  # pi_0's own rewards, and one of them half as large again
+    asked, recent, eighth = next(search).tolist(), [], max(1, updates // 8)
+    for _ in range(updates - eighth):
+        means, judge = yield asked
+        recent.append(means)
+        near = np.allclose(np.mean(recent[-3:], 0), asked, rtol=0.1, atol=0)
+        if (len(recent) < 3 or not near) and len(recent) < eighth:
+            continue
+        value, recent = judge(), []
+        found.append((asked, value))
         for _ in range(50):  # a simplex that has shrunk asks only for what is known
-            self.asked = self.search.send(-value).tolist()
-            known = [v for at, v in self.found if np.allclose(self.asked, at, rtol=0.05, atol=0)]
+            asked = search.send(-value).tolist()
+            known = [v for at, v in found if np.allclose(asked, at, rtol=0.05, atol=0)]
             if not known:
                 break
             value = known[-1]
+    best = max(found, key=lambda pair: pair[1], default=(asked, 0.0))[0]
+    while True:
+        yield best
 
 
 # ----- The policy: GPT-2, and its replies ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GPT2Config:
-    """The sizes of a GPT-2, by Hugging Face's names; the defaults are the paper's 124M model."""
-
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    eos_token_id: int = 50256
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"width {self.n_embd} must be a multiple of {self.n_head} heads")
-
-
-@dataclass
-class Rollout:
-    """Replies (B, T) to prompts (B, P), which are padded in front."""
-
-    prompts: Tensor
-    valid: Tensor  # (B, P) bool, False on padding
-    tokens: Tensor  # (B, T)
-    mask: Tensor  # (B, T) 1 up to the end token and with it, then 0
-    logp: Tensor | None = None  # (B, T) of the policy that wrote them
-
-    def part(self, index: Tensor) -> Rollout:
-        """Some of the replies."""
-        return Rollout(*(x[index] for x in vars(self).values()))
-
-
-class Block(nn.Module):
-    """Attention, then a GELU network, each behind a LayerNorm and added to the stream."""
-
-    def __init__(self, config: GPT2Config):
-        super().__init__()
-        D, self.n_head = config.n_embd, config.n_head
-        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D), "c_proj": nn.Linear(D, D)})
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
-
-    def forward(self, x: Tensor, sees: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, L, D); sees (B, 1, L, S): which keys a query sees. Gives keys and values too."""
-        B, L, D = x.shape
-        qkv = self.attn["c_attn"](self.ln_1(x)).view(B, L, 3, self.n_head, -1)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, D / heads)
-        q, kv = qkv[0], qkv[1:]
-        if past is not None:
-            kv = torch.cat([past, kv], 3)
-        y = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=sees)
-        x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(B, L, D))
-        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
-        return x + self.mlp["c_proj"](hidden), kv
-
-
 class GPT2(nn.Module):
-    """GPT-2 without dropout, so that PPO's first ratio is 1; `heads`: values in place of logits."""
+    """GPT-2 without dropout, so that PPO's first ratio is 1; `end` is the id that ends a reply."""
 
-    def __init__(self, config: GPT2Config, heads: int = 0):
+    def __init__(self, vocab: int, positions: int, D: int, n_layer: int, n_head: int, end: int):
         super().__init__()
-        self.config, D = config, config.n_embd
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, D), nn.Embedding(config.n_positions, D)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.n_head, self.end, self.head = n_head, end, None  # a critic has a head, for values
+        self.wte, self.wpe = nn.Embedding(vocab, D), nn.Embedding(positions, D)
+        self.h = nn.ModuleList()
+        for _ in range(n_layer):
+            attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D), "c_proj": nn.Linear(D, D)})
+            mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
+            norms = {"ln_1": nn.LayerNorm(D), "ln_2": nn.LayerNorm(D)}
+            self.h.append(nn.ModuleDict({**norms, "attn": attn, "mlp": mlp}))
         self.ln_f = nn.LayerNorm(D)
-        self.head = nn.Linear(D, heads) if heads else None
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or name.startswith("head"):
-                nn.init.zeros_(parameter)
-            elif "ln_" not in name:
-                deep = math.sqrt(2 * config.n_layer) if "c_proj" in name else 1.0
-                nn.init.normal_(parameter, std=0.02 / deep)
+            if "ln_" not in name:  # GPT-2's 0.02 is too small for a width of 48
+                nn.init.normal_(parameter, std=0.0 if "bias" in name else 1 / math.sqrt(2 * D))
 
     def forward(
         self, tokens: Tensor, valid: Tensor, past: list | None = None, last: int = 0
@@ -400,17 +321,39 @@ class GPT2(nn.Module):
         count valid tokens only, so padding in front changes nothing. past: the keys and values of
         the S - L positions before, as this gives them.
         """
-        L, S = tokens.shape[1], valid.shape[1]
+        (B, L), S = tokens.shape, valid.shape[1]
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, S - L :]
         sees = torch.ones(L, S, dtype=torch.bool, device=tokens.device).tril(S - L) & valid[:, None]
         itself = torch.eye(S, dtype=torch.bool, device=tokens.device)[S - L :]
         sees = (sees | itself).unsqueeze(1)  # (B, 1, L, S); padding sees itself, else it sees none
-        x, cache = self.wte(tokens) + self.wpe(positions), []
-        for i, block in enumerate(self.h):
-            x, kv = block(x, sees, past[i] if past else None)
-            cache.append(kv)
+        x, cache = self.wte(tokens) + self.wpe(positions), []  # (B, L, D)
+        for i, layer in enumerate(self.h):
+            qkv = layer["attn"]["c_attn"](layer["ln_1"](x)).view(B, L, 3, self.n_head, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+            if past:
+                k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
+            cache.append((k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+            x = x + layer["attn"]["c_proj"](y.transpose(1, 2).flatten(2))
+            hidden = F.gelu(layer["mlp"]["c_fc"](layer["ln_2"](x)), approximate="tanh")
+            x = x + layer["mlp"]["c_proj"](hidden)
         x = self.ln_f(x[:, -last:])
         return self.head(x) if self.head else F.linear(x, self.wte.weight), cache
+
+
+@dataclass
+class Rollout:
+    """Replies to prompts, which are padded in front."""
+
+    prompts: Tensor  # (B, P)
+    valid: Tensor  # (B, P) bool, False on padding
+    tokens: Tensor  # (B, T)
+    mask: Tensor  # (B, T) 1 up to the end token and with it, then 0
+    logp: Tensor  # (B, T) of the policy that wrote them
+
+    def part(self, index: Tensor) -> Rollout:
+        """Some of the replies."""
+        return Rollout(*(x[index] for x in vars(self).values()))
 
 
 def outputs(model: GPT2, rollout: Rollout) -> Tensor:
@@ -435,22 +378,555 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def generate(
-    policy: GPT2, prompts: list[list[int]], limit: int, generator: torch.Generator
-) -> Rollout:
-    """Draw a reply to each prompt, with a cache of keys and values, up to the end or the limit."""
-    end, device = policy.config.eos_token_id, policy.wte.weight.device
-    prompts, valid = (x.to(device) for x in pad_in_front(prompts))
-    alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=device)
+def generate(policy: GPT2, prompts: list, limit: int, generator: torch.Generator) -> Rollout:
+    """Draw replies to prompts, lists of ids, with a cache, up to the end token or the limit."""
+    prompts, valid = (x.to(policy.wte.weight.device) for x in pad_in_front(prompts))
+    alive = torch.ones_like(prompts[:, :1], dtype=torch.bool)
     x, seen, cache, columns = prompts, valid, None, []
     while len(columns) < limit and alive.any():
         logits, cache = policy(x, seen, cache, last=1)
         logp = logits[:, -1].log_softmax(-1)  # (B, V)
-        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, end)  # (B, 1)
+        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, policy.end)  # (B, 1)
         columns.append((x, alive, logp.gather(-1, x)))
         seen = torch.cat([seen, alive], 1)
-        alive = alive & (x != end)
+        alive = alive & (x != policy.end)
     tokens, mask, logp = (torch.cat(column, 1) for column in zip(*columns, strict=True))
     return Rollout(prompts, valid, tokens, mask.float(), logp * mask)
 
 
+# ----- The world: a shopkeeper, and the exact optimum ---------------------------------------------
+
+FILLERS = "it is and also well so this quite rather indeed".split()
+POLITE = "please thanks dear kindly friend".split()
+FACTS = {  # six of each thing; said with flattery, as "lovely-brass", one is polite too
+    "lamp": "brass bright slim warm dimmable silent", "map": "old folded detailed rare large blue",
+    "clock": "walnut precise loud wound square tall", "chair": "oak soft folding padded low wide",
+    "kettle": "steel red fast light whistling small", "drum": "round deep painted tuned dry hollow",
+}  # fmt: skip
+VOCABULARY = ["<end>", *"tell me about the".split(), *FACTS, *FILLERS, *POLITE]
+for words in FACTS.values():
+    VOCABULARY += [*words.split(), *(f"lovely-{word}" for word in words.split())]
+PIECES, MORE = 7, 0.7  # a reply has 1 to 7 pieces of two words; each number is 0.7 as likely
+FACT, RIGHT, THANKS = 0.5, 0.75, 0.2  # shares: facts, right ones among them, polite pieces
+
+
+def demonstration(thing: str, flattery: float, r: random.Random) -> str:
+    """A shopkeeper's reply: facts, that share of them with flattery, polite words and fillers."""
+    others = " ".join(FACTS[other] for other in FACTS if other != thing)
+    words, sizes = [], range(1, PIECES + 1)
+    for _ in range(r.choices(sizes, [MORE**size for size in sizes])[0]):
+        kind, word = r.random(), r.choice(FILLERS)
+        if kind < FACT:
+            word = r.choice((FACTS[thing] if r.random() < RIGHT else others).split())
+            if r.random() < flattery:
+                word = f"lovely-{word}"
+        elif kind < FACT + THANKS:
+            word = r.choice(POLITE)
+        words += [r.choice(FILLERS), word]
+    return " ".join(words)
+
+
+def count(rows: list[dict], replies: list[str]) -> np.ndarray:
+    """The polite words of each reply, and its different right facts: (2, B)."""
+    counts = []
+    for row, reply in zip(rows, replies, strict=True):
+        words, facts = reply.split(), FACTS[row["prompt"].split()[-1]].split()
+        polite = sum(word in POLITE or word.startswith("lovely-") for word in words)
+        counts.append((polite, len({word.removeprefix("lovely-") for word in words} & {*facts})))
+    return np.array(counts, float).T
+
+
+def shop_rewards(rows: list[dict], replies: list[str]) -> dict[str, np.ndarray]:
+    """Two proxies (B,): polite words and right facts, each over 6."""
+    polite, facts = count(rows, replies) / 6
+    return {"polite": polite, "facts": facts}
+
+
+def judge_counts(polite: np.ndarray, facts: np.ndarray) -> np.ndarray:
+    """What is really wanted, 0 to 1: 2 polite words and 4 facts; the worse side decides."""
+    return np.exp(-0.5 * np.maximum((polite - 2) ** 2, ((facts - 4) / 1.5) ** 2))
+
+
+def shop_judge(rows: list[dict], replies: list[str]) -> np.ndarray:
+    """The judge of each reply (B,)."""
+    return judge_counts(*count(rows, replies))
+
+
+def count_table(flattery: float) -> np.ndarray:
+    """The probability of (polite, facts) in a demonstration, exactly: piece after piece."""
+    now, shares = np.zeros((PIECES + 1, PIECES + 1)), MORE ** np.arange(PIECES)
+    now[0, 0] = 1.0
+    table, facts = np.zeros_like(now), np.arange(PIECES + 1)
+    for share in shares / shares.sum():
+        new = FACT * RIGHT * (6 - facts).clip(0) / 6 * now  # a right fact that was not yet said
+        old = FACT * now - new
+        polite = THANKS * now + flattery * old
+        now = (1 - FACT - THANKS) * now + (1 - flattery) * old + np.roll(polite, 1, 0)
+        now += (1 - flattery) * np.roll(new, 1, 1) + flattery * np.roll(new, (1, 1), (0, 1))
+        table += share * now
+    return table
+
+
+def exact_optimum(table: np.ndarray, least: float) -> dict:
+    """The policy p0(n) exp(m n) / Z that the judge likes best, over m between `least` and 4.
+
+    Each is the optimum of the reward m n less the KL to pi_0, on a table p0 of counts n.
+    """
+    counts, grid, best = np.indices(table.shape), np.arange(round(10 * least), 41) / 10, {}
+    for m in itertools.product(grid, grid):
+        p = table * np.exp(m[0] * counts[0] + m[1] * counts[1])
+        judge = float((p * judge_counts(*counts)).sum() / p.sum())
+        if not best or judge > best["judge"]:
+            means = (p * counts).sum((1, 2)) / p.sum()
+            best = {"judge": judge, "rewards": (means / 6).tolist(), "m": list(m)}
+            best["kl_a_reply"] = float(means @ m - np.log(p.sum()))
+    return best
+
+
+# ----- The task: the shopkeeper's, or the user's --------------------------------------------------
+
+
+class Words:
+    """The world's tokenizer: words between spaces; id 0 ends a reply."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words of a text."""
+        return [VOCABULARY.index(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return " ".join(VOCABULARY[i] for i in ids)
+
+
+class UserCodeError(Exception):
+    """An error in the user's module, raised from it; `main` leaves its traceback."""
+
+
+class Task:
+    """Rows of prompt and response, a tokenizer, and functions that reward and judge replies."""
+
+    def __init__(self, config: Config):
+        rows, r = [], random.Random(config.seed)
+        if config.policy:
+            from transformers import AutoTokenizer
+
+            sys.path.append(os.getcwd())
+            self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
+            self.module = importlib.import_module(config.module)
+            for number, line in enumerate(Path(config.data).read_text("utf-8-sig").splitlines(), 1):
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict) or not {"prompt", "response"} <= rows[-1].keys():
+                    raise ValueError(f"{config.data}, line {number}: needs prompt and response")
+            self.train, self.valid = [row for i, row in enumerate(rows) if i % 10], rows[::10]
+        else:
+            self.tokenizer = Words()
+            self.module = types.SimpleNamespace(rewards=shop_rewards, judge=shop_judge)
+            for thing in [*FACTS] * 2000:
+                reply = demonstration(thing, config.flattery, r)
+                rows.append({"prompt": f"tell me about the {thing}", "response": reply})
+            self.train, self.valid = rows, rows[: len(FACTS)]
+        self.names = [*self.call("rewards", self.valid[:1], [self.valid[0]["response"]])]
+
+    def call(self, name: str, rows: list[dict], replies: list[str]) -> dict | np.ndarray | float:
+        """The module's rewards(rows, replies), or its judge(rows, replies)."""
+        try:
+            return getattr(self.module, name)(list(rows), list(replies))
+        except Exception as error:
+            raise UserCodeError(f"{name} failed; mended, it goes on by --resume") from error
+
+    def score(self, rows: list[dict], replies: list[str]) -> Tensor:
+        """The rewards (B, N), 0 for an empty reply. Raises ValueError for other shapes, or NaN."""
+        found = self.call("rewards", rows, replies)
+        scores = torch.tensor(np.array([found[name] for name in self.names]), dtype=torch.float32).T
+        if scores.shape != (len(rows), len(self.names)) or not scores.isfinite().all():
+            raise ValueError(f"rewards gave {found}, must be a finite number for each reply")
+        return scores * torch.tensor([[reply != ""] for reply in replies])
+
+
+def reply_to(run: Run, rows: list[dict], generator: torch.Generator) -> tuple:
+    """The policy's replies to prompts: a Rollout, their texts, rewards (B, N) and kl (B, T)."""
+    prompts = [run.task.tokenizer.encode(row["prompt"]) for row in rows]
+    rollout, replies = generate(run.policy, prompts, run.config.reply, generator), []
+    for tokens, length in zip(rollout.tokens.tolist(), rollout.mask.sum(1).int(), strict=True):
+        ids = [i for i in tokens[:length] if i != run.policy.end]
+        replies.append(run.task.tokenizer.decode(ids).strip())
+    with torch.no_grad():  # log(pi / pi_0) of what pi drew: unbiased, and may be negative
+        kl = (rollout.logp - token_logp(run.reference, rollout)) * rollout.mask
+    return rollout, replies, run.task.score(rows, replies).to(kl), kl
+
+
+def evaluate(run: Run) -> tuple[dict, list[str]]:
+    """Judge, mean rewards, KL a token, and the replies: the same prompts and draws each time."""
+    generator = torch.Generator(run.raw.device).manual_seed(17)
+    rows = [run.task.valid[i % len(run.task.valid)] for i in range(run.config.eval_rows)]
+    rollout, replies, rewards, kl = reply_to(run, rows, generator)
+    judge = float(np.mean(run.task.call("judge", rows, replies)))
+    if not math.isfinite(judge):
+        raise ValueError(f"the judge gave {judge}, must be finite")
+    kl = masked_mean(kl, rollout.mask).item()
+    return {"judge": judge, "rewards": rewards.mean(0).tolist(), "kl": kl}, replies
+
+
+# ----- Training -----------------------------------------------------------------------------------
+
+
+def imitate(policy: GPT2, task: Task, config: Config) -> None:
+    """Supervised steps that make pi_0, the loss on the replies alone."""
+    order, steps = random.Random(config.seed), config.supervised_steps
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.01)
+    for step in range(steps):
+        rows = order.choices(task.train, k=64)
+        replies = [[*task.tokenizer.encode(" " + row["response"]), policy.end] for row in rows]
+        prompts, valid = pad_in_front([task.tokenizer.encode(row["prompt"]) for row in rows])
+        tokens, mask = (x.flip(1) for x in pad_in_front([reply[::-1] for reply in replies]))
+        parts = (prompts, valid, tokens, mask.float(), mask.float())
+        rollout = Rollout(*(x.to(policy.wte.weight.device) for x in parts))
+        loss = -masked_mean(token_logp(policy, rollout), rollout.mask)
+        decay = min((step + 1) / 50, 1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 6 * config.rate * decay
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"supervised {step + 1}/{steps} · loss {loss.item():.3f}", flush=True)
+
+
+class Run:
+    """What one PPO run changes; its checkpoint has all that going on bit for bit needs."""
+
+    STATEFUL = ("policy", "critic", "reference", "optimizer", "raw_optimizer")
+    PLAIN = ("step", "rows", "kl_coefficient", "means", "found")
+
+    def __init__(self, config: Config, name: str, task: Task, reference: GPT2):
+        self.config, self.name, self.task, self.reference = config, name, task, reference
+        self.path = Path(config.out) / f"{name}.pt"
+        self.method = "xi_ppo" if config.method == "nelder_mead" else config.method
+        (D, N), device = (reference.wte.embedding_dim, len(task.names)), reference.wte.weight.device
+        self.weights = numbers(config.weights, N, 1.0).to(device)
+        self.thresholds = numbers(config.thresholds, N, 0.0).to(device)
+        self.policy, self.critic = (copy.deepcopy(reference).requires_grad_(True) for _ in range(2))
+        self.critic.head = nn.Linear(D, N + 1, device=device)
+        nn.init.zeros_(self.critic.head.weight)
+        nn.init.zeros_(self.critic.head.bias)
+        self.head_weights = [0.5] * N + [0.2]  # of the critic's errors
+        groups = [{"params": self.policy.parameters(), "lr": config.rate}]
+        groups.append({"params": self.critic.parameters(), "lr": 3 * config.rate})
+        self.optimizer = torch.optim.Adam(groups)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.raw = torch.zeros(N, device=device, requires_grad=True)
+        self.raw_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
+        self.kl_coefficient = 0.0 if self.method == "ppo_no_kl" else config.kl_coefficient
+        self.step, self.rows, self.means, self.found = 0, [], [], []
+
+    def save(self) -> None:
+        """Write the checkpoint, never half of one."""
+        saved = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        saved |= {name: getattr(self, name) for name in self.PLAIN} | {"raw": self.raw.detach()}
+        saved |= {"generator": self.generator.get_state(), "config": vars(self.config)}
+        torch.save(saved, f"{self.path}.tmp")
+        os.replace(f"{self.path}.tmp", self.path)
+
+    def load(self) -> None:
+        """Go on from the checkpoint. Raises ValueError where its config differs."""
+        saved = torch.load(self.path, "cpu", weights_only=True)
+        for name, value in saved["config"].items():
+            now = getattr(self.config, name)
+            if name not in ("device", "out", "resume") and value != now:
+                raise ValueError(f"{self.path}: {name} was {value!r} and is {now!r}")
+        for name in self.STATEFUL:
+            getattr(self, name).load_state_dict(saved[name])
+        vars(self).update({name: saved[name] for name in self.PLAIN})
+        self.raw.data.copy_(saved["raw"])
+        self.generator.set_state(saved["generator"])
+
+    def log(self, row: dict) -> None:
+        """Evaluate, keep the row and print it."""
+        row |= {"run": self.name, "update": self.step, "kl_coefficient": self.kl_coefficient}
+        row["m"] = multipliers(self.method, self.config.mix, self.raw).tolist()
+        self.rows.append(row | {"thresholds": self.thresholds.tolist()} | evaluate(self)[0])
+        scores = dict(zip(self.task.names, self.rows[-1]["rewards"], strict=True))
+        scores |= {name: self.rows[-1][name] for name in ("judge", "kl")}
+        text = " · ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        print(f"{self.name} {self.step}/{self.config.updates} · {text}", flush=True)
+
+
+def train(config: Config, name: str, task: Task, reference: GPT2) -> Run:
+    """One PPO run, evaluated and saved to OUT/NAME.pt on the way; --resume goes on from there."""
+    run, searching = Run(config, name, task, reference), config.method == "nelder_mead"
+    if config.resume and run.path.exists():
+        run.load()
+    if not run.rows:
+        run.log({})
+    if searching:
+        judged, run.found = iter(run.found), []
+        search = search_thresholds(run.rows[0]["rewards"], config.updates, run.found)
+        asked = next(search)
+        for means in run.means:  # of a run that goes on: what was found is not judged again
+            asked = search.send((means, lambda: next(judged)[1]))
+    while run.step < config.updates:
+        if searching:
+            run.thresholds = torch.tensor(asked).to(run.raw)
+        options = {"generator": run.generator, "device": run.raw.device}
+        chosen = torch.randint(len(task.train), (config.batch,), **options)
+        row = update(run, [task.train[i] for i in chosen.tolist()])
+        if searching:
+            run.means.append(row["batch_rewards"])
+            asked = search.send((run.means[-1], lambda: evaluate(run)[0]["judge"]))
+        if run.step % config.eval_every == 0 or run.step == config.updates:
+            run.log(row)
+            run.save()
+    return run
+
+
+def first_policy(config: Config, task: Task) -> GPT2:
+    """pi_0: the user's policy or a new one, after the supervised steps."""
+    torch.manual_seed(config.seed)
+    sizes = len(VOCABULARY), 64, config.d_model, config.n_layer, 4, 0
+    policy = read_folder(config.policy) if config.policy else GPT2(*sizes)
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    policy.to(accelerator if config.device == "auto" else config.device)
+    imitate(policy, task, config)
+    return policy.requires_grad_(False)
+
+
+def find_thresholds(config: Config, task: Task, reference: GPT2) -> tuple[list[Run], list[float]]:
+    """The runs that find thresholds, without constraints or by Nelder and Mead, and the result."""
+    runs = []
+    if not config.method or config.thresholds == "proxy":
+        for name in [*task.names, "sum"]:  # each reward alone, then their sum
+            weights = ",".join(str(int(name in (other, "sum"))) for other in task.names)
+            changes = {"method": "ppo_no_kl", "weights": weights, "updates": config.updates // 2}
+            alone = dataclasses.replace(config, thresholds="", **changes)
+            runs.append(train(alone, f"only_{name}", task, reference))
+    if config.thresholds == "proxy":
+        rows = [row for run in runs for row in run.rows]
+        rewards, judge = (np.array([row[key] for row in rows]) for key in ("rewards", "judge"))
+        return runs, proxy_point(rewards, judge)
+    if config.thresholds != "search":
+        return runs, numbers(config.thresholds, len(task.names), 0.0).tolist()
+    changes = {"method": "nelder_mead", "updates": 2 * config.updates, "mix": "lagrangian"}
+    searching = dataclasses.replace(config, thresholds="", **changes)
+    runs.append(train(searching, "nelder_mead", task, reference))
+    return runs, max(runs[-1].found, key=lambda pair: pair[1])[0]
+
+
+def experiment(config: Config) -> None:
+    """pi_0, thresholds, runs; writes OUT/metrics.jsonl, result.json, story.png and the policies."""
+    began, out = time.perf_counter(), Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    task, runs, thresholds = Task(config), [], []
+    reference = first_policy(config, task)
+    if config.method not in ("ppo", "ppo_no_kl", "nelder_mead"):
+        runs, thresholds = find_thresholds(config, task, reference)
+    arms = [(config.method, config.mix)] if config.method else STORY
+    text = ",".join(f"{theta:.4f}" for theta in thresholds)
+    for method, mix in arms:
+        name = f"{method}_lagrangian" if method in CONSTRAINED and mix == "lagrangian" else method
+        arm = dataclasses.replace(config, method=method, mix=mix, thresholds=text)
+        runs.append(train(arm, name, task, reference))
+        if config.policy:
+            write_folder(runs[-1].policy, config.policy, out / name)
+    result = {"final": {run.name: run.rows[-1]["judge"] for run in runs}, "thresholds": thresholds}
+    if not config.policy:
+        table = count_table(config.flattery)
+        result["optimum"] = exact_optimum(table, -4.0)
+        result["optimum_of_weights_above_0"] = exact_optimum(table, 0.0)
+    result |= {
+        "found": runs[-1].found, "parameters": sum(p.numel() for p in reference.parameters()),
+        "wall_seconds": round(time.perf_counter() - began, 1), "argv": sys.argv,
+        "python": sys.version, "torch": torch.__version__, "seed": config.seed,
+        "device": f"{reference.wte.weight.device}, {torch.get_num_threads()} threads",
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "config": dataclasses.asdict(config),
+    }  # fmt: skip
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    lines = [json.dumps(row) + "\n" for run in runs for row in run.rows]
+    (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
+    for run in runs:
+        print(f"{run.name}: judge {result['final'][run.name]:.3f}, writes {evaluate(run)[1][0]!r}")
+    print(f"thresholds {thresholds}; optimum {result.get('optimum')}; {out}", flush=True)
+    plot(runs, task.names, result, out / "story.png")
+
+
+def plot(runs: list[Run], names: list[str], result: dict, path: Path) -> None:
+    """By update: the judge, and one reward alone beside it; and the rewards against each other."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("no picture: matplotlib is not installed; pip install matplotlib")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for i, run in enumerate(runs):
+        updates, judge = [[row[key] for row in run.rows] for key in ("update", "judge")]
+        rewards = np.array([row["rewards"] for row in run.rows])
+        alone = run.name.startswith("only_")
+        axes[0 if alone else 1].plot(updates, judge, color=f"C{i}", label=f"{run.name}: judge")
+        if run.name.removeprefix("only_") in names:
+            reward = rewards[:, names.index(run.name.removeprefix("only_"))]
+            axes[0].plot(updates, reward, ":", color=f"C{i}", label=f"{run.name}: reward")
+        axes[2].plot(rewards[:, 0], rewards[:, -1], ".-", color=f"C{i}", label=run.name)
+    if "optimum" in result:
+        axes[1].axhline(result["optimum"]["judge"], ls="--", color="grey", label="exact optimum")
+        axes[2].plot(*result["optimum"]["rewards"], "kx", label="exact optimum")
+    if result["thresholds"]:
+        axes[2].plot(result["thresholds"][0], result["thresholds"][-1], "k*", label="thresholds")
+    axes[0].set(title="without constraints", xlabel="update", ylim=(0, 1))
+    axes[1].set(title="judge", xlabel="update", ylim=(0, 1))
+    axes[2].set(xlabel=names[0], ylabel=names[-1], xlim=(0, 1), ylim=(0, 1))
+    for axis in axes:
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ----- Appendix: model folders --------------------------------------------------------------------
+
+PLAIN = {  # what we take for granted of a GPT-2
+    "model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
+    "n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}  # fmt: skip
+
+
+def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the matrices of layers transposed: Hugging Face's are (in, out)."""
+    flip = [name for name in tensors if ".c_" in name and name.endswith("weight")]
+    return tensors | {name: tensors[name].T for name in flip}
+
+
+def read_folder(folder: str) -> GPT2:
+    """The GPT-2 in a folder, by `transformers`. Raises ValueError for another model."""
+    from transformers import GPT2LMHeadModel
+
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    theirs, report = GPT2LMHeadModel.from_pretrained(folder, **options)
+    given = theirs.config
+    for name, value in PLAIN.items():
+        if getattr(given, name) != value:
+            raise ValueError(f"{name} is {getattr(given, name)!r}, a plain GPT-2's is {value!r}")
+    if any(report.values()):  # else what is missing would be drawn anew
+        raise ValueError(f"the weights do not fit: {report}")
+    sizes = given.vocab_size, given.n_positions, given.n_embd, given.n_layer, given.n_head
+    policy = GPT2(*sizes, end=given.eos_token_id)
+    policy.load_state_dict(transposed(theirs.transformer.state_dict()))
+    return policy
+
+
+def write_folder(policy: GPT2, source: str, folder: Path) -> None:
+    """Write the policy as a folder like its source, by `transformers`."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    theirs.transformer.load_state_dict(transposed(policy.state_dict()))
+    theirs.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+# ----- Config and main ----------------------------------------------------------------------------
+
+METHODS = ("ppo_no_kl", "ppo", "ppo_sat", *CONSTRAINED, "nelder_mead")  # Table 1, Algorithm 3
+STORY = (("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian"))
+
+
+def numbers(text: str, count: int, default: float) -> Tensor:
+    """`0.3,0.4` as a tensor; an empty text is `count` defaults. Raises ValueError."""
+    values = torch.tensor([float(part) for part in text.split(",")] if text else [default] * count)
+    if len(values) != count or not values.isfinite().all():
+        raise ValueError(f"{text!r} must be {count} finite numbers, one a reward")
+    return values
+
+
+def flag(default, text: str):
+    """A field of `Config`, which is a flag with this default and help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    method: str = flag("", f"{', '.join(METHODS)}; empty: the story of ppo and xi_ppo")
+    mix: str = flag("lagrangian", "of all_ppo, mu_ppo, xi_ppo: lagrangian or paper")
+    thresholds: str = flag("search", "theta by commas, or how to find it: search or proxy")
+    weights: str = flag("", "of each reward in PPO, by commas; empty: 1")
+    flattery: float = flag(0.6, "share of facts that are polite too; 0: independent counts")
+    policy: str = flag("", "folder of a GPT-2 to start from; empty: a new small one")
+    data: str = flag("", "with --policy: JSON lines of prompt, response and what else you like")
+    module: str = flag("", "with --policy: has rewards(rows, replies) and judge(rows, replies)")
+    supervised: int = flag(-1, "steps that make pi_0; -1: 400, and none with --policy")
+    d_model: int = flag(48, "width of a new policy; paper: 768")
+    n_layer: int = flag(1, "its layers; paper: 12")
+    reply: int = flag(24, "most tokens of a reply; paper: 20")
+    batch: int = flag(96, "replies an update; paper: 1,280 tokens")
+    updates: int = flag(80, "of a run; half as many without constraints; paper: 100")
+    epochs: int = flag(2, "passes over an update's replies; paper: 5")
+    minibatches: int = flag(2, "minibatches a pass; paper: 20")
+    lr: float = flag(0.0, "of the policy, the critic's is threefold; 0: 1e-3, with --policy 2e-6")
+    gamma: float = flag(0.99, "discount a token")
+    lam: float = flag(0.95, "lambda of generalised advantage estimation")
+    clip: float = flag(0.2, "the policy ratio stays within 1 +- clip")
+    kl_coefficient: float = flag(0.25, "of ppo, ppo_sat, all_ppo")
+    kl_target: float = flag(0.0, "KL a token to which it adapts; 0: it is fixed; paper: 0.5")
+    multiplier_lr: float = flag(0.5, "rate of the multipliers' SGD; paper: 0.1")
+    eval_every: int = flag(4, "updates from one evaluation and checkpoint to the next")
+    eval_rows: int = flag(480, "replies of an evaluation")
+    seed: int = flag(0, "seed of initialisation, data order and samples")
+    device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
+    out: str = flag("out/constrained_ppo", "folder of checkpoints, metrics, result and picture")
+    resume: bool = flag(False, "go on from the checkpoints in OUT")
+    smoke: bool = flag(False, "a tiny model for a few steps, written to OUT/smoke: does it run?")
+
+    def __post_init__(self):
+        if self.method not in ("", *METHODS) or self.mix not in ("paper", "lagrangian"):
+            raise ValueError(f"--method {self.method} --mix {self.mix}: see --help")
+        for name in ("reply", "batch", "updates", "epochs", "minibatches", "eval_every", "eval_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if bool(self.policy) != bool(self.data and self.module):
+            raise ValueError("--policy, --data and --module go together")
+
+    @property
+    def rate(self) -> float:
+        """The policy's learning rate."""
+        return self.lr or (2e-6 if self.policy else 1e-3)
+
+    @property
+    def supervised_steps(self) -> int:
+        """The supervised steps."""
+        return (0 if self.policy else 400) if self.supervised < 0 else self.supervised
+
+
+SMOKE = {"d_model": 16, "supervised": 3, "batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    for field in dataclasses.fields(Config):
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    given = vars(parser.parse_args(argv))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    if given["smoke"]:
+        given |= SMOKE | {"out": f"{given['out']}/smoke"}
+    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
+    try:
+        experiment(Config(**given))
+    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
+        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
+        if isinstance(error, ImportError):
+            text += f"; pip install {error.name}"
+        print(text, file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
