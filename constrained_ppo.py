@@ -8,26 +8,23 @@ Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RL
 
     python constrained_ppo.py                        PPO beside xi-PPO in a small world: 3 minutes
     python constrained_ppo.py --method nelder_mead   thresholds found within one run: 1 minute
-    python constrained_ppo.py --policy FOLDER --data rows.jsonl --module my_rewards   your GPT-2
+    python constrained_ppo.py --policy FOLDER --data rows.jsonl --module my_score   your GPT-2
 
 A shopkeeper is asked about a thing. Two rewards count polite words and right facts; the judge wants
 a few of each, and facts flatter, so that the right weight of politeness is negative. All depends on
-two counts, so the KL-regularised optimum is computed from a table and printed beside what RL finds.
+two counts: the KL-regularised optimum comes from a table, and is printed beside what RL finds.
 
 code               shape           paper
 policy, reference                  pi, pi_0: GPT-2s, the second frozen
-rewards            (B, N)          r_i of whole replies
-kl                 (B, T)          log(pi / pi_0) of each token drawn
+rewards, kl        (B, N), (B, T)  r_i of replies, log(pi / pi_0) of each token drawn
 values             (B, T, N + 1)   v_1 .. v_N and v_0, the task's, for mu and xi the KL's
 m, thresholds      (N,)            mu_i, the multipliers, and theta_i
 
 The paper's mix whitens each advantage by itself and bounds the multipliers. That throws away the
 strength of the KL: nothing pulls back, and the multipliers swing. `--mix lagrangian` adds the raw
 advantages, with unbounded multipliers, and whitens the sum: the Lagrangian's gradient, which holds.
-
-Other differences: a proxy point is the best of the points seen, smoothed, where the paper takes the
-maximum of a polynomial. Replies are drawn from all tokens, not from the top 20, so that ratio and
-KL are of the policy that wrote them. The rewards are functions, not models.
+Other differences: a proxy point is the best of the points seen, not the maximum of a polynomial;
+replies are drawn from all tokens, not the top 20; rewards are functions, not models.
 """
 
 from __future__ import annotations
@@ -37,14 +34,12 @@ import copy
 import dataclasses
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
 import random
 import sys
 import time
-import types
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +52,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+GAMMA, LAM, CLIP = 0.99, 0.95, 0.2  # discount and lambda of GAE, and PPO's clip, as in the paper
+METHODS = ("ppo_no_kl", "ppo", "ppo_sat", "all_ppo", "mu_ppo", "xi_ppo", "nelder_mead")
 CONSTRAINED = ("all_ppo", "mu_ppo", "xi_ppo")  # the methods with multipliers
 
 # ----- The method: Algorithm 1 --------------------------------------------------------------------
@@ -90,9 +87,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, advantages + values[:, :-1]
 
 
-def ppo_policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float
-) -> Tensor:
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip: float) -> Tensor:
     """PPO's clipped objective, negated: a mean over tokens, all (B, T) (Schulman et al. 2017)."""
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -107,24 +102,19 @@ def token_rewards(run: Run, rewards: Tensor, kl: Tensor, mask: Tensor) -> Tensor
     """
     last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))  # (B, T)
     each = last[..., None] * rewards[:, None]  # (B, T, N)
-    penalty = run.kl_coefficient * kl
-    if run.method in ("mu_ppo", "xi_ppo"):
+    task = (each * run.weights).sum(-1) - run.kl_coefficient * kl  # (B, T)
+    if run.method == "ppo_sat":
+        squares = run.weights * (rewards - run.thresholds) ** 2  # (B, N)
+        task = -last * squares.sum(-1, keepdim=True) - run.kl_coefficient * kl
+    elif run.method == "all_ppo":
+        each = each - run.kl_coefficient * kl[..., None]
+    elif run.method in ("mu_ppo", "xi_ppo"):
         task = -kl
-    elif run.method == "ppo_sat":
-        r0 = -(run.weights * (rewards - run.thresholds) ** 2).sum(-1)  # (B,)
-        task = last * r0[:, None] - penalty
-    else:
-        task = last * (rewards @ run.weights)[:, None] - penalty
-    if run.method == "all_ppo":
-        each = each - penalty[..., None]
     return torch.cat([each, task[..., None]], -1)
 
 
 def multipliers(method: str, mix: str, raw: Tensor) -> Tensor:
-    """The multipliers m (N,) of free parameters (N,): in the paper's mix they are bounded.
-
-    Between 0 and 1 for mu and All; between -1 and 1 for xi, whose constraints are equalities.
-    """
+    """m (N,) of free parameters (N,): the paper bounds them, xi's, of equalities, by -1 and 1."""
     if mix == "lagrangian":
         return raw
     return raw.tanh() if method == "xi_ppo" else raw.sigmoid()
@@ -134,8 +124,8 @@ def mix_advantages(method: str, mix: str, advantages: Tensor, m: Tensor, mask: T
     """The Lagrangian's advantage (B, T) from those of N rewards and the task (B, T, N + 1); m (N,).
 
     `paper`, equation 4.4: each is whitened by itself, and their weights sum to N. `lagrangian`: raw
-    advantages, so that the KL keeps its strength, whitened once. All-PPO's constraints are upper
-    bounds, so that its multipliers count against the rewards. Without multipliers: the task's.
+    advantages, so that the KL keeps its strength, whitened once. All-PPO has upper bounds, so that
+    its multipliers count against the rewards. Without multipliers: the task's.
     """
     if method not in CONSTRAINED:
         return whiten(advantages[..., -1], mask)
@@ -155,21 +145,14 @@ def multiplier_step(run: Run, J: Tensor) -> None:
 
     J (N,) is a minibatch's mean reward, not the critic's estimate, which is poor early on.
     """
+    sign = -1 if run.method == "all_ppo" else 1
     m = multipliers(run.method, run.config.mix, run.raw)
-    loss = (m * (J - run.thresholds)).sum()
-    if run.method == "all_ppo":
-        loss = -loss
     run.raw_optimizer.zero_grad()
-    loss.backward()
+    (sign * m * (J - run.thresholds)).sum().backward()
     clip_grad_norm_([run.raw], 0.5)
     run.raw_optimizer.step()
     if run.config.mix == "lagrangian" and run.method != "xi_ppo":
         run.raw.data.clamp_(min=0)  # the multipliers of inequalities are at least 0
-
-
-def adaptive_kl(coefficient: float, kl: float, target: float, step: float = 0.1) -> float:
-    """The next KL coefficient: larger where the mean KL a token is over its target (appendix B)."""
-    return coefficient * (1 + step * min(max((kl - target) / target, -0.2), 0.2))
 
 
 def update(run: Run, rows: list[dict]) -> dict:
@@ -179,22 +162,21 @@ def update(run: Run, rows: list[dict]) -> dict:
     FloatingPointError in place of a step that is not finite.
     """
     config, method = run.config, run.method
-    rollout, _, rewards, kl = reply_to(run, rows, run.generator)
+    rollout, _, rewards, _, kl = reply_to(run, rows, run.generator)
     mask = rollout.mask
     with torch.no_grad():
         values = outputs(run.critic, rollout)  # (B, T, N + 1)
     heads = token_rewards(run, rewards, kl, mask)
-    advantages, returns = gae(heads, values, mask, config.gamma, config.lam)
+    advantages, returns = gae(heads, values, mask, GAMMA, LAM)
     for _ in range(config.epochs):
         order = torch.randperm(len(mask), generator=run.generator, device=mask.device)
         for index in order.chunk(config.minibatches):
             part, m = rollout.part(index), multipliers(method, config.mix, run.raw.detach())
             A = mix_advantages(method, config.mix, advantages[index], m, part.mask)
-            logp = token_logp(run.policy, part)
-            loss = ppo_policy_loss(logp, part.logp, A, part.mask, config.clip)
+            loss = ppo_policy_loss(token_logp(run.policy, part), part.logp, A, part.mask, CLIP)
             errors = (outputs(run.critic, part) - returns[index]) ** 2
-            for error, weight in zip(errors.unbind(-1), run.head_weights, strict=True):
-                loss = loss + weight * masked_mean(error, part.mask)
+            loss = loss + 0.5 * masked_mean(errors[..., :-1].sum(-1), part.mask)
+            loss = loss + 0.2 * masked_mean(errors[..., -1], part.mask)
             run.optimizer.zero_grad()
             loss.backward()
             norms = [clip_grad_norm_(net.parameters(), 1.0) for net in (run.policy, run.critic)]
@@ -204,8 +186,9 @@ def update(run: Run, rows: list[dict]) -> dict:
             if method in CONSTRAINED:
                 multiplier_step(run, rewards[index].mean(0))
     mean_kl = masked_mean(kl, mask).item()
-    if config.kl_target and method in ("ppo", "ppo_sat", "all_ppo"):
-        run.kl_coefficient = adaptive_kl(run.kl_coefficient, mean_kl, config.kl_target)
+    if config.kl_target:  # appendix B: the coefficient rises where the KL is over its target
+        error = (mean_kl - config.kl_target) / config.kl_target
+        run.kl_coefficient *= 1 + 0.1 * min(max(error, -0.2), 0.2)
     run.step += 1
     return {"loss": loss.item(), "batch_kl": mean_kl, "batch_rewards": rewards.mean(0).tolist()}
 
@@ -214,26 +197,19 @@ def update(run: Run, rows: list[dict]) -> dict:
 
 
 def proxy_point(rewards: np.ndarray, judge: np.ndarray) -> list[float]:
-    """The point (N,) where the judge was best, of rewards (n, N) and judge (n,) (Algorithm 2).
+    """The point (N,) seen where the judge was best (Algorithm 2); rewards (n, N), judge (n,).
 
-    The judge is smoothed over near points by a Gaussian kernel, and the best of the points that
-    were seen is taken: the maximum of a fitted polynomial lies where no policy has been. Raises
-    ValueError where a reward never changed.
+    The judge is smoothed over near points by a Gaussian kernel.
     """
     n, N = rewards.shape
-    if (np.ptp(rewards, 0) == 0).any():
-        raise ValueError(f"a reward never changed, {rewards[0]}: give --thresholds")
-    x = (rewards - rewards.mean(0)) / rewards.std(0)
+    x = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-9)
     width = 0.5 * n ** (-1 / (N + 4))  # half of Scott's rule
     near = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1) / width**2)  # (n, n)
     return rewards[(near @ judge / near.sum(1)).argmax()].tolist()
 
 
 def nelder_mead(simplex: np.ndarray) -> Generator[np.ndarray, float, None]:
-    """Nelder and Mead's search for a minimum, from N + 1 corners (N + 1, N).
-
-    Yields each point (N,) to evaluate, and is sent its value; it never ends.
-    """
+    """Nelder and Mead's search for a minimum: yields each point (N,), and is sent its value."""
     simplex, values = np.array(simplex, float), np.zeros(len(simplex))
     for i in range(len(simplex)):
         values[i] = yield simplex[i]
@@ -266,8 +242,8 @@ def search_thresholds(start: list[float], updates: int, found: list) -> Generato
 
     Yields the thresholds (N,) for each update, and is sent its mean rewards and a function that
     judges the policy as it stands. A set is trained for until the mean of three updates is within
-    10 % of it, or for an eighth of the updates; then it is judged, and noted in `found`. A set
-    within 5 % of an earlier one takes that one's judge. The last eighth trains for the best.
+    10 % of it, or for an eighth of the updates; then it is judged, and noted in `found`. The last
+    eighth trains for the best. Not included: judges kept for sets that come again.
     """
     corners = np.maximum(start, 0.02) * (1 + 0.5 * np.eye(len(start) + 1, len(start), -1))
     search = nelder_mead(corners)  # pi_0's own rewards, and one of them half as large again
@@ -276,19 +252,11 @@ def search_thresholds(start: list[float], updates: int, found: list) -> Generato
         means, judge = yield asked
         recent.append(means)
         near = np.allclose(np.mean(recent[-3:], 0), asked, rtol=0.1, atol=0)
-        if (len(recent) < 3 or not near) and len(recent) < eighth:
-            continue
-        value, recent = judge(), []
-        found.append((asked, value))
-        for _ in range(50):  # a simplex that has shrunk asks only for what is known
-            asked = search.send(-value).tolist()
-            known = [v for at, v in found if np.allclose(asked, at, rtol=0.05, atol=0)]
-            if not known:
-                break
-            value = known[-1]
-    best = max(found, key=lambda pair: pair[1], default=(asked, 0.0))[0]
+        if len(recent) >= eighth or (len(recent) >= 3 and near):
+            found.append((asked, judge()))
+            asked, recent = search.send(-found[-1][1]).tolist(), []
     while True:
-        yield best
+        yield max(found, key=lambda pair: pair[1], default=(asked, 0.0))[0]
 
 
 # ----- The policy: GPT-2, and its replies ---------------------------------------------------------
@@ -297,35 +265,32 @@ def search_thresholds(start: list[float], updates: int, found: list) -> Generato
 class GPT2(nn.Module):
     """GPT-2 without dropout, so that PPO's first ratio is 1; `end` is the id that ends a reply."""
 
-    def __init__(self, vocab: int, positions: int, D: int, n_layer: int, n_head: int, end: int):
+    def __init__(self, vocab: int, positions=64, D=48, n_layer=1, n_head=4, end=0):
         super().__init__()
         self.n_head, self.end, self.head = n_head, end, None  # a critic has a head, for values
         self.wte, self.wpe = nn.Embedding(vocab, D), nn.Embedding(positions, D)
-        self.h = nn.ModuleList()
+        self.h, self.ln_f = nn.ModuleList(), nn.LayerNorm(D)
         for _ in range(n_layer):
             attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D), "c_proj": nn.Linear(D, D)})
             mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
             norms = {"ln_1": nn.LayerNorm(D), "ln_2": nn.LayerNorm(D)}
             self.h.append(nn.ModuleDict({**norms, "attn": attn, "mlp": mlp}))
-        self.ln_f = nn.LayerNorm(D)
-        for name, parameter in self.named_parameters():
-            if "ln_" not in name:  # GPT-2's 0.02 is too small for a width of 48
-                nn.init.normal_(parameter, std=0.0 if "bias" in name else 1 / math.sqrt(2 * D))
+        for parameter in self.parameters():
+            if parameter.ndim == 2:  # GPT-2's 0.02 is too small for a width of 48
+                nn.init.normal_(parameter, std=1 / math.sqrt(2 * D))
 
-    def forward(
-        self, tokens: Tensor, valid: Tensor, past: list | None = None, last: int = 0
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, last, V), or values (B, last, heads), at the last of L tokens; 0: at all.
+    def forward(self, tokens: Tensor, valid: Tensor, past: list | None = None, last: int = 0):
+        """Logits (B, last, V) at the last of L tokens, 0: at all, and keys and values for `past`.
 
-        tokens (B, L) are the last L of S positions; valid (B, S) is False on padding, and positions
-        count valid tokens only, so padding in front changes nothing. past: the keys and values of
-        the S - L positions before, as this gives them.
+        tokens (B, L) are the last L of S positions, past has the keys and values of those before;
+        valid (B, S) is False on padding, and positions count valid tokens only, so padding in front
+        changes nothing. With a head: values (B, last, heads).
         """
         (B, L), S = tokens.shape, valid.shape[1]
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, S - L :]
-        sees = torch.ones(L, S, dtype=torch.bool, device=tokens.device).tril(S - L) & valid[:, None]
+        causal = torch.ones(L, S, dtype=torch.bool, device=tokens.device).tril(S - L)
         itself = torch.eye(S, dtype=torch.bool, device=tokens.device)[S - L :]
-        sees = (sees | itself).unsqueeze(1)  # (B, 1, L, S); padding sees itself, else it sees none
+        sees = (causal & valid[:, None] | itself)[:, None]  # padding sees itself, else it sees none
         x, cache = self.wte(tokens) + self.wpe(positions), []  # (B, L, D)
         for i, layer in enumerate(self.h):
             qkv = layer["attn"]["c_attn"](layer["ln_1"](x)).view(B, L, 3, self.n_head, -1)
@@ -371,16 +336,15 @@ def token_logp(policy: GPT2, rollout: Rollout) -> Tensor:
 
 def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as a tensor (B, P), zeros in front of the short ones, and True where ids are."""
-    P = max(len(row) for row in rows)
+    P, lengths = max(map(len, rows)), torch.tensor([len(row) for row in rows])
     tokens = torch.tensor([[0] * (P - len(row)) + row for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
     return tokens, torch.arange(P) >= P - lengths[:, None]
 
 
 @torch.no_grad()
 def generate(policy: GPT2, prompts: list, limit: int, generator: torch.Generator) -> Rollout:
     """Draw replies to prompts, lists of ids, with a cache, up to the end token or the limit."""
-    prompts, valid = (x.to(policy.wte.weight.device) for x in pad_in_front(prompts))
+    prompts, valid = (x.to(generator.device) for x in pad_in_front(prompts))
     alive = torch.ones_like(prompts[:, :1], dtype=torch.bool)
     x, seen, cache, columns = prompts, valid, None, []
     while len(columns) < limit and alive.any():
@@ -403,43 +367,33 @@ FACTS = {  # six of each thing; said with flattery, as "lovely-brass", one is po
     "clock": "walnut precise loud wound square tall", "chair": "oak soft folding padded low wide",
     "kettle": "steel red fast light whistling small", "drum": "round deep painted tuned dry hollow",
 }  # fmt: skip
-VOCABULARY = ["<end>", *"tell me about the".split(), *FACTS, *FILLERS, *POLITE]
-for words in FACTS.values():
-    VOCABULARY += [*words.split(), *(f"lovely-{word}" for word in words.split())]
 PIECES, MORE = 7, 0.7  # a reply has 1 to 7 pieces of two words; each number is 0.7 as likely
 FACT, RIGHT, THANKS = 0.5, 0.75, 0.2  # shares: facts, right ones among them, polite pieces
 
 
 def demonstration(thing: str, flattery: float, r: random.Random) -> str:
     """A shopkeeper's reply: facts, that share of them with flattery, polite words and fillers."""
-    others = " ".join(FACTS[other] for other in FACTS if other != thing)
-    words, sizes = [], range(1, PIECES + 1)
-    for _ in range(r.choices(sizes, [MORE**size for size in sizes])[0]):
+    others, words = " ".join(FACTS[other] for other in FACTS if other != thing), []
+    for _ in range(1 + r.choices(range(PIECES), [MORE**k for k in range(PIECES)])[0]):
         kind, word = r.random(), r.choice(FILLERS)
         if kind < FACT:
             word = r.choice((FACTS[thing] if r.random() < RIGHT else others).split())
-            if r.random() < flattery:
-                word = f"lovely-{word}"
+            word = f"lovely-{word}" if r.random() < flattery else word
         elif kind < FACT + THANKS:
             word = r.choice(POLITE)
         words += [r.choice(FILLERS), word]
     return " ".join(words)
 
 
-def count(rows: list[dict], replies: list[str]) -> np.ndarray:
-    """The polite words of each reply, and its different right facts: (2, B)."""
+def score_shop(rows: list[dict], replies: list[str]) -> dict[str, np.ndarray]:
+    """The judge, and its two proxies: polite words and right facts, each over 6; (B,) each."""
     counts = []
     for row, reply in zip(rows, replies, strict=True):
         words, facts = reply.split(), FACTS[row["prompt"].split()[-1]].split()
         polite = sum(word in POLITE or word.startswith("lovely-") for word in words)
         counts.append((polite, len({word.removeprefix("lovely-") for word in words} & {*facts})))
-    return np.array(counts, float).T
-
-
-def shop_rewards(rows: list[dict], replies: list[str]) -> dict[str, np.ndarray]:
-    """Two proxies (B,): polite words and right facts, each over 6."""
-    polite, facts = count(rows, replies) / 6
-    return {"polite": polite, "facts": facts}
+    polite, facts = np.array(counts, float).T
+    return {"judge": judge_counts(polite, facts), "polite": polite / 6, "facts": facts / 6}
 
 
 def judge_counts(polite: np.ndarray, facts: np.ndarray) -> np.ndarray:
@@ -447,18 +401,13 @@ def judge_counts(polite: np.ndarray, facts: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * np.maximum((polite - 2) ** 2, ((facts - 4) / 1.5) ** 2))
 
 
-def shop_judge(rows: list[dict], replies: list[str]) -> np.ndarray:
-    """The judge of each reply (B,)."""
-    return judge_counts(*count(rows, replies))
-
-
 def count_table(flattery: float) -> np.ndarray:
     """The probability of (polite, facts) in a demonstration, exactly: piece after piece."""
     now, shares = np.zeros((PIECES + 1, PIECES + 1)), MORE ** np.arange(PIECES)
-    now[0, 0] = 1.0
-    table, facts = np.zeros_like(now), np.arange(PIECES + 1)
+    now[0, 0], table = 1.0, np.zeros_like(now)
     for share in shares / shares.sum():
-        new = FACT * RIGHT * (6 - facts).clip(0) / 6 * now  # a right fact that was not yet said
+        unsaid = (6 - np.arange(PIECES + 1)).clip(0) / 6
+        new = FACT * RIGHT * unsaid * now  # the piece is a right fact that was not yet said
         old = FACT * now - new
         polite = THANKS * now + flattery * old
         now = (1 - FACT - THANKS) * now + (1 - flattery) * old + np.roll(polite, 1, 0)
@@ -468,19 +417,18 @@ def count_table(flattery: float) -> np.ndarray:
 
 
 def exact_optimum(table: np.ndarray, least: float) -> dict:
-    """The policy p0(n) exp(m n) / Z that the judge likes best, over m between `least` and 4.
+    """The policy p0(n) exp(m n) / Z that the judge likes best, over m from `least` to 4.
 
     Each is the optimum of the reward m n less the KL to pi_0, on a table p0 of counts n.
     """
-    counts, grid, best = np.indices(table.shape), np.arange(round(10 * least), 41) / 10, {}
-    for m in itertools.product(grid, grid):
-        p = table * np.exp(m[0] * counts[0] + m[1] * counts[1])
-        judge = float((p * judge_counts(*counts)).sum() / p.sum())
-        if not best or judge > best["judge"]:
-            means = (p * counts).sum((1, 2)) / p.sum()
-            best = {"judge": judge, "rewards": (means / 6).tolist(), "m": list(m)}
-            best["kl_a_reply"] = float(means @ m - np.log(p.sum()))
-    return best
+    (polite, facts), grid = np.indices(table.shape), np.arange(10 * least, 41) / 10
+    m = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2, 1, 1)
+    p = table * np.exp(m[:, 0] * polite + m[:, 1] * facts)  # (all m, counts, counts)
+    p /= p.sum((1, 2), keepdims=True)
+    judges = (p * judge_counts(polite, facts)).sum((1, 2))
+    best = judges.argmax()
+    rewards = [float((p[best] * n).sum()) / 6 for n in (polite, facts)]
+    return {"judge": float(judges[best]), "rewards": rewards, "m": m[best].flatten().tolist()}
 
 
 # ----- The task: the shopkeeper's, or the user's --------------------------------------------------
@@ -489,13 +437,17 @@ def exact_optimum(table: np.ndarray, least: float) -> dict:
 class Words:
     """The world's tokenizer: words between spaces; id 0 ends a reply."""
 
+    facts = " ".join(FACTS.values()).split()
+    words = ("<end>", "tell", "me", "about", "the", *FACTS, *FILLERS, *POLITE, *facts)
+    words += tuple(f"lovely-{fact}" for fact in facts)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the words of a text."""
-        return [VOCABULARY.index(word) for word in text.split()]
+        return [self.words.index(word) for word in text.split()]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
-        return " ".join(VOCABULARY[i] for i in ids)
+        return " ".join(self.words[i] for i in ids)
 
 
 class UserCodeError(Exception):
@@ -503,48 +455,43 @@ class UserCodeError(Exception):
 
 
 class Task:
-    """Rows of prompt and response, a tokenizer, and functions that reward and judge replies."""
+    """Rows of prompt and response, a tokenizer, and score(rows, replies): judge and rewards."""
 
     def __init__(self, config: Config):
-        rows, r = [], random.Random(config.seed)
         if config.policy:
             from transformers import AutoTokenizer
 
             sys.path.append(os.getcwd())
+            self.function = importlib.import_module(config.module).score
             self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
-            self.module = importlib.import_module(config.module)
-            for number, line in enumerate(Path(config.data).read_text("utf-8-sig").splitlines(), 1):
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict) or not {"prompt", "response"} <= rows[-1].keys():
-                    raise ValueError(f"{config.data}, line {number}: needs prompt and response")
+            lines = Path(config.data).read_text("utf-8-sig").splitlines()
+            rows = [json.loads(line) for line in lines]
             self.train, self.valid = [row for i, row in enumerate(rows) if i % 10], rows[::10]
         else:
-            self.tokenizer = Words()
-            self.module = types.SimpleNamespace(rewards=shop_rewards, judge=shop_judge)
+            self.function, self.tokenizer = score_shop, Words()
+            self.train, r = [], random.Random(config.seed)
             for thing in [*FACTS] * 2000:
                 reply = demonstration(thing, config.flattery, r)
-                rows.append({"prompt": f"tell me about the {thing}", "response": reply})
-            self.train, self.valid = rows, rows[: len(FACTS)]
-        self.names = [*self.call("rewards", self.valid[:1], [self.valid[0]["response"]])]
+                self.train.append({"prompt": f"tell me about the {thing}", "response": reply})
+            self.valid = self.train[: len(FACTS)]
+        first = self.function(self.valid[:1], [self.valid[0]["response"]])
+        self.names = [name for name in first if name != "judge"]
 
-    def call(self, name: str, rows: list[dict], replies: list[str]) -> dict | np.ndarray | float:
-        """The module's rewards(rows, replies), or its judge(rows, replies)."""
+    def score(self, rows: list[dict], replies: list[str]) -> tuple[Tensor, float]:
+        """The rewards (B, N), 0 for an empty reply, and the judge's mean. Raises ValueError."""
         try:
-            return getattr(self.module, name)(list(rows), list(replies))
+            found = self.function(list(rows), list(replies))
+            judge = float(np.mean(found["judge"]))
+            rewards = np.array([found[name] for name in self.names], np.float32).T  # (B, N)
         except Exception as error:
-            raise UserCodeError(f"{name} failed; mended, it goes on by --resume") from error
-
-    def score(self, rows: list[dict], replies: list[str]) -> Tensor:
-        """The rewards (B, N), 0 for an empty reply. Raises ValueError for other shapes, or NaN."""
-        found = self.call("rewards", rows, replies)
-        scores = torch.tensor(np.array([found[name] for name in self.names]), dtype=torch.float32).T
-        if scores.shape != (len(rows), len(self.names)) or not scores.isfinite().all():
-            raise ValueError(f"rewards gave {found}, must be a finite number for each reply")
-        return scores * torch.tensor([[reply != ""] for reply in replies])
+            raise UserCodeError("the score of replies failed; --resume goes on") from error
+        if rewards.shape != (len(rows), len(self.names)) or not np.isfinite(rewards.sum() + judge):
+            raise ValueError(f"score gave {found}: must be finite, a number for each reply")
+        return torch.tensor(rewards * [[reply != ""] for reply in replies]).float(), judge
 
 
 def reply_to(run: Run, rows: list[dict], generator: torch.Generator) -> tuple:
-    """The policy's replies to prompts: a Rollout, their texts, rewards (B, N) and kl (B, T)."""
+    """Replies to the rows' prompts: a Rollout, texts, rewards (B, N), judge and kl (B, T)."""
     prompts = [run.task.tokenizer.encode(row["prompt"]) for row in rows]
     rollout, replies = generate(run.policy, prompts, run.config.reply, generator), []
     for tokens, length in zip(rollout.tokens.tolist(), rollout.mask.sum(1).int(), strict=True):
@@ -552,17 +499,15 @@ def reply_to(run: Run, rows: list[dict], generator: torch.Generator) -> tuple:
         replies.append(run.task.tokenizer.decode(ids).strip())
     with torch.no_grad():  # log(pi / pi_0) of what pi drew: unbiased, and may be negative
         kl = (rollout.logp - token_logp(run.reference, rollout)) * rollout.mask
-    return rollout, replies, run.task.score(rows, replies).to(kl), kl
+    rewards, judge = run.task.score(rows, replies)
+    return rollout, replies, rewards.to(kl), judge, kl
 
 
 def evaluate(run: Run) -> tuple[dict, list[str]]:
     """Judge, mean rewards, KL a token, and the replies: the same prompts and draws each time."""
     generator = torch.Generator(run.raw.device).manual_seed(17)
     rows = [run.task.valid[i % len(run.task.valid)] for i in range(run.config.eval_rows)]
-    rollout, replies, rewards, kl = reply_to(run, rows, generator)
-    judge = float(np.mean(run.task.call("judge", rows, replies)))
-    if not math.isfinite(judge):
-        raise ValueError(f"the judge gave {judge}, must be finite")
+    rollout, replies, rewards, judge, kl = reply_to(run, rows, generator)
     kl = masked_mean(kl, rollout.mask).item()
     return {"judge": judge, "rewards": rewards.mean(0).tolist(), "kl": kl}, replies
 
@@ -570,26 +515,28 @@ def evaluate(run: Run) -> tuple[dict, list[str]]:
 # ----- Training -----------------------------------------------------------------------------------
 
 
-def imitate(policy: GPT2, task: Task, config: Config) -> None:
-    """Supervised steps that make pi_0, the loss on the replies alone."""
-    order, steps = random.Random(config.seed), config.supervised_steps
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.01)
-    for step in range(steps):
+def first_policy(config: Config, task: Task, device: torch.device) -> GPT2:
+    """pi_0: the user's policy, or a new one; then supervised steps, the loss on replies alone."""
+    torch.manual_seed(config.seed)
+    policy = read_folder(config.policy) if config.policy else GPT2(len(task.tokenizer.words))
+    order, optimizer = random.Random(config.seed), torch.optim.AdamW(policy.to(device).parameters())
+    for step in range(config.supervised):
         rows = order.choices(task.train, k=64)
-        replies = [[*task.tokenizer.encode(" " + row["response"]), policy.end] for row in rows]
         prompts, valid = pad_in_front([task.tokenizer.encode(row["prompt"]) for row in rows])
+        replies = [[*task.tokenizer.encode(" " + row["response"]), policy.end] for row in rows]
         tokens, mask = (x.flip(1) for x in pad_in_front([reply[::-1] for reply in replies]))
-        parts = (prompts, valid, tokens, mask.float(), mask.float())
-        rollout = Rollout(*(x.to(policy.wte.weight.device) for x in parts))
+        parts = prompts, valid, tokens, mask.float(), mask.float()
+        rollout = Rollout(*(x.to(device) for x in parts))
         loss = -masked_mean(token_logp(policy, rollout), rollout.mask)
-        decay = min((step + 1) / 50, 1 - step / steps)
-        optimizer.param_groups[0]["lr"] = 6 * config.rate * decay
+        decay = min((step + 1) / 50, 1 - step / config.supervised)
+        optimizer.param_groups[0]["lr"] = 6 * config.lr * decay
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"supervised {step + 1}/{steps} · loss {loss.item():.3f}", flush=True)
+            print(f"supervised step {step + 1} · loss {loss.item():.3f}", flush=True)
+    return policy.requires_grad_(False)
 
 
 class Run:
@@ -602,20 +549,19 @@ class Run:
         self.config, self.name, self.task, self.reference = config, name, task, reference
         self.path = Path(config.out) / f"{name}.pt"
         self.method = "xi_ppo" if config.method == "nelder_mead" else config.method
-        (D, N), device = (reference.wte.embedding_dim, len(task.names)), reference.wte.weight.device
-        self.weights = numbers(config.weights, N, 1.0).to(device)
-        self.thresholds = numbers(config.thresholds, N, 0.0).to(device)
-        self.policy, self.critic = (copy.deepcopy(reference).requires_grad_(True) for _ in range(2))
+        N, D, device = len(task.names), reference.wte.embedding_dim, reference.wte.weight.device
+        self.weights = numbers(config.weights or ",".join("1" * N), N).to(device)
+        self.thresholds = numbers(config.thresholds or ",".join("0" * N), N).to(device)
+        self.policy = copy.deepcopy(reference).requires_grad_(True)
+        self.critic = copy.deepcopy(self.policy)
         self.critic.head = nn.Linear(D, N + 1, device=device)
-        nn.init.zeros_(self.critic.head.weight)
-        nn.init.zeros_(self.critic.head.bias)
-        self.head_weights = [0.5] * N + [0.2]  # of the critic's errors
-        groups = [{"params": self.policy.parameters(), "lr": config.rate}]
-        groups.append({"params": self.critic.parameters(), "lr": 3 * config.rate})
+        self.critic.head.weight.data.zero_()
+        groups = [{"params": self.policy.parameters(), "lr": config.lr}]
+        groups.append({"params": self.critic.parameters(), "lr": 3 * config.lr})
         self.optimizer = torch.optim.Adam(groups)
-        self.generator = torch.Generator(device).manual_seed(config.seed)
         self.raw = torch.zeros(N, device=device, requires_grad=True)
         self.raw_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
         self.kl_coefficient = 0.0 if self.method == "ppo_no_kl" else config.kl_coefficient
         self.step, self.rows, self.means, self.found = 0, [], [], []
 
@@ -640,16 +586,6 @@ class Run:
         self.raw.data.copy_(saved["raw"])
         self.generator.set_state(saved["generator"])
 
-    def log(self, row: dict) -> None:
-        """Evaluate, keep the row and print it."""
-        row |= {"run": self.name, "update": self.step, "kl_coefficient": self.kl_coefficient}
-        row["m"] = multipliers(self.method, self.config.mix, self.raw).tolist()
-        self.rows.append(row | {"thresholds": self.thresholds.tolist()} | evaluate(self)[0])
-        scores = dict(zip(self.task.names, self.rows[-1]["rewards"], strict=True))
-        scores |= {name: self.rows[-1][name] for name in ("judge", "kl")}
-        text = " · ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        print(f"{self.name} {self.step}/{self.config.updates} · {text}", flush=True)
-
 
 def train(config: Config, name: str, task: Task, reference: GPT2) -> Run:
     """One PPO run, evaluated and saved to OUT/NAME.pt on the way; --resume goes on from there."""
@@ -657,13 +593,12 @@ def train(config: Config, name: str, task: Task, reference: GPT2) -> Run:
     if config.resume and run.path.exists():
         run.load()
     if not run.rows:
-        run.log({})
-    if searching:
-        judged, run.found = iter(run.found), []
-        search = search_thresholds(run.rows[0]["rewards"], config.updates, run.found)
-        asked = next(search)
-        for means in run.means:  # of a run that goes on: what was found is not judged again
-            asked = search.send((means, lambda: next(judged)[1]))
+        run.rows.append({"run": name, "update": 0} | evaluate(run)[0])
+    judged, run.found = iter(run.found), []
+    search = search_thresholds(run.rows[0]["rewards"], config.updates, run.found)
+    asked = next(search)
+    for means in run.means:  # of a run that goes on: what was found is not judged again
+        asked = search.send((means, lambda: next(judged)[1]))
     while run.step < config.updates:
         if searching:
             run.thresholds = torch.tensor(asked).to(run.raw)
@@ -674,106 +609,94 @@ def train(config: Config, name: str, task: Task, reference: GPT2) -> Run:
             run.means.append(row["batch_rewards"])
             asked = search.send((run.means[-1], lambda: evaluate(run)[0]["judge"]))
         if run.step % config.eval_every == 0 or run.step == config.updates:
-            run.log(row)
+            row |= {"run": name, "update": run.step, "thresholds": run.thresholds.tolist()}
+            row["m"] = multipliers(run.method, config.mix, run.raw).tolist()
+            run.rows.append(row | evaluate(run)[0])
             run.save()
+            scores = {key: run.rows[-1][key] for key in ("judge", "kl")}
+            scores |= zip(task.names, run.rows[-1]["rewards"], strict=True)
+            text = " · ".join(f"{key} {value:.3f}" for key, value in scores.items())
+            print(f"{name} {run.step}/{config.updates} · {text}", flush=True)
     return run
 
 
-def first_policy(config: Config, task: Task) -> GPT2:
-    """pi_0: the user's policy or a new one, after the supervised steps."""
-    torch.manual_seed(config.seed)
-    sizes = len(VOCABULARY), 64, config.d_model, config.n_layer, 4, 0
-    policy = read_folder(config.policy) if config.policy else GPT2(*sizes)
-    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    policy.to(accelerator if config.device == "auto" else config.device)
-    imitate(policy, task, config)
-    return policy.requires_grad_(False)
+def story(config: Config, task: Task, reference: GPT2) -> list[Run]:
+    """The runs that find thresholds, then the method, or for no method PPO and xi-PPO."""
+    runs, thresholds = [], config.thresholds
 
+    def go(name: str, **changes) -> None:
+        runs.append(train(dataclasses.replace(config, **changes), name, task, reference))
 
-def find_thresholds(config: Config, task: Task, reference: GPT2) -> tuple[list[Run], list[float]]:
-    """The runs that find thresholds, without constraints or by Nelder and Mead, and the result."""
-    runs = []
-    if not config.method or config.thresholds == "proxy":
-        for name in [*task.names, "sum"]:  # each reward alone, then their sum
+    if not config.method or thresholds == "proxy":  # each reward alone, then their sum
+        short = {"method": "ppo_no_kl", "updates": config.updates // 2, "thresholds": ""}
+        for name in [*task.names, "sum"]:
             weights = ",".join(str(int(name in (other, "sum"))) for other in task.names)
-            changes = {"method": "ppo_no_kl", "weights": weights, "updates": config.updates // 2}
-            alone = dataclasses.replace(config, thresholds="", **changes)
-            runs.append(train(alone, f"only_{name}", task, reference))
-    if config.thresholds == "proxy":
+            go(f"only_{name}", weights=weights, **short)
+    if thresholds == "proxy":
         rows = [row for run in runs for row in run.rows]
         rewards, judge = (np.array([row[key] for row in rows]) for key in ("rewards", "judge"))
-        return runs, proxy_point(rewards, judge)
-    if config.thresholds != "search":
-        return runs, numbers(config.thresholds, len(task.names), 0.0).tolist()
-    changes = {"method": "nelder_mead", "updates": 2 * config.updates, "mix": "lagrangian"}
-    searching = dataclasses.replace(config, thresholds="", **changes)
-    runs.append(train(searching, "nelder_mead", task, reference))
-    return runs, max(runs[-1].found, key=lambda pair: pair[1])[0]
+        thresholds = ",".join(f"{theta:.4f}" for theta in proxy_point(rewards, judge))
+    elif thresholds == "search":
+        go("nelder_mead", method="nelder_mead", updates=2 * config.updates, thresholds="")
+        best, _ = max(runs[-1].found, key=lambda pair: pair[1])
+        thresholds = ",".join(f"{theta:.4f}" for theta in best)
+    arms = {config.method: config.mix}.items()
+    if not config.method:
+        arms = ("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian")
+    for method, mix in arms:
+        name = f"{method}_{mix}".removesuffix("_paper") if method in CONSTRAINED else method
+        if method != "nelder_mead":
+            go(name, method=method, mix=mix, thresholds=thresholds)
+    return runs
 
 
 def experiment(config: Config) -> None:
-    """pi_0, thresholds, runs; writes OUT/metrics.jsonl, result.json, story.png and the policies."""
-    began, out = time.perf_counter(), Path(config.out)
+    """The job: writes OUT/result.json, metrics.jsonl, story.png, and a user's policies."""
+    began, out, task = time.time(), Path(config.out), Task(config)
     out.mkdir(parents=True, exist_ok=True)
-    task, runs, thresholds = Task(config), [], []
-    reference = first_policy(config, task)
-    if config.method not in ("ppo", "ppo_no_kl", "nelder_mead"):
-        runs, thresholds = find_thresholds(config, task, reference)
-    arms = [(config.method, config.mix)] if config.method else STORY
-    text = ",".join(f"{theta:.4f}" for theta in thresholds)
-    for method, mix in arms:
-        name = f"{method}_lagrangian" if method in CONSTRAINED and mix == "lagrangian" else method
-        arm = dataclasses.replace(config, method=method, mix=mix, thresholds=text)
-        runs.append(train(arm, name, task, reference))
-        if config.policy:
-            write_folder(runs[-1].policy, config.policy, out / name)
-    result = {"final": {run.name: run.rows[-1]["judge"] for run in runs}, "thresholds": thresholds}
-    if not config.policy:
-        table = count_table(config.flattery)
-        result["optimum"] = exact_optimum(table, -4.0)
-        result["optimum_of_weights_above_0"] = exact_optimum(table, 0.0)
-    result |= {
-        "found": runs[-1].found, "parameters": sum(p.numel() for p in reference.parameters()),
-        "wall_seconds": round(time.perf_counter() - began, 1), "argv": sys.argv,
-        "python": sys.version, "torch": torch.__version__, "seed": config.seed,
-        "device": f"{reference.wte.weight.device}, {torch.get_num_threads()} threads",
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(accelerator if config.device == "auto" else config.device)
+    runs = story(config, task, first_policy(config, task, device))
+    result = {
+        "final": {run.name: run.rows[-1]["judge"] for run in runs},
+        "thresholds": runs[-1].thresholds.tolist(), "found": [run.found for run in runs],
+        "parameters": sum(p.numel() for p in runs[0].policy.parameters()), "argv": sys.argv,
+        "wall_seconds": round(time.time() - began, 1), "device": str(device), "seed": config.seed,
+        "python": sys.version, "torch": torch.__version__, "config": vars(config),
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "config": dataclasses.asdict(config),
     }  # fmt: skip
+    if not config.policy:
+        result["optimum"] = exact_optimum(count_table(config.flattery), -4.0)
+        result["optimum_of_weights_above_0"] = exact_optimum(count_table(config.flattery), 0.0)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     lines = [json.dumps(row) + "\n" for run in runs for row in run.rows]
     (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
     for run in runs:
-        print(f"{run.name}: judge {result['final'][run.name]:.3f}, writes {evaluate(run)[1][0]!r}")
-    print(f"thresholds {thresholds}; optimum {result.get('optimum')}; {out}", flush=True)
-    plot(runs, task.names, result, out / "story.png")
+        print(f"{run.name}: judge {run.rows[-1]['judge']:.3f}, writes {evaluate(run)[1][0]!r}")
+        if config.policy:
+            write_folder(run.policy, config.policy, out / run.name)
+    print(f"thresholds {result['thresholds']}; optimum {result.get('optimum')}; {out}")
+    plot(runs, result.get("optimum"), out / "story.png")
 
 
-def plot(runs: list[Run], names: list[str], result: dict, path: Path) -> None:
-    """By update: the judge, and one reward alone beside it; and the rewards against each other."""
+def plot(runs: list[Run], optimum: dict | None, path: Path) -> None:
+    """The judge by update, and dotted the reward of a run that has one alone."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for i, run in enumerate(runs):
-        updates, judge = [[row[key] for row in run.rows] for key in ("update", "judge")]
-        rewards = np.array([row["rewards"] for row in run.rows])
-        alone = run.name.startswith("only_")
-        axes[0 if alone else 1].plot(updates, judge, color=f"C{i}", label=f"{run.name}: judge")
-        if run.name.removeprefix("only_") in names:
-            reward = rewards[:, names.index(run.name.removeprefix("only_"))]
-            axes[0].plot(updates, reward, ":", color=f"C{i}", label=f"{run.name}: reward")
-        axes[2].plot(rewards[:, 0], rewards[:, -1], ".-", color=f"C{i}", label=run.name)
-    if "optimum" in result:
-        axes[1].axhline(result["optimum"]["judge"], ls="--", color="grey", label="exact optimum")
-        axes[2].plot(*result["optimum"]["rewards"], "kx", label="exact optimum")
-    if result["thresholds"]:
-        axes[2].plot(result["thresholds"][0], result["thresholds"][-1], "k*", label="thresholds")
-    axes[0].set(title="without constraints", xlabel="update", ylim=(0, 1))
-    axes[1].set(title="judge", xlabel="update", ylim=(0, 1))
-    axes[2].set(xlabel=names[0], ylabel=names[-1], xlim=(0, 1), ylim=(0, 1))
-    for axis in axes:
+        updates, alone = [row["update"] for row in run.rows], run.name.startswith("only_")
+        judge = [row["judge"] for row in run.rows]
+        (left if alone else right).plot(updates, judge, f"C{i}", label=f"judge: {run.name}")
+        if alone and run.weights.sum() == 1:
+            reward = [row["rewards"][int(run.weights.argmax())] for row in run.rows]
+            left.plot(updates, reward, f"C{i}:", label=f"reward: {run.name}")
+    if optimum:
+        right.axhline(optimum["judge"], color="grey", ls="--", label="exact optimum")
+    for axis in (left, right):
+        axis.set(xlabel="update", ylim=(0, 1))
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -781,15 +704,9 @@ def plot(runs: list[Run], names: list[str], result: dict, path: Path) -> None:
 
 # ----- Appendix: model folders --------------------------------------------------------------------
 
-PLAIN = {  # what we take for granted of a GPT-2
-    "model_type": "gpt2", "activation_function": "gelu_new", "tie_word_embeddings": True,
-    "n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-}  # fmt: skip
-
 
 def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the matrices of layers transposed: Hugging Face's are (in, out)."""
+    """The tensors with the layers' matrices transposed: Hugging Face's are (in, out)."""
     flip = [name for name in tensors if ".c_" in name and name.endswith("weight")]
     return tensors | {name: tensors[name].T for name in flip}
 
@@ -800,14 +717,13 @@ def read_folder(folder: str) -> GPT2:
 
     options = {"dtype": torch.float32, "output_loading_info": True}
     theirs, report = GPT2LMHeadModel.from_pretrained(folder, **options)
-    given = theirs.config
-    for name, value in PLAIN.items():
-        if getattr(given, name) != value:
-            raise ValueError(f"{name} is {getattr(given, name)!r}, a plain GPT-2's is {value!r}")
+    c = theirs.config
+    unusual = c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights or c.n_inner
+    if unusual or c.activation_function != "gelu_new" or c.layer_norm_epsilon != 1e-5:
+        raise ValueError(f"{folder}: {c} is not a plain GPT-2's config")
     if any(report.values()):  # else what is missing would be drawn anew
-        raise ValueError(f"the weights do not fit: {report}")
-    sizes = given.vocab_size, given.n_positions, given.n_embd, given.n_layer, given.n_head
-    policy = GPT2(*sizes, end=given.eos_token_id)
+        raise ValueError(f"{folder}: the weights do not fit: {report}")
+    policy = GPT2(c.vocab_size, c.n_positions, c.n_embd, c.n_layer, c.n_head, c.eos_token_id)
     policy.load_state_dict(transposed(theirs.transformer.state_dict()))
     return policy
 
@@ -824,13 +740,10 @@ def write_folder(policy: GPT2, source: str, folder: Path) -> None:
 
 # ----- Config and main ----------------------------------------------------------------------------
 
-METHODS = ("ppo_no_kl", "ppo", "ppo_sat", *CONSTRAINED, "nelder_mead")  # Table 1, Algorithm 3
-STORY = (("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian"))
 
-
-def numbers(text: str, count: int, default: float) -> Tensor:
-    """`0.3,0.4` as a tensor; an empty text is `count` defaults. Raises ValueError."""
-    values = torch.tensor([float(part) for part in text.split(",")] if text else [default] * count)
+def numbers(text: str, count: int) -> Tensor:
+    """`0.3,0.4` as a tensor. Raises ValueError for another count, or what is not finite."""
+    values = torch.tensor([float(part) for part in text.split(",")])
     if len(values) != count or not values.isfinite().all():
         raise ValueError(f"{text!r} must be {count} finite numbers, one a reward")
     return values
@@ -852,19 +765,14 @@ class Config:
     flattery: float = flag(0.6, "share of facts that are polite too; 0: independent counts")
     policy: str = flag("", "folder of a GPT-2 to start from; empty: a new small one")
     data: str = flag("", "with --policy: JSON lines of prompt, response and what else you like")
-    module: str = flag("", "with --policy: has rewards(rows, replies) and judge(rows, replies)")
-    supervised: int = flag(-1, "steps that make pi_0; -1: 400, and none with --policy")
-    d_model: int = flag(48, "width of a new policy; paper: 768")
-    n_layer: int = flag(1, "its layers; paper: 12")
+    module: str = flag("", "with --policy: has score(rows, replies), see score_shop")
+    supervised: int = flag(400, "steps that make pi_0; with --policy none, unless given")
     reply: int = flag(24, "most tokens of a reply; paper: 20")
     batch: int = flag(96, "replies an update; paper: 1,280 tokens")
     updates: int = flag(80, "of a run; half as many without constraints; paper: 100")
     epochs: int = flag(2, "passes over an update's replies; paper: 5")
     minibatches: int = flag(2, "minibatches a pass; paper: 20")
-    lr: float = flag(0.0, "of the policy, the critic's is threefold; 0: 1e-3, with --policy 2e-6")
-    gamma: float = flag(0.99, "discount a token")
-    lam: float = flag(0.95, "lambda of generalised advantage estimation")
-    clip: float = flag(0.2, "the policy ratio stays within 1 +- clip")
+    lr: float = flag(1e-3, "of the policy, the critic's is threefold; with --policy 2e-6")
     kl_coefficient: float = flag(0.25, "of ppo, ppo_sat, all_ppo")
     kl_target: float = flag(0.0, "KL a token to which it adapts; 0: it is fixed; paper: 0.5")
     multiplier_lr: float = flag(0.5, "rate of the multipliers' SGD; paper: 0.1")
@@ -878,25 +786,12 @@ class Config:
 
     def __post_init__(self):
         if self.method not in ("", *METHODS) or self.mix not in ("paper", "lagrangian"):
-            raise ValueError(f"--method {self.method} --mix {self.mix}: see --help")
-        for name in ("reply", "batch", "updates", "epochs", "minibatches", "eval_every", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if bool(self.policy) != bool(self.data and self.module):
+            raise ValueError(f"--method {self.method!r} or --mix {self.mix!r} is not in --help")
+        if len({bool(self.policy), bool(self.data), bool(self.module)}) == 2:
             raise ValueError("--policy, --data and --module go together")
 
-    @property
-    def rate(self) -> float:
-        """The policy's learning rate."""
-        return self.lr or (2e-6 if self.policy else 1e-3)
 
-    @property
-    def supervised_steps(self) -> int:
-        """The supervised steps."""
-        return (0 if self.policy else 400) if self.supervised < 0 else self.supervised
-
-
-SMOKE = {"d_model": 16, "supervised": 3, "batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
+SMOKE = {"supervised": 3, "batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -909,6 +804,8 @@ def main(argv: list[str] | None = None) -> int:
             kind = {"action": argparse.BooleanOptionalAction}
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    if parser.parse_args(argv).policy:
+        parser.set_defaults(lr=2e-6, supervised=0)
     given = vars(parser.parse_args(argv))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
