@@ -245,8 +245,8 @@ def search_thresholds(start: list[float], updates: int, found: list) -> Generato
     10 % of it, or for an eighth of the updates; then it is judged, and noted in `found`. The last
     eighth trains for the best. Not included: judges kept for sets that come again.
     """
-    corners = np.maximum(start, 0.02) * (1 + 0.5 * np.eye(len(start) + 1, len(start), -1))
-    search = nelder_mead(corners)  # pi_0's own rewards, and one of them half as large again
+    corners = np.maximum(start, 0.02) * (1 + np.eye(len(start) + 1, len(start), -1))
+    search = nelder_mead(corners)  # from pi_0's own rewards, and one of them doubled
     asked, recent, eighth = next(search).tolist(), [], max(1, updates // 8)
     for _ in range(updates - eighth):
         means, judge = yield asked
@@ -775,7 +775,7 @@ class Config:
     lr: float = flag(1e-3, "of the policy, the critic's is threefold; with --policy 2e-6")
     kl_coefficient: float = flag(0.25, "of ppo, ppo_sat, all_ppo")
     kl_target: float = flag(0.0, "KL a token to which it adapts; 0: it is fixed; paper: 0.5")
-    multiplier_lr: float = flag(0.5, "rate of the multipliers' SGD; paper: 0.1")
+    multiplier_lr: float = flag(1.0, "rate of the multipliers' SGD; paper: 0.1")
     eval_every: int = flag(4, "updates from one evaluation and checkpoint to the next")
     eval_rows: int = flag(480, "replies of an evaluation")
     seed: int = flag(0, "seed of initialisation, data order and samples")
