@@ -350,6 +350,8 @@ def generate(policy: GPT2, prompts: list, limit: int, generator: torch.Generator
     while len(columns) < limit and alive.any():
         logits, cache = policy(x, seen, cache, last=1)
         logp = logits[:, -1].log_softmax(-1)  # (B, V)
+        if logp.isnan().any():
+            raise FloatingPointError("the policy diverged; its last good checkpoint is kept")
         x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, policy.end)  # (B, 1)
         columns.append((x, alive, logp.gather(-1, x)))
         seen = torch.cat([seen, alive], 1)
@@ -555,7 +557,8 @@ class Run:
         self.policy = copy.deepcopy(reference).requires_grad_(True)
         self.critic = copy.deepcopy(self.policy)
         self.critic.head = nn.Linear(D, N + 1, device=device)
-        self.critic.head.weight.data.zero_()
+        for parameter in self.critic.head.parameters():
+            nn.init.zeros_(parameter)
         groups = [{"params": self.policy.parameters(), "lr": config.lr}]
         groups.append({"params": self.critic.parameters(), "lr": 3 * config.lr})
         self.optimizer = torch.optim.Adam(groups)
@@ -623,6 +626,10 @@ def train(config: Config, name: str, task: Task, reference: GPT2) -> Run:
 def story(config: Config, task: Task, reference: GPT2) -> list[Run]:
     """The runs that find thresholds, then the method, or for no method PPO and xi-PPO."""
     runs, thresholds = [], config.thresholds
+    if config.method in ("ppo", "ppo_no_kl"):
+        thresholds = ""
+    elif config.method == "nelder_mead":
+        thresholds = "search"
 
     def go(name: str, **changes) -> None:
         runs.append(train(dataclasses.replace(config, **changes), name, task, reference))
@@ -697,7 +704,8 @@ def plot(runs: list[Run], optimum: dict | None, path: Path) -> None:
         right.axhline(optimum["judge"], color="grey", ls="--", label="exact optimum")
     for axis in (left, right):
         axis.set(xlabel="update", ylim=(0, 1))
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -791,7 +799,7 @@ class Config:
             raise ValueError("--policy, --data and --module go together")
 
 
-SMOKE = {"supervised": 3, "batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
+SMOKE = {"batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -810,7 +818,8 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     if given["smoke"]:
-        given |= SMOKE | {"out": f"{given['out']}/smoke"}
+        given |= SMOKE | {"supervised": min(3, given["supervised"])}
+        given["out"] += "/smoke"
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
         experiment(Config(**given))

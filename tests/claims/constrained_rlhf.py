@@ -51,7 +51,7 @@ def one_seed(arguments: argparse.Namespace, world: str, seed: int) -> dict:
     if path.exists():
         return json.loads(path.read_text("utf-8"))
     began = time.perf_counter()
-    sizes = c.SMOKE if arguments.smoke else {}
+    sizes = c.SMOKE | {"supervised": 3} if arguments.smoke else {}
     out = arguments.out / f"{world}_{seed}"
     out.mkdir(parents=True, exist_ok=True)
     config = c.Config(
