@@ -245,8 +245,8 @@ def search_thresholds(start: list[float], updates: int, found: list) -> Generato
     10 % of it, or for an eighth of the updates; then it is judged, and noted in `found`. The last
     eighth trains for the best. Not included: judges kept for sets that come again.
     """
-    corners = np.maximum(start, 0.02) * (1 + np.eye(len(start) + 1, len(start), -1))
-    search = nelder_mead(corners)  # from pi_0's own rewards, and one of them doubled
+    corners = np.maximum(start, 0.02) * (1 + 0.5 * np.eye(len(start) + 1, len(start), -1))
+    search = nelder_mead(corners)  # from pi_0's own rewards, and one of them half as large again
     asked, recent, eighth = next(search).tolist(), [], max(1, updates // 8)
     for _ in range(updates - eighth):
         means, judge = yield asked
@@ -644,7 +644,7 @@ def story(config: Config, task: Task, reference: GPT2) -> list[Run]:
         rewards, judge = (np.array([row[key] for row in rows]) for key in ("rewards", "judge"))
         thresholds = ",".join(f"{theta:.4f}" for theta in proxy_point(rewards, judge))
     elif thresholds == "search":
-        go("nelder_mead", method="nelder_mead", updates=2 * config.updates, thresholds="")
+        go("nelder_mead", method="nelder_mead", updates=3 * config.updates, thresholds="")
         best, _ = max(runs[-1].found, key=lambda pair: pair[1])
         thresholds = ",".join(f"{theta:.4f}" for theta in best)
     arms = {config.method: config.mix}.items()
@@ -777,13 +777,13 @@ class Config:
     supervised: int = flag(400, "steps that make pi_0; with --policy none, unless given")
     reply: int = flag(24, "most tokens of a reply; paper: 20")
     batch: int = flag(96, "replies an update; paper: 1,280 tokens")
-    updates: int = flag(80, "of a run; half as many without constraints; paper: 100")
+    updates: int = flag(80, "of a run; half without constraints, thrice to search; paper: 100")
     epochs: int = flag(2, "passes over an update's replies; paper: 5")
     minibatches: int = flag(2, "minibatches a pass; paper: 20")
     lr: float = flag(1e-3, "of the policy, the critic's is threefold; with --policy 2e-6")
     kl_coefficient: float = flag(0.25, "of ppo, ppo_sat, all_ppo")
     kl_target: float = flag(0.0, "KL a token to which it adapts; 0: it is fixed; paper: 0.5")
-    multiplier_lr: float = flag(1.0, "rate of the multipliers' SGD; paper: 0.1")
+    multiplier_lr: float = flag(0.5, "rate of the multipliers' SGD; paper: 0.1")
     eval_every: int = flag(4, "updates from one evaluation and checkpoint to the next")
     eval_rows: int = flag(480, "replies of an evaluation")
     seed: int = flag(0, "seed of initialisation, data order and samples")

@@ -349,7 +349,7 @@ def test_a_search_moves_on_when_a_set_is_reached_or_out_of_time_and_ends_at_the_
             return -abs(theta[0] - 0.25) - abs(theta[1] - 0.5)
 
         theta = search.send((means, judge))
-    close(np.array(asked[::3][:3]), np.array([[0.2, 0.4], [0.4, 0.4], [0.2, 0.8]]))
+    close(np.array(asked[::3][:3]), np.array([[0.2, 0.4], [0.3, 0.4], [0.2, 0.6]]))
     assert len(found) == 30 // 3 + 4  # three updates a set, then ten
     for at, value in found:
         assert value == -abs(at[0] - 0.25) - abs(at[1] - 0.5)
