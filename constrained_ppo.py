@@ -40,7 +40,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -362,8 +362,8 @@ def generate(policy: GPT2, prompts: list, limit: int, generator: torch.Generator
 
 # ----- The world: a shopkeeper, and the exact optimum ---------------------------------------------
 
-FILLERS = "it is and also well so this quite rather indeed".split()
-POLITE = "please thanks dear kindly friend".split()
+FILLERS = ("it", "is", "and", "also", "well", "so", "this", "quite", "rather", "indeed")
+POLITE = ("please", "thanks", "dear", "kindly", "friend")
 FACTS = {  # six of each thing; said with flattery, as "lovely-brass", one is polite too
     "lamp": "brass bright slim warm dimmable silent", "map": "old folded detailed rare large blue",
     "clock": "walnut precise loud wound square tall", "chair": "oak soft folding padded low wide",

@@ -105,9 +105,8 @@ def test_mixed_advantages(method, mix):
     B, T, N, raw = 3, 4, 3, [0.7, -0.4, 1.9]
     advantages, mask = doubles(B, T, N + 1) * torch.tensor([1, 20, 0.1, 3]), ragged_mask(B, T)
     counts, m = mask.bool(), slow_m(method, mix, raw)
-    close(
-        c.multipliers(method, mix, torch.tensor(raw, dtype=torch.float64)), torch.tensor(m, dtype=torch.float64)
-    )
+    ours = c.multipliers(method, mix, torch.tensor(raw, dtype=torch.float64))
+    close(ours, torch.tensor(m, dtype=torch.float64))
 
     def white(x):
         return (x - x[counts].mean()) / x[counts].std(correction=0)
@@ -251,11 +250,7 @@ def test_an_update_goes_through_its_minibatches_by_their_own_means(small, monkey
     monkeypatch.setattr(c, "multiplier_step", lambda run, J: means.append(J[0].item()))
     row = c.update(run, run.task.train[:12])
     assert len(means) == 6 and row["batch_rewards"][0] == pytest.approx(5.5, abs=1.1)
-    for pair in (
-        itertools.batched(means, 2)
-        if hasattr(itertools, "batched")
-        else zip(means[::2], means[1::2], strict=True)
-    ):
+    for pair in zip(means[::2], means[1::2], strict=True):
         assert sum(pair) / 2 == pytest.approx(row["batch_rewards"][0])  # each reply once
     assert len({round(mean, 3) for mean in means}) > 2
 
@@ -497,7 +492,7 @@ def test_resuming_goes_on_bit_for_bit(small, monkeypatch, method):
         assert torch.equal(ours, truth)
     monkeypatch.setattr(c, "update", None)  # finished: only loaded
     assert c.train(config, "half", *arguments).rows == again.rows
-    with pytest.raises(ValueError, match="half.pt: lr was 0.001 and is 0.5"):
+    with pytest.raises(ValueError, match=r"half.pt: lr was 0.001 and is 0.5"):
         c.train(dataclasses.replace(config, lr=0.5), "half", *arguments)
 
 
@@ -565,7 +560,8 @@ def test_the_default_run_tells_the_story_and_is_the_same_again(tmp_path, capsys)
         == last["xi_ppo_lagrangian"]["thresholds"]
         == result["thresholds"]
     )
-    best = max(sum(result["found"], []), key=lambda pair: pair[1])[0]
+    found = [pair for pairs in result["found"] for pair in pairs]
+    best = max(found, key=lambda pair: pair[1])[0]
     close(np.array(result["thresholds"]), np.array(best), 1e-4)
     assert (out / "story.png").stat().st_size > 5000
     assert "xi_ppo_lagrangian: judge" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What Constrained RLHF claims, in the shopkeeper's world: `python tests/claims/constrained_rlhf.py`.
+"""What Constrained RLHF claims, in a small world: `python tests/claims/constrained_rlhf.py`.
 
 In the correlated world (--flattery 0.6) and the independent one (0), over seeds, beside the exact
 optimum (arXiv 2310.04373 has GPT-2 on DailyDialog, 5 seeds, and only plots):
@@ -8,9 +8,8 @@ optimum (arXiv 2310.04373 has GPT-2 on DailyDialog, 5 seeds, and only plots):
    that were found for it;
 4. the same at other thresholds: the proxy point, and those of the exact optimum.
 PPO's KL coefficients and weights, SETTINGS, are those that the exact table says are the best, for
-equal weights and for weights of at least 0: no sweep finds better ones. A run that is done is kept in --out and not done
-again. Writes results/constrained_rlhf.json and a picture. About 5 minutes a seed and world on one
-idle core.
+equal weights and for weights of at least 0. A run that is done is kept in --out and not done again.
+Writes results/constrained_rlhf.json and a picture. About 5 minutes a seed and world on one core.
 """
 
 import argparse
@@ -114,8 +113,9 @@ def claims(seeds: list[dict]) -> dict:
         for name in some[0]["runs"]:
             runs = [seed["runs"][name] for seed in some]
             methods[name] = {
-                "judge": over([end(run) for run in runs]), "kl": over([end(run, "kl") for run in runs]),
-            }  # fmt: skip
+                "judge": over([end(run) for run in runs]),
+                "kl": over([end(run, "kl") for run in runs]),
+            }
             for i, reward in enumerate(names):
                 last = [statistics.mean(x[i] for x in run["rewards"][-4:]) for run in runs]
                 methods[name][reward] = over(last)
@@ -164,7 +164,8 @@ def tables(found: dict) -> dict[str, str]:
         cells = [name]
         for world in (a, b):
             row = world["methods"][name]
-            cells += [show(row["judge"]), f"{row['polite']['mean']:.2f}, {row['facts']['mean']:.2f}"]
+            counts = [f"{row[name]['mean']:.2f}" for name in ("polite", "facts")]
+            cells += [show(row["judge"]), ", ".join(counts)]
         rows.append(cells)
     for name in ("optimum", "optimum of weights above 0"):
         cells = [f"exact: {name}"]
@@ -172,7 +173,8 @@ def tables(found: dict) -> dict[str, str]:
             row = world[name]
             cells += [f"{row['judge']:.3f}", ", ".join(f"{x:.2f}" for x in row["rewards"])]
         rows.append(cells)
-    rows.append(["xi_ppo, lagrangian less ppo, tuned", show(a["ahead"], "+"), "", show(b["ahead"], "+"), ""])
+    ahead = [show(world["ahead"], "+") for world in (a, b)]
+    rows.append(["xi_ppo, lagrangian less ppo, tuned", ahead[0], "", ahead[1], ""])
     parts["methods"] = table(head, rows)
     head = "thresholds | correlated: polite | facts | independent: polite | facts"
     rows = [[n, *map(show, a["points"][n]), *map(show, b["points"][n])] for n in a["points"]]
@@ -187,7 +189,7 @@ def draw(seeds: list[dict], found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("only facts", "ppo", "ppo, tuned", "xi_ppo, paper", "xi_ppo, lagrangian", "nelder_mead")
+    names = ("only facts", "ppo", "ppo, tuned", "xi_ppo, paper", "xi_ppo, lagrangian")
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", sharey=True)
     for axis, world in zip(axes, WORLDS, strict=True):
         for i, name in enumerate(names):
@@ -219,8 +221,12 @@ def main(argv: list[str] | None = None) -> None:
     seeds = [one_seed(arguments, w, s) for s in arguments.seeds for w in arguments.worlds]
     if [*arguments.worlds] != [*WORLDS]:
         return
-    result = {"claims": claims(seeds), "settings": SETTINGS, "seeds": arguments.seeds, "runs": seeds}
-    result |= {"config": vars(c.Config()), "seconds": sum(seed["seconds"] for seed in seeds)}
+    result = {"claims": claims(seeds), "settings": SETTINGS, "seeds": arguments.seeds}
+    result |= {
+        "runs": seeds,
+        "config": vars(c.Config()),
+        "seconds": sum(seed["seconds"] for seed in seeds),
+    }
     result["script_sha256"] = c.hashlib.sha256(Path(c.__file__).read_bytes()).hexdigest()
     result |= {"torch": torch.__version__, "command": " ".join(sys.argv)}
     arguments.results.mkdir(parents=True, exist_ok=True)

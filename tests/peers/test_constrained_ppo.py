@@ -1,4 +1,4 @@
-"""constrained_ppo.py against other people's Nelder-Mead and GPT-2, and a run from a GPT-2 folder."""
+"""constrained_ppo.py against others' Nelder-Mead and GPT-2, and a run from a GPT-2 folder."""
 
 import json
 
