@@ -468,6 +468,8 @@ class Task:
             self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
             lines = Path(config.data).read_text("utf-8-sig").splitlines()
             rows = [json.loads(line) for line in lines]
+            if not all(row["prompt"].strip() for row in rows):
+                raise ValueError(f"{config.data}: a prompt is empty")
             self.train, self.valid = [row for i, row in enumerate(rows) if i % 10], rows[::10]
         else:
             self.function, self.tokenizer = score_shop, Words()
@@ -647,9 +649,9 @@ def story(config: Config, task: Task, reference: GPT2) -> list[Run]:
         go("nelder_mead", method="nelder_mead", updates=3 * config.updates, thresholds="")
         best, _ = max(runs[-1].found, key=lambda pair: pair[1])
         thresholds = ",".join(f"{theta:.4f}" for theta in best)
-    arms = {config.method: config.mix}.items()
+    arms = [(config.method, config.mix)]
     if not config.method:
-        arms = ("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian")
+        arms = [("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian")]
     for method, mix in arms:
         name = f"{method}_{mix}".removesuffix("_paper") if method in CONSTRAINED else method
         if method != "nelder_mead":
@@ -795,6 +797,8 @@ class Config:
     def __post_init__(self):
         if self.method not in ("", *METHODS) or self.mix not in ("paper", "lagrangian"):
             raise ValueError(f"--method {self.method!r} or --mix {self.mix!r} is not in --help")
+        if not 0 <= self.flattery <= 1 or min(self.kl_coefficient, self.kl_target) < 0:
+            raise ValueError("--flattery must be in 0..1, --kl-coefficient, --kl-target at least 0")
         if len({bool(self.policy), bool(self.data), bool(self.module)}) == 2:
             raise ValueError("--policy, --data and --module go together")
 

@@ -608,6 +608,8 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path, capsys):
         (["--thresholds", "0.3,nan"], "'0.3,nan' must be 2 finite"),
         (["--method", "ppo", "--weights", "1,2,3"], "'1,2,3' must be 2"),
         (["--policy", "somewhere"], "--policy, --data and --module go together"),
+        (["--flattery", "1.5"], "--flattery must be in 0..1"),
+        (["--kl-coefficient", "-1"], "--kl-coefficient, --kl-target at least 0"),
         (["--device", "nonsense"], "nonsense"),
         (["--out", __file__], "Not a directory"),
     ],

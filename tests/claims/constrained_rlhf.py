@@ -103,19 +103,15 @@ def over(values: list[float]) -> dict:
 
 def claims(seeds: list[dict]) -> dict:
     """Every figure of the tables, by world."""
-    found = {}
+    found, names = {}, ("polite", "facts")
     for world, flattery in WORLDS.items():
         some = [seed for seed in seeds if seed["world"] == world]
-        table = c.count_table(flattery)
-        rows = {"optimum": c.exact_optimum(table, -4.0)}
-        rows["optimum of weights above 0"] = c.exact_optimum(table, 0.0)
-        methods, alone, names = {}, {}, ("polite", "facts")
+        if not some:
+            continue
+        table, methods, alone = c.count_table(flattery), {}, {}
         for name in some[0]["runs"]:
             runs = [seed["runs"][name] for seed in some]
-            methods[name] = {
-                "judge": over([end(run) for run in runs]),
-                "kl": over([end(run, "kl") for run in runs]),
-            }
+            methods[name] = {"judge": over([end(run) for run in runs])}
             for i, reward in enumerate(names):
                 last = [statistics.mean(x[i] for x in run["rewards"][-4:]) for run in runs]
                 methods[name][reward] = over(last)
@@ -128,20 +124,25 @@ def claims(seeds: list[dict]) -> dict:
                     "reward of pi_0": over([run["rewards"][0][i] for run in runs]),
                     "reward at the end": methods[name][names[i]],
                 }
-        points = {
-            name: [over([seed["points"][name][i] for seed in some]) for i in range(2)]
-            for name in some[0]["points"]
-        }
+        points = {}
+        for name in some[0]["points"]:
+            points[name] = [over([seed["points"][name][i] for seed in some]) for i in range(2)]
         pairs = [(s["runs"]["xi_ppo, lagrangian"], s["runs"]["ppo, tuned"]) for s in some]
-        ahead = over([end(xi) - end(ppo) for xi, ppo in pairs])
-        rows |= {"methods": methods, "alone": alone, "points": points, "ahead": ahead}
-        found[world] = rows
+        found[world] = {
+            "optimum": c.exact_optimum(table, -4.0),
+            "optimum of weights above 0": c.exact_optimum(table, 0.0),
+            "methods": methods,
+            "alone": alone,
+            "points": points,
+            "ahead": over([end(xi) - end(ppo) for xi, ppo in pairs]),
+        }
     return found
 
 
 def show(value: dict, sign: str = "") -> str:
-    """`0.280 ± 0.012`."""
-    return f"{value['mean']:{sign}.3f} ± {value['half']:.3f}"
+    """`0.280 ± 0.012`, of one seed without the interval."""
+    half = f" ± {value['half']:.3f}" if len(value["each"]) > 1 else ""
+    return f"{value['mean']:{sign}.3f}{half}"
 
 
 def tables(found: dict) -> dict[str, str]:
@@ -151,35 +152,25 @@ def tables(found: dict) -> dict[str, str]:
         lines = [head.split(" | "), ["---"] + ["---:"] * head.count(" | "), *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    a, b = found["correlated"], found["independent"]
-    head = "only | world | judge of pi_0 | best | at the end | reward of pi_0 | at the end"
-    rows = []
-    for world in WORLDS:
-        for name, row in found[world]["alone"].items():
-            rows.append([name, world, *map(show, row.values())])
-    parts = {"overoptimisation": table(head, rows)}
-    head = "judge at the end | correlated | polite, facts | independent | polite, facts"
-    rows = []
-    for name in a["methods"]:
-        cells = [name]
-        for world in (a, b):
-            row = world["methods"][name]
-            counts = [f"{row[name]['mean']:.2f}" for name in ("polite", "facts")]
-            cells += [show(row["judge"]), ", ".join(counts)]
-        rows.append(cells)
-    for name in ("optimum", "optimum of weights above 0"):
-        cells = [f"exact: {name}"]
-        for world in (a, b):
-            row = world[name]
-            cells += [f"{row['judge']:.3f}", ", ".join(f"{x:.2f}" for x in row["rewards"])]
-        rows.append(cells)
-    ahead = [show(world["ahead"], "+") for world in (a, b)]
-    rows.append(["xi_ppo, lagrangian less ppo, tuned", ahead[0], "", ahead[1], ""])
-    parts["methods"] = table(head, rows)
-    head = "thresholds | correlated: polite | facts | independent: polite | facts"
-    rows = [[n, *map(show, a["points"][n]), *map(show, b["points"][n])] for n in a["points"]]
-    parts["thresholds"] = table(head, rows)
-    return parts
+    alone, methods, points = [], [], []
+    for world, part in found.items():
+        for name, row in part["alone"].items():
+            alone.append([f"{name}, {world}", *map(show, row.values())])
+        for name, row in part["methods"].items():
+            methods.append([f"{name}, {world}", *map(show, row.values())])
+        for name in ("optimum", "optimum of weights above 0"):
+            numbers = [part[name]["judge"], *part[name]["rewards"]]
+            methods.append([f"exact {name}, {world}", *(f"{x:.3f}" for x in numbers)])
+        ahead = show(part["ahead"], "+")
+        methods.append([f"xi_ppo, lagrangian, less ppo, tuned, {world}", ahead, "", ""])
+        for name, row in part["points"].items():
+            points.append([f"{name}, {world}", *map(show, row)])
+    head = "only | judge of pi_0 | best | at the end | reward of pi_0 | at the end"
+    return {
+        "overoptimisation": table(head, alone),
+        "methods": table("at the end | judge | polite / 6 | facts / 6", methods),
+        "thresholds": table("thresholds | polite / 6 | facts / 6", points),
+    }
 
 
 def draw(seeds: list[dict], found: dict, path: Path) -> None:
@@ -190,8 +181,9 @@ def draw(seeds: list[dict], found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = ("only facts", "ppo", "ppo, tuned", "xi_ppo, paper", "xi_ppo, lagrangian")
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained", sharey=True)
-    for axis, world in zip(axes, WORLDS, strict=True):
+    sizes = {"figsize": (6.5 * len(found), 4.5), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(1, len(found), **sizes)
+    for axis, world in zip(axes[0], found, strict=True):
         for i, name in enumerate(names):
             runs = [seed["runs"][name] for seed in seeds if seed["world"] == world]
             for j, run in enumerate(runs):
@@ -199,7 +191,7 @@ def draw(seeds: list[dict], found: dict, path: Path) -> None:
                 axis.plot(run["update"], run["judge"], color=f"C{i}", lw=1, label=label)
         axis.axhline(found[world]["optimum"]["judge"], color="grey", ls="--", label="exact optimum")
         axis.set(title=f"{world} world", xlabel="update", ylabel="judge", ylim=(0, None))
-    axes[0].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -219,8 +211,6 @@ def main(argv: list[str] | None = None) -> None:
         arguments.seeds, arguments.results = [1, 2], Path("out/claims")
         arguments.out = arguments.out / "smoke"
     seeds = [one_seed(arguments, w, s) for s in arguments.seeds for w in arguments.worlds]
-    if [*arguments.worlds] != [*WORLDS]:
-        return
     result = {"claims": claims(seeds), "settings": SETTINGS, "seeds": arguments.seeds}
     result |= {
         "runs": seeds,
