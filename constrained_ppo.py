@@ -6,8 +6,8 @@
 
 Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", 2310.04373.
 
-    python constrained_ppo.py                        PPO beside xi-PPO in a small world: 3 minutes
-    python constrained_ppo.py --method nelder_mead   thresholds found within one run: 1 minute
+    python constrained_ppo.py                        PPO beside xi-PPO in a small world: minutes
+    python constrained_ppo.py --method nelder_mead   thresholds found within one run
     python constrained_ppo.py --policy FOLDER --data rows.jsonl --module my_score   your GPT-2
 
 A shopkeeper is asked about a thing. Two rewards count polite words and right facts; the judge wants
