@@ -15,7 +15,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MOST_LINES = {  # of a script; the others are still to be rewritten, and may only shrink
     "mamba.py": 1359,
     "transformer.py": 1066,
-    "constrained_ppo.py": 1346,
+    "constrained_ppo.py": 842,
     "iclm_sort.py": 798,
     "safe_rlhf.py": 1046,
     "recaption.py": 1665,
