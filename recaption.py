@@ -8,26 +8,23 @@ Betker et al., "Improving Image Generation with Better Captions" (the DALL-E 3 r
 
     python recaption.py                              the whole experiment: 6 minutes on two cores
     python recaption.py captioner --data photos/     a captioner of your images and captions.jsonl
-    python recaption.py caption --images photos/ --out captions.jsonl      by that captioner
-    python recaption.py upsample "a red circle and a blue square"          a prompt at length
+    python recaption.py caption --images photos/ --out captions.jsonl     by that captioner
+    python recaption.py upsample --prompt "a red circle"                  a prompt at length
 
 code                 shape       report
 tokens               (B, T)      t_1 .. t_T: begin, pieces of text, end, then padding
-image, text          (B, E)      CLIP embeddings; image is F(i)
+image, text          (B, D)      CLIP embeddings; image is F(i)
 memory               (B, N, D)   the image, as the decoder's upper half attends to it
 short, descriptive   texts       SSC, DSC: short and descriptive synthetic captions
 alt                  texts       the ground truth: noisy text that was found with the image
-states               (B, 4, D)   a prompt, as the frozen text model gives it (T5 in the report)
-x                    (B, N, K)   latents of an image
+x, text              (B, N, K)   latents of an image, and the frozen text model's states (T5's)
 
-Differences from the report, which gives no sizes, no decoding and no loss weights
-1. Drawn scenes of 32 x 32 pixels stand for photographs. Alt-text omits, swaps and misses by rule.
-2. The loss weights are CoCa's, 2 and 1 (Yu et al. 2022). The image encoder is trained with the
-   rest; its embedding is the mean of its patches, a text's is the state of its end token.
-3. The text-to-image model is a rectified flow. Its latents are principal components of patches.
-4. Its text model is trained on other captions to say what `parse_caption` says: easier than T5's
-   task, and with labels. It is frozen then, as T5 is.
-5. A CLIP trained apart scores, and a classifier of attributes stands for the report's human judges.
+Differences from the report, which gives no sizes, no decoding and no loss weights: drawn scenes of
+32 x 32 pixels stand for photographs, and alt-text omits, swaps and misses by rule. Loss weights are
+CoCa's (Yu et al. 2022); the image encoder is trained with the rest. The text-to-image model is a
+rectified flow on principal components of patches. @TEXT@
+A CLIP trained apart scores; the nearest rendering stands for human judges. Not included: the
+consistency decoder, human evaluation, several machines.
 """
 
 from __future__ import annotations
@@ -191,13 +188,14 @@ class Layer(nn.Module):
 class TextDecoder(nn.Module):
     """A causal language model: its lower half sees text, its upper half a memory too (CoCa)."""
 
-    def __init__(self, tokenizer: Tokenizer, D: int, heads: int, layers: int):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
+        D, count = config.width, range(config.layers)
         self.embed = nn.Embedding(tokenizer.size, D)
         self.place = nn.Parameter(0.02 * torch.randn(tokenizer.length, D))
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.lower = nn.ModuleList(Layer(D, heads) for _ in range(layers))
-        self.upper = nn.ModuleList(Layer(D, heads, cross=True) for _ in range(layers))
+        self.lower = nn.ModuleList(Layer(D, config.heads) for _ in count)
+        self.upper = nn.ModuleList(Layer(D, config.heads, cross=True) for _ in count)
         self.enter, self.norm = nn.LayerNorm(D), nn.LayerNorm(D)
 
     def read(self, tokens: Tensor, caches: list[dict] | None = None, first: int = 0) -> Tensor:
@@ -234,31 +232,26 @@ class CoCa(nn.Module):
     The decoder attends to the patches themselves: a few pooled queries lose the shapes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, size: int, D: int, heads: int, layers: int):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        stem = []
+        D, stem = config.width, []
         for before, after in itertools.pairwise((3, D // 4, D // 2, D)):  # each halves the side
             stem += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(4, after), nn.GELU()]
         self.tokenizer, self.stem = tokenizer, nn.Sequential(*stem[:-1])
-        self.place = nn.Parameter(0.5 * torch.randn((size // 8) ** 2, D))
-        self.encoder = nn.ModuleList(Layer(D, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(D)
-        self.decoder = TextDecoder(tokenizer, D, heads, layers)
+        self.place = nn.Parameter(0.5 * torch.randn((config.size // 8) ** 2, D))
+        self.encoder = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
+        self.norm, self.decoder = nn.LayerNorm(D), TextDecoder(config, tokenizer)
         self.of_image, self.of_text = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, H, W, 3) uint8 -> memory (B, N, D), a row a patch, and embedding (B, E)."""
-        x = images.to(self.place.device).permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1
+        x = images.permute(0, 3, 1, 2).to(self.place.dtype) / 127.5 - 1
         x = self.stem(x).flatten(2).mT + self.place  # (B, N, D)
         for layer in self.encoder:
             x = layer(x)
         memory = self.norm(x)
         return memory, self.of_image(memory.mean(1))
-
-    def tokens(self, texts: Sequence[str]) -> Tensor:
-        """Tokens (B, T) of texts."""
-        return self.tokenizer.batch(texts).to(self.place.device)
 
     def embed_text(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Embedding (B, E): of the lower half's state of the end token, which has seen all."""
@@ -280,8 +273,8 @@ class CoCa(nn.Module):
 
 
 def run_all(config: Config) -> None:
-    """The report's experiment; writes result.json and samples.png to config.out."""
-    began, out = time.perf_counter(), Path(config.out)
+    """The report's experiment; writes the stages, result.json and samples.png to config.out."""
+    began = time.perf_counter()
     data = draw_pictures(config, "data", config.scenes, config.clean)
     held_out = draw_pictures(config, "held out", config.prompts, config.prompts, data.scenes)
     tokenizer = Tokenizer.learn(data, config.length)
@@ -291,74 +284,54 @@ def run_all(config: Config) -> None:
     for style in ("short", "descriptive"):
         captions[style] = recaption(config, style, captioners[style], data.images)
 
-    text_model = train_text_model(config, tokenizer)
-    latents = Latents(data.images)
+    text_model, latents = train_text_model(config, tokenizer), Latents(data.images)
     painters = {}
-    for arm in parse_arms(config.arms):
-        painters[arm] = train_painter(config, arm, captions, text_model, latents, data.images)
+    for arm in config.arms.split(","):
+        painters[arm] = train_painter(config, arm, captions, text_model, latents.encode(data.images))
 
     judge = train_judge(config, tokenizer)
-    result = {"captioners": {}, "models": {arm: {} for arm in ("real", *painters)}}
+    result = {"captioners": {}, "models": {arm: {} for arm in ("real images", *painters)}}
     for name, captioner in captioners.items():
         said = caption_images(captioner, held_out.images)
         result["captioners"][name] = agreement(said, held_out.scenes)
-    drawn = {}
+    drawn = {"real images": held_out.images}
     for style, key in (("ground_truth", "alt"), ("descriptive", "descriptive")):
         prompts = list(held_out.captions[key].values())
-        drawn["real"] = held_out.images
         for arm, painter in painters.items():
             drawn[arm] = paint(config, painter, text_model.encode(prompts), latents)
         for arm, images in drawn.items():
             result["models"][arm][style] = score_images(judge, images, prompts)
-    result |= {
-        "config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed,
-        "python": sys.version, "torch": torch.__version__,
-        "device": f"{pick_device(config)}, {torch.get_num_threads()} threads",
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "wall_seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print_scores(result)
-    draw_samples(out / "samples.png", drawn, prompts)
-    print(f"{out}: result.json, samples.png after {result['wall_seconds']:.0f} s")
+    finish(config, result | {"wall_seconds": round(time.perf_counter() - began, 1)})
+    draw_samples(Path(config.out) / "samples.png", drawn, prompts)
 
 
 def train_captioners(config: Config, tokenizer: Tokenizer, data: Pictures) -> dict[str, CoCa]:
-    """The base, by both losses on alt-text; fine-tunes of it, each apart, on clean captions.
+    """The base, by both losses on alt-text; fine-tunes of it, each apart, on clean captions."""
 
-    Only for the styles that the data have captions of.
-    """
-
-    def fit(name: str, make: Callable[[], CoCa], texts: dict, steps: int, lr: float, batch: int) -> CoCa:
-        indices = torch.tensor(sorted(texts))
+    def fit(name: str, make: Callable, texts: dict[int, str], steps: int, lr: float) -> CoCa:
+        indices, batch = torch.tensor(sorted(texts)), config.batch * 2 if name == "base" else config.batch
 
         def loss_of(model: CoCa, random: torch.Generator) -> Tensor:
             rows = indices[torch.randint(len(indices), (batch,), generator=random)]
-            tokens = model.tokens([texts[i] for i in rows.tolist()])
-            clip, caption = model.losses(data.images[rows], tokens)
+            tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
+            clip, caption = model.losses(data.images[rows].to(config.device), tokens)
             return clip + 2 * caption if name == "base" else caption  # CoCa's weights
 
-        return train(config, name, make, loss_of, steps, lr, {"words": tokenizer.words})
+        return train(config, name, make, loss_of, steps, lr)
 
-    alt, steps = data.captions["alt"], config.tune_steps
-    base = fit("base", lambda: new_coca(config, tokenizer), alt, config.base_steps, 1e-3, config.batch)
-    captioners = {"base": base}
-    for style in ("short", "descriptive"):
+    new, alt = lambda: CoCa(config, tokenizer), data.captions["alt"]
+    captioners = {"base": fit("base", new, alt, config.base_steps, config.base_lr)}
+    for style in ("short", "descriptive"):  # of the user's own data either may be missing
         if texts := data.captions[style]:
-            make = functools.partial(copy.deepcopy, base)
-            captioners[style] = fit(style, make, texts, steps, config.tune_lr, config.batch // 2)
+            start = functools.partial(copy.deepcopy, captioners["base"])
+            captioners[style] = fit(style, start, texts, config.tune_steps, config.tune_lr)
     return captioners
-
-
-def new_coca(config: Config, tokenizer: Tokenizer) -> CoCa:
-    """A captioner, or CLIP, of the config's sizes."""
-    return CoCa(tokenizer, config.size, config.width, config.heads, config.layers)
 
 
 def recaption(config: Config, style: str, captioner: CoCa, images: Tensor) -> list[str]:
     """The stage OUT/captions_STYLE.pt: a synthetic caption of each training image."""
     name = f"captions_{style}"
-    return saved_stage(config, name, lambda: {"texts": caption_images(captioner, images, name)})["texts"]
+    return stage(config, name, lambda: {"texts": caption_images(captioner, images, name)})["texts"]
 
 
 @torch.no_grad()
@@ -366,22 +339,11 @@ def caption_images(captioner: CoCa, images: Tensor, name: str = "") -> list[str]
     """A caption of each of the images (N, H, W, 3) uint8; with a name, progress is printed."""
     texts, began = [], time.perf_counter()
     for part in images.split(500):
-        tokens = captioner.decoder.generate(captioner.look(part)[0])
-        texts += [captioner.tokenizer.decode(row) for row in tokens.tolist()]
+        memory, _ = captioner.look(part.to(captioner.place.device))
+        texts += captioner.tokenizer.decode(captioner.decoder.generate(memory))
         if name:
             print_progress(name, len(texts), len(images), began)
     return texts
-
-
-def parse_arms(text: str) -> dict[str, tuple[str, float]]:
-    """`ground_truth,short:95` -> {"ground_truth": ("ground_truth", 0), "short:95": ("short", 0.95)}."""
-    arms = {}
-    for name in text.split(","):
-        match = re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", name)
-        if not match:
-            raise ValueError(f"--arms {name!r} must be ground_truth, short:P or descriptive:P, P 0-100")
-        arms[name] = (match[1] or "ground_truth", int(match[2] or 0) / 100)
-    return arms
 
 
 def generator(config: Config, *purpose: str) -> torch.Generator:
@@ -390,45 +352,36 @@ def generator(config: Config, *purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device of --device, auto for cuda, mps or cpu."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.empty(0, device=accelerator if config.device == "auto" else config.device).device
-
-
 def print_progress(name: str, done: int, total: int, began: float, more: str = "") -> None:
     """A line with the time that is left."""
     left = (time.perf_counter() - began) / done * (total - done)
-    print(f"{name} · {done}/{total}{more} · {left:.0f} s left", flush=True)
+    print(f"{name} · {done:,}/{total:,}{more} · {left:.0f} s left", flush=True)
 
 
-def saved_stage(config: Config, name: str, make: Callable[[], dict]) -> dict:
-    """The content of OUT/name.pt; where there is none, make() makes it, and it is saved.
+def stage(config: Config, name: str, make: Callable[[], dict]) -> dict:
+    """The content of OUT/name.pt; if it is not there, make() makes it.
 
-    Raises ValueError, which names it, if a setting was another one then.
+    Raises ValueError, which names the setting, if the file was made with another one.
     """
     path, settings = Path(config.out) / f"{name}.pt", dataclasses.asdict(config)
     if not path.is_file():
-        content = make() | {"settings": settings}
-        torch.save(content, path.with_suffix(".tmp"))
+        torch.save(make() | {"settings": settings}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)  # never half of one
     content = torch.load(path, "cpu", weights_only=True)
     for key, value in content["settings"].items():
         if key not in FREE and value != settings.get(key):
-            change = f"{key} was {value!r} and is {settings.get(key)!r}"
-            raise ValueError(f"{path}: {change}; undo that, or give another --out")
+            raise ValueError(f"{path}: made with {key} {value!r}, not {settings.get(key)!r}; other --out?")
     return content
 
 
-def train(config, name, make_model, loss_of, steps, lr, extra=None, ema=0.0, draws="") -> nn.Module:
+def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
     """The stage OUT/name.pt: AdamW on loss_of(model, generator), the rate risen, then fallen.
 
     Returns the model, or with `ema` the moving average of its weights. Stages with the same `draws`
     have the same initialisation and random numbers. Raises FloatingPointError on divergence.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
-        model = make_model().to(pick_device(config)).requires_grad_()
+    torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
+    model = make_model().to(config.device).requires_grad_()
 
     def make() -> dict:
         random, average = generator(config, "train", draws or name), copy.deepcopy(model)
@@ -449,79 +402,77 @@ def train(config, name, make_model, loss_of, steps, lr, extra=None, ema=0.0, dra
                 mean.data.lerp_(parameter.data, 1 - decay)
             if step % max(1, steps // 8) == 0 or step == steps:
                 print_progress(name, step, steps, began, f" · loss {loss.item():.4f}")
-        return {"state": average.state_dict()} | (extra or {})
+        words = getattr(model, "tokenizer", None) and model.tokenizer.words
+        return {"state": average.state_dict(), "words": words}
 
-    model.load_state_dict(saved_stage(config, name, make)["state"])
+    model.load_state_dict(stage(config, name, make)["state"])
     return model.requires_grad_(False)
 
 
 # ----- The text-to-image model --------------------------------------------------------------------
 
 
-class TextModel(nn.Module):
-    """Four states of a text: of its first three objects, and of the background.
+STATES = 8  # of a text
 
-    Convolutions bind neighbouring words, a layer of attention follows, and four queries ask. It is
-    trained to name what `parse_caption` finds in a text, and then frozen.
+
+class TextModel(nn.Module):
+    """Encodes a text as a few states, from which a decoder retells it; frozen, as T5 is.
+
+    Convolutions bind neighbouring words, a layer of attention follows, and queries ask.
     """
 
-    def __init__(self, tokenizer: Tokenizer, D: int, heads: int):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        self.tokenizer, self.embed = tokenizer, nn.Embedding(tokenizer.size, D)
+        D, self.tokenizer = config.width, tokenizer
+        self.embed = nn.Embedding(tokenizer.size, D)
         self.place = nn.Parameter(0.3 * torch.randn(tokenizer.length, D))
-        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(3))
         self.convolutions = nn.ModuleList(nn.Conv1d(D, D, 5, padding=2) for _ in range(2))
-        self.layer, self.ask = Layer(D, heads), Layer(D, heads, cross=True)
-        self.queries, self.last = nn.Parameter(torch.randn(4, D)), nn.LayerNorm(D)
-        self.sizes = [1 + len(values) for values in VALUES.values()]  # the first is: not said
-        self.names = nn.Linear(D, sum(self.sizes))
+        self.layer, self.ask = Layer(D, config.heads), Layer(D, config.heads, cross=True)
+        self.queries = nn.Parameter(torch.randn(STATES, D))
+        self.decoder = TextDecoder(config, tokenizer)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """States (B, 4, D) of texts."""
+        """States (B, STATES, D) of texts."""
         tokens = self.tokenizer.batch(texts).to(self.place.device)  # (B, T)
         mask = tokens != Tokenizer.pad
         x = self.embed(tokens) + self.place[: tokens.shape[1]]
-        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+        for norm, convolution in zip(self.norms, self.convolutions, strict=False):
             y = norm(x) * mask[..., None]  # (B, T, D)
             x = x + F.gelu(convolution(y.mT).mT)
         x = self.layer(x, mask=mask)
-        return self.last(self.ask(self.queries.expand(len(x), -1, -1), x, memory_mask=mask))
-
-    def loss(self, texts: Sequence[str]) -> Tensor:
-        """Cross-entropy of what texts say, of each object and, by the last state, the background."""
-        labels = torch.zeros(len(texts), 4, len(VALUES), dtype=torch.long)
-        for i, text in enumerate(texts):
-            scene = parse_caption(text)
-            things = [*scene.things, Thing(), Thing(), Thing()][:3]
-            for k, said in enumerate([*map(vars, things), {"background": scene.background}]):
-                for j, (name, values) in enumerate(VALUES.items()):
-                    if said.get(name):
-                        labels[i, k, j] = 1 + values.index(said[name])
-        parts = self.names(self(texts)).split(self.sizes, dim=-1)
-        labels = labels.to(parts[0].device).unbind(-1)
-        pairs = zip(parts, labels, strict=True)
-        return sum(F.cross_entropy(a.flatten(0, 1), b.flatten()) for a, b in pairs)
+        queries = self.queries.expand(len(x), -1, -1)
+        return self.norms[2](self.ask(queries, x, memory_mask=mask))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """States (N, 4, D) of any number of texts."""
+        """States (N, STATES, D) of any number of texts."""
         return torch.cat([self(texts[i : i + 256]) for i in range(0, len(texts), 256)])
+
+    def retell(self, texts: Sequence[str]) -> list[str]:
+        """Texts at length."""
+        return self.tokenizer.decode(self.decoder.generate(self.encode(texts)))
 
 
 def train_text_model(config: Config, tokenizer: Tokenizer) -> TextModel:
-    """The stage OUT/text_model.pt: on captions, of every style, of scenes of its own."""
+    """The stage OUT/text_model.pt: from a caption of any style it tells a scene at length.
+
+    The scenes are its own, without pictures.
+    """
 
     def loss_of(model: TextModel, random: torch.Generator) -> Tensor:
-        texts = []
-        for _ in range(48):
+        given, retold = [], []
+        for _ in range(config.batch):
+            scene = draw_scene(random)
             style = pick(("descriptive", "descriptive", "alt", "brief", "short"), random)
-            texts.append(describe(draw_scene(random), style, random))
-        return model.loss(texts)
+            given.append(describe(scene, style, random))
+            retold.append(describe(scene, "descriptive", random))
+        tokens = tokenizer.batch(retold).to(config.device)
+        logits = model.decoder.write(model.decoder.read(tokens), model(given))
+        return caption_loss(logits, tokens, Tokenizer.pad)
 
-    def make() -> TextModel:
-        return TextModel(tokenizer, config.width, config.heads)
-
-    return train(config, "text_model", make, loss_of, config.text_steps, 2e-3, ema=0.98)
+    new = functools.partial(TextModel, config, tokenizer)
+    return train(config, "text_model", new, loss_of, config.text_steps, 2e-3, ema=0.98)
 
 
 class Latents:
@@ -531,22 +482,22 @@ class Latents:
     """
 
     def __init__(self, images: Tensor, K: int = 48, patch: int = 8):
-        self.patch = patch
-        x = self.cut(images).flatten(0, 1)  # (patches, 3 * patch * patch)
+        self.patch, x = patch, self.cut(images, patch).flatten(0, 1)  # (patches, 3 * patch * patch)
         self.mean = x.mean(0)
         variance, basis = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
         variance, self.basis = variance.flip(0)[:K], basis.flip(1)[:, :K]  # the largest first
         scale = variance.clamp(min=1e-9) ** 0.3
         self.scale = scale * (variance / scale**2).mean().sqrt()  # latents have mean square 1
 
-    def cut(self, images: Tensor) -> Tensor:
+    @staticmethod
+    def cut(images: Tensor, patch: int) -> Tensor:
         """Patches (B, N, 3 * patch * patch), from -1 to 1, row by row."""
-        x = F.pixel_unshuffle(images.permute(0, 3, 1, 2) / 127.5 - 1, self.patch)
-        return x.flatten(2).mT
+        x = images.permute(0, 3, 1, 2) / 127.5 - 1
+        return F.pixel_unshuffle(x, patch).flatten(2).mT
 
     def encode(self, images: Tensor) -> Tensor:
         """Images to latents."""
-        return (self.cut(images) - self.mean) @ self.basis / self.scale
+        return (self.cut(images, self.patch) - self.mean) @ self.basis / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images."""
@@ -556,18 +507,19 @@ class Latents:
 
 
 class Painter(nn.Module):
-    """The velocity of latents: a transformer that attends to the four states of a text."""
+    """The velocity of latents: a transformer that attends to the states of a text."""
 
-    def __init__(self, N: int, K: int, D: int, heads: int, layers: int):
+    def __init__(self, config: Config, N: int, K: int):
         super().__init__()
+        D = config.width
         self.enter, self.place = nn.Linear(K, D), nn.Parameter(0.5 * torch.randn(N, D))
-        self.text, self.slot = nn.Linear(D, D), nn.Parameter(0.5 * torch.randn(4, D))
+        self.text, self.slot = nn.Linear(D, D), nn.Parameter(0.5 * torch.randn(STATES, D))
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
-        self.layers = nn.ModuleList(Layer(D, heads, cross=True) for _ in range(layers))
-        self.norm, self.last = nn.LayerNorm(D), nn.Linear(D, K)
+        layers = [Layer(D, config.heads, cross=True) for _ in range(config.paint_layers)]
+        self.layers, self.norm, self.last = nn.ModuleList(layers), nn.LayerNorm(D), nn.Linear(D, K)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x (B, N, K) at t (B,) from noise, 0, to image, 1; text (B, 4, D) -> velocity (B, N, K).
+        """x (B, N, K), t (B,) from noise, 0, to image, 1, text (B, STATES, D) -> velocity (B, N, K).
 
         The network predicts the image; the velocity leads from x to it in the time that is left.
         """
@@ -581,34 +533,32 @@ class Painter(nn.Module):
         return (self.last(self.norm(y)) - x) / (1 - t)[:, None, None]
 
 
-def train_painter(config, arm, captions, text_model, latents, images) -> Painter:
+def train_painter(config, arm, captions, text_model, latents) -> Painter:
     """The stage OUT/painter_ARM.pt; arms have the same initialisation, images, times and noise."""
-    style, probability = parse_arms(arm)[arm]
+    style, _, percent = arm.partition(":")
     synthetic, ground_truth = captions[style], captions["ground_truth"]
-    texts = list({*synthetic, *ground_truth})
+    texts = sorted({*synthetic, *ground_truth})
     states = dict(zip(texts, text_model.encode(texts), strict=True))
-    x = latents.encode(images).to(text_model.place.device)  # (images, N, K)
 
     def loss_of(model: Painter, random: torch.Generator) -> Tensor:
-        rows = torch.randint(len(x), (32,), generator=random).tolist()
+        rows = torch.randint(len(latents), (config.batch,), generator=random).tolist()
         pairs = [synthetic[i] for i in rows], [ground_truth[i] for i in rows]
-        blend = blend_captions(*pairs, probability, random)
-        text = torch.stack([states[caption] for caption in blend])  # (32, 4, D)
+        blend = blend_captions(*pairs, int(percent or 0) / 100, random)
+        text = torch.stack([states[caption] for caption in blend])  # (B, STATES, D)
         dropped = torch.rand(len(rows), 1, 1, generator=random) < 0.1  # for guidance
-        return rectified_flow_loss(model, x[rows], text.masked_fill(dropped.to(x.device), 0.0), random)
+        text = text.masked_fill(dropped.to(text.device), 0.0)
+        return rectified_flow_loss(model, latents[rows].to(text.device), text, random)
 
-    def make() -> Painter:
-        return Painter(*x.shape[1:], config.width, config.heads, config.paint_layers)
-
-    name, steps = f"painter_{arm.replace(':', '_')}", config.paint_steps
-    return train(config, name, make, loss_of, steps, 2e-3, ema=0.995, draws="painter")
+    new, name = functools.partial(Painter, config, *latents.shape[1:]), f"painter_{arm}".replace(":", "_")
+    return train(config, name, new, loss_of, config.paint_steps, 2e-3, ema=0.995, draws="painter")
 
 
 def paint(config: Config, painter: Painter, text: Tensor, latents: Latents) -> Tensor:
-    """Images (B, H, W, 3) uint8 for states (B, 4, D) of prompts, from the same noise each time."""
+    """Images (B, H, W, 3) uint8 for states (B, STATES, D) of prompts, the same noise each time."""
     shape, noise = (len(painter.place), painter.last.out_features), generator(config, "noise")
-    x = sample_latents(painter, text, shape, config.sample_steps, config.guidance, noise)
-    return latents.decode(x)
+    return latents.decode(
+        sample_latents(painter, text, shape, config.sample_steps, config.guidance, noise)
+    )
 
 
 # ----- The judges ---------------------------------------------------------------------------------
@@ -619,20 +569,22 @@ def train_judge(config: Config, tokenizer: Tokenizer) -> CoCa:
     drawn = draw_pictures(config, "judge", config.scenes, config.scenes)
 
     def loss_of(model: CoCa, random: torch.Generator) -> Tensor:
-        rows = torch.randint(len(drawn.images), (64,), generator=random)
-        texts = [drawn.captions[pick(("short", "descriptive"), random)][i] for i in rows.tolist()]
-        return model.losses(drawn.images[rows], model.tokens(texts), write=False)[0]
+        rows = torch.randint(len(drawn.images), (2 * config.batch,), generator=random)
+        texts = drawn.captions[pick(("short", "descriptive"), random)]
+        tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
+        return model.losses(drawn.images[rows].to(config.device), tokens, write=False)[0]
 
-    return train(config, "judge", lambda: new_coca(config, tokenizer), loss_of, config.judge_steps, 1e-3)
+    new = functools.partial(CoCa, config, tokenizer)
+    return train(config, "judge", new, loss_of, config.judge_steps, 1e-3)
 
 
 @torch.no_grad()
 def score_images(judge: CoCa, images: Tensor, texts: Sequence[str]) -> dict[str, float]:
     """Mean CLIP score, and the shares of what the texts say that the images show."""
-    tokens = judge.tokens(texts)
-    text = judge.embed_text(judge.decoder.read(tokens), tokens)
-    score = clip_score(judge.look(images)[1], text).mean().item()
-    return {"clip_score": score} | agreement(texts, classify(images))
+    tokens = judge.tokenizer.batch(texts).to(judge.place.device)
+    _, image = judge.look(images.to(judge.place.device))
+    score = clip_score(image, judge.embed_text(judge.decoder.read(tokens), tokens))
+    return {"clip_score": score.mean().item()} | agreement(texts, classify(images))
 
 
 def classify(images: Tensor) -> list[Scene]:
@@ -660,44 +612,52 @@ def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float 
 
     binding: colour and shape of one object together; count: the number of objects.
     """
-    right, total = Counter(), Counter()
+    rows = []
     for text, scene in zip(texts, scenes, strict=True):
         said = parse_caption(text)
-        rows = [("count", len(said.things), len(scene.things))]
+        rows.append(("count", len(said.things), len(scene.things)))
         rows.append(("background", said.background, scene.background))
         for thing, match in match_things(said.things, scene.things):
             rows += [(name, getattr(thing, name), getattr(match, name)) for name in vars(thing)]
             if thing.colour and thing.shape:
                 rows.append(("binding", (thing.colour, thing.shape), (match.colour, match.shape)))
-        for name, ours, theirs in rows:
-            right[name] += ours is not None and ours == theirs
-            total[name] += ours is not None
-    return {name: right[name] / total[name] if total[name] else None for name in (*VALUES, "binding", "count")}
+    report = {}
+    for name in ("binding", "count", *VALUES):
+        right = [a == b for key, a, b in rows if key == name and a is not None]
+        report[name] = sum(right) / len(right) if right else None
+    return report
 
 
 def match_things(said: Sequence[Thing], true: Sequence[Thing]) -> list[tuple[Thing, Thing]]:
-    """Each thing said with a true one, or with an empty one, so that most of what is said agrees."""
+    """Each thing said with a true one, or an empty one, so that most of what is said agrees."""
     true = [*true, *[Thing()] * (len(said) - len(true))]
 
     def agreed(order: Sequence[Thing]) -> int:
-        pairs = zip(said, order, strict=False)
-        return sum(getattr(a, n) == getattr(b, n) is not None for a, b in pairs for n in vars(a))
+        pairs = itertools.product(zip(said, order, strict=False), vars(Thing()))
+        return sum(getattr(a, name) == getattr(b, name) is not None for (a, b), name in pairs)
 
     if len(true) <= 5:  # of more, in a caption gone astray, the orders are too many to try
         true = max(itertools.permutations(true, len(said)), key=agreed)
     return list(zip(said, true, strict=False))
 
 
-def print_scores(result: dict) -> None:
-    """Captioners and models by score, as a table."""
+def finish(config: Config, result: dict) -> None:
+    """Write OUT/result.json and print captioners and models by score."""
+    result |= {
+        "config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed,
+        "device": f"{config.device}, {torch.get_num_threads()} threads",
+        "python": sys.version, "torch": torch.__version__,
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }  # fmt: skip
+    path = Path(config.out) / "result.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     rows = {f"captioner {name}": row for name, row in result["captioners"].items()}
     for arm, styles in result["models"].items():
         rows |= {f"{arm}, {style} prompts": row for style, row in styles.items()}
-    columns = ("clip_score", "binding", *VALUES, "count")
-    print(" " * 34 + "".join(f"{name:>11}" for name in columns))
     for name, row in rows.items():
-        cells = ["-" if row.get(key) is None else f"{row[key]:.3f}" for key in columns]
-        print(f"{name:34}" + "".join(f"{cell:>11}" for cell in cells))
+        cells = [f"{key} {value:.2f}" for key, value in row.items() if value is not None]
+        print(f"{name:36} " + " · ".join(cells))
+    print(f"{path} after {result['wall_seconds']:.0f} s")
 
 
 def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -> None:
@@ -706,15 +666,14 @@ def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    rows = min(8, len(prompts))
-    figure, axes = plt.subplots(rows, len(drawn) + 1, figsize=(9, 1.5 * rows), layout="constrained")
+    figure, axes = plt.subplots(8, len(drawn) + 1, figsize=(9, 12), layout="constrained")
     for i, row in enumerate(axes):
-        for axis, (arm, images) in zip(row, drawn.items(), strict=False):
-            axis.imshow(images[i].numpy())
-            axis.set_title(arm if i == 0 else "", fontsize=8)
-        row[-1].text(0, 0.5, textwrap.fill(prompts[i], 40), va="center", fontsize=7)
         for axis in row:
             axis.axis("off")
+        for axis, (arm, images) in zip(row, drawn.items(), strict=False):
+            axis.imshow(images[i].numpy())
+            axis.set_title(arm, fontsize=8)
+        row[-1].text(0, 0.5, textwrap.fill(prompts[i], 40), va="center", fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -809,21 +768,18 @@ def phrase(thing: Thing) -> str:
 
 def describe(scene: Scene, style: str, random: torch.Generator) -> str:
     """A caption: `descriptive` says all that the scene holds, in one of four wordings; `short`
-    colour and shape of the main object, the first of the largest; `brief` of all; `alt`: `alt_text`.
-    """
+    colour and shape of the first of the largest objects, `brief` of all; `alt` is `alt_text`."""
     if style == "alt":
         return alt_text(scene, random)
-    if style == "short":
+    if style in ("short", "brief"):
         main = min(scene.things, key=lambda thing: thing.size != "large")
-        return phrase(Thing(main.shape, main.colour)) + "."
-    if style == "brief":
-        return " and ".join(phrase(Thing(t.shape, t.colour)) for t in scene.things) + "."
+        things = scene.things if style == "brief" else [main]
+        return " and ".join(phrase(Thing(t.shape, t.colour)) for t in things) + "."
     things, ground = [phrase(thing) for thing in scene.things], f"a {scene.background} background"
-    listed = ", ".join(things[:-1]) + " and " + things[-1] if len(things) > 1 else things[0]
     count = ("one object", "two objects", "three objects")[len(things) - 1]
     wordings = (
-        f"{listed}, on {ground}.",
-        f"on {ground}, there is {listed}.",
+        f"{' and '.join(things)}, on {ground}.",
+        f"on {ground}, there is {', '.join(things)}.",
         f"the background is {scene.background}. there is {'; there is '.join(things)}.",
         f"a picture of {count} on {ground}: {'; '.join(things)}.",
     )
@@ -831,19 +787,18 @@ def describe(scene: Scene, style: str, random: torch.Generator) -> str:
 
 
 def alt_text(scene: Scene, random: torch.Generator) -> str:
-    """Noisy alt-text: of some of the objects, of all, with colours swapped, or of none."""
+    """Noisy alt-text: of one of the objects, of all, with colours swapped, or of none."""
     kind, things = pick(range(10), random), list(scene.things)
-    if kind == 0:
-        return pick(("IMG_0417.jpg", "Free Wallpaper Download", "untitled"), random)
-    if kind == 1:
-        return f"{len(things)} Shapes on {scene.background.title()} | Stock Art"
-    if kind <= 4:  # one of the objects, not always the main one
+    if kind <= 1:
+        number = f"{len(things)} Shapes on {scene.background.title()} | Stock Art"
+        return pick(("IMG_0417.jpg", "Free Wallpaper Download", number, number), random)
+    if kind <= 4:  # not always the main object
         t = pick(things, random)
         words = (f"{t.colour} {t.shape}", t.shape, f"{t.size} {t.colour} {t.shape}")
         return pick(words, random).title() + pick(("", " - Buy Online", " clipart", "!"), random)
-    if kind == 9:
+    if kind == 5:
         return ", ".join(f"{t.shape} {t.place}" for t in things)
-    others = things[1:] + things[:1] if kind <= 6 else things  # the colours handed round
+    others = things[1:] + things[:1] if kind <= 7 else things  # the colours are handed round
     texts = [f"{b.colour} {a.shape}" for a, b in zip(things, others, strict=True)]
     return pick((" and ", ", "), random).join(texts) + pick(("", f", {scene.background}"), random)
 
@@ -893,9 +848,10 @@ def draw_pictures(config: Config, purpose: str, count: int, clean: int, unlike=(
 
 
 class Tokenizer:
-    """Reversible: common words, with the space before them, and bytes for the rest."""
+    """Reversible: the commonest words, with the space before them, and bytes for the rest."""
 
-    pad, begin, end = 0, 1, 2  # then 256 bytes, then words
+    pad, begin, end = 0, 1, 2  # then come 256 bytes, then the words
+    split = re.compile(r" ?\w+| ?[^\w\s]|\s").findall
 
     def __init__(self, words: Sequence[str], length: int):
         self.words, self.length, self.size = list(words), length, 259 + len(words)
@@ -903,35 +859,30 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, data: Pictures, length: int) -> Tokenizer:
-        """The 4,096 commonest words that occur twice or more; `length`: most tokens of a text."""
-        counts = Counter()
-        for texts in data.captions.values():
-            for text in texts.values():
-                counts.update(cls.split(text))
+        """The 4,096 commonest words that occur more than once; a text has at most length tokens."""
+        texts = itertools.chain.from_iterable(texts.values() for texts in data.captions.values())
+        counts = Counter(itertools.chain.from_iterable(map(cls.split, texts)))
         return cls([word for word, count in counts.most_common(4096) if count > 1], length)
-
-    @staticmethod
-    def split(text: str) -> list[str]:
-        return re.findall(r" ?\w+| ?[^\w\s]|\s", text)
 
     def batch(self, texts: Sequence[str]) -> Tensor:
         """Tokens (B, T) of texts, with begin and end, cut to the length, padded to the longest."""
         rows = []
         for text in texts:
             ids = [self.begin]
-            for word in self.split(text):
+            for word in Tokenizer.split(text):
                 spelled = [3 + byte for byte in word.encode("utf-8", "replace")]
                 ids += [self.ids[word]] if word in self.ids else spelled
             rows.append(torch.tensor([*ids[: self.length - 1], self.end]))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens (T,), up to the first end."""
-        data = b""
-        for i in itertools.takewhile(lambda i: i != self.end, ids):
-            if i > self.end:
-                data += bytes([i - 3]) if i < 259 else self.words[i - 259].encode()
-        return data.decode("utf-8", "replace").strip()
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Texts of tokens (B, T), each up to its first end."""
+        known, texts = [bytes([i]) for i in range(256)] + [word.encode() for word in self.words], []
+        for row in tokens.tolist():
+            ids = itertools.takewhile(lambda i: i != self.end, row)
+            data = b"".join(known[i - 3] for i in ids if i > self.end)
+            texts.append(data.decode("utf-8", "replace").strip())
+        return texts
 
 
 # ----- Appendix: your own images ------------------------------------------------------------------
@@ -944,7 +895,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: the name must end with one of {' '.join(SUFFIXES)}")
+        raise ValueError(f"{path} must end with one of {' '.join(SUFFIXES)}")
     with Image.open(path) as image:
         if image.mode[0] in "IF":  # Pillow would make all of it white
             raise ValueError(f"{path}: mode {image.mode} must be one of 8 bits a channel")
@@ -954,17 +905,16 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def read_pictures(config: Config) -> Pictures:
-    """The images of --data's captions.jsonl: rows of file, caption, and perhaps short, descriptive."""
+    """What --data's captions.jsonl lists: rows of file, caption, perhaps short and descriptive."""
     path, images = Path(config.data) / "captions.jsonl", []
     captions = {"alt": {}, "short": {}, "descriptive": {}}
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
         try:
-            row = json.loads(line or "{}")
-            for style, texts in captions.items():
-                if text := row.get("caption" if style == "alt" else style):
-                    texts[len(images)] = "" + text
-            if row:
-                images.append(read_image(path.parent / row["file"], config.size))
+            row = json.loads(line)
+            row["alt"] = row["caption"]
+            for style in captions.keys() & row.keys():
+                captions[style][len(images)] = "" + row[style]
+            images.append(read_image(path.parent / row["file"], config.size))
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from error
     return Pictures(torch.from_numpy(np.stack(images)), captions, [])
@@ -972,9 +922,10 @@ def read_pictures(config: Config) -> Pictures:
 
 def train_own(config: Config) -> None:
     """The job `captioner`: base.pt, short.pt and descriptive.pt, of --data or of drawn scenes."""
-    data = draw_pictures(config, "data", config.scenes, config.clean)
     if config.data:
         data = read_pictures(config)
+    else:
+        data = draw_pictures(config, "data", config.scenes, config.clean)
     train_captioners(config, Tokenizer.learn(data, config.length), data)
 
 
@@ -982,31 +933,30 @@ def caption_folder(config: Config) -> None:
     """The job `caption`: a row of file and caption for each image in a folder and those in it."""
     folder, out, done, left_out = Path(config.images), Path(config.out), set(), []
     saved = torch.load(config.checkpoint, "cpu", weights_only=True)
-    then = Config(**saved["settings"])
-    captioner = new_coca(then, Tokenizer(saved["words"], then.length)).to(pick_device(config))
+    then = dataclasses.replace(Config(**saved["settings"]), device=config.device)
+    captioner = CoCa(then, Tokenizer(saved["words"], then.length)).to(config.device)
     captioner.load_state_dict(saved["state"])
     if out.exists():
         if not config.resume:
             raise ValueError(f"{out} is there already: go on with --resume, or give another --out")
-        whole = out.read_text("utf-8").rpartition("\n")[0]  # a run that was killed leaves half a row
+        whole, newline, _ = out.read_text("utf-8").rpartition("\n")  # the rest is half a row
         done = {json.loads(line)["file"] for line in whole.splitlines()}
-        out.write_text(whole + "\n" if whole else "", "utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".jsonl")
+        out.write_text(whole + newline, "utf-8")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".jsonl"]
     todo = [path for path in files if path.relative_to(folder).as_posix() not in done]
-    began = time.perf_counter()
     with out.open("a", encoding="utf-8") as file:
-        for i, path in enumerate(todo, 1):
+        for path in todo:
             try:
                 image = torch.from_numpy(read_image(path, then.size))
-            except (OSError, ValueError, SyntaxError) as error:  # each format has its own kinds
-                left_out.append(f"left out: {path}: {error}")
+            except (OSError, ValueError, SyntaxError) as error:  # the kinds that formats have
+                left_out.append(path)
+                print(f"left out: {path}: {error}")
                 continue
             row = {"file": path.relative_to(folder).as_posix()}
-            file.write(json.dumps(row | {"caption": caption_images(captioner, image[None])[0]}) + "\n")
-            if i % 100 == 0:
-                print_progress("caption", i, len(todo), began)
-    print(*left_out, sep="\n")
-    print(f"{out}: {len(done)} + {len(todo) - len(left_out)} captions; {len(left_out)} files left out")
+            row["caption"] = caption_images(captioner, image[None])[0]
+            file.write(json.dumps(row) + "\n")
+    count = len(todo) - len(left_out)
+    print(f"{out}: {count} captions, {len(done)} from before; {len(left_out)} files left out")
 
 
 # ----- Appendix: prompt upsampling ----------------------------------------------------------------
@@ -1016,16 +966,15 @@ with one description of 15 to 80 words, in one paragraph, and nothing else. Keep
 said, above all numbers, colours, names and who is where. Add what the words leave open:
 surroundings, background, light, style, texture. Describe only what can be seen. If the user asks
 for a change, change that and keep the rest. If the user names a new subject, start afresh."""
-LIGHTHOUSE = """A white lighthouse with a red lantern room stands on a black cliff above a grey,
-choppy sea at %s; a narrow gravel path with a wooden rail leads up to its door, and a few gulls hang
-in the wind beside the tower.""".replace("\n", " ")
-CATS = """Two cats lie on a worn green velvet sofa: a ginger one stretched out asleep on the left, a
-black one sitting upright on the right, in a small living room with warm lamplight and a full
-bookshelf behind them.""".replace("\n", " ")
-CONVERSATION = (  # expand; change one thing and keep the rest; a new subject
-    SYSTEM, "New subject: a lighthouse", LIGHTHOUSE % "dusk", "Make it noon.",
-    LIGHTHOUSE % "noon under a cloudless sky", "New subject: two cats on a sofa", CATS,
-)  # fmt: skip
+LIGHTHOUSE = """A white lighthouse with a red lantern room stands on a black cliff above a choppy \
+sea %s; a narrow gravel path leads to its door, and gulls hang in the wind beside the tower."""
+CATS = """Two cats lie on a worn green velvet sofa: a ginger one asleep on the left, a black one \
+sitting upright on the right, in a small living room with warm lamplight and a full bookshelf."""
+EXAMPLES = (  # expand; change one thing and keep the rest; a new subject
+    ("New subject: a lighthouse", LIGHTHOUSE % "at dusk"),
+    ("Make it noon.", LIGHTHOUSE % "at noon under a cloudless sky"),
+    ("New subject: two cats on a sofa", CATS),
+)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -1036,59 +985,40 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def upsample_by_chat(config: Config, prompt: str) -> str:
-    """The prompt at length, by an OpenAI-compatible endpoint; its key is OPENAI_API_KEY's.
+    """The prompt at length, by an OpenAI-compatible endpoint with OPENAI_API_KEY's key.
 
     Raises ValueError for a refusal, and for an answer that is not one paragraph of 15 to 80 words.
     """
     key, url = os.environ.get("OPENAI_API_KEY", "").strip(), config.chat_url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"--chat-url {url} must begin with http:// or https://")
-    roles = ["system", *["user", "assistant"] * 3, "user"]
-    texts = [*CONVERSATION, f"New subject: {prompt}"]
-    messages = [{"role": a, "content": b} for a, b in zip(roles, texts, strict=True)]
-    body = json.dumps({"model": config.chat_model, "messages": messages}).encode()
+    messages = [{"role": "system", "content": SYSTEM}]
+    for user, answer in (*EXAMPLES, (f"New subject: {prompt}", "")):
+        messages.append({"role": "user", "content": user})
+        messages.append({"role": "assistant", "content": answer})
+    body = json.dumps({"model": config.chat_model, "messages": messages[:-1]}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url}/chat/completions", body, headers)
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=60) as answer:
             text = json.load(answer)["choices"][0]["message"]["content"].strip()
     except urllib.error.HTTPError as error:
-        detail = error.read().decode("utf-8", "replace")
-        if key:
-            detail = detail.replace(key, "***")
+        detail = error.read().decode("utf-8", "replace").replace(key or "no key", "***")
         raise ValueError(f"{url} answers {error.code}: {detail[:200]}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{url} gives no chat completion: {type(error).__name__}") from None
     if "\n" in text or not 15 <= len(text.split()) <= 80:
-        raise ValueError(f"{config.chat_model} must answer one paragraph of 15 to 80 words: {text!r}")
+        raise ValueError(f"the answer must be one paragraph of 15 to 80 words: {text!r}")
     return text
 
 
-def train_upsampler(config: Config, text_model: TextModel) -> TextDecoder:
-    """The stage OUT/upsampler.pt: writes descriptive captions from the states of brief ones."""
-
-    def loss_of(model: TextDecoder, random: torch.Generator) -> Tensor:
-        scenes = [draw_scene(random) for _ in range(32)]
-        brief = text_model.encode([describe(scene, "brief", random) for scene in scenes])
-        texts = [describe(scene, "descriptive", random) for scene in scenes]
-        tokens = text_model.tokenizer.batch(texts).to(brief.device)
-        return caption_loss(model.write(model.read(tokens), brief), tokens, Tokenizer.pad)
-
-    def make() -> TextDecoder:
-        return TextDecoder(text_model.tokenizer, config.width, config.heads, config.layers)
-
-    return train(config, "upsampler", make, loss_of, config.text_steps, 1e-3)
-
-
 def upsample(config: Config) -> None:
-    """The job `upsample`: print the prompt at length, by --chat-url or the model trained here."""
+    """The job `upsample`: print --prompt at length, by --chat-url or by the text model."""
     if config.chat_url:
         return print(upsample_by_chat(config, config.prompt))
     data = draw_pictures(config, "data", config.scenes, config.clean)
     text_model = train_text_model(config, Tokenizer.learn(data, config.length))
-    states = text_model.encode([config.prompt])
-    tokens = train_upsampler(config, text_model).generate(states)
-    print(text_model.tokenizer.decode(tokens[0].tolist()))
+    print(*text_model.retell([config.prompt]))
 
 
 # ----- Config and main ----------------------------------------------------------------------------
@@ -1112,26 +1042,27 @@ class Config:
     prompts: int = flag(200, "held-out scenes that the models are judged on")
     size: int = flag(32, "height and width of an image in pixels, a multiple of 8")
     width: int = flag(128, "of every model")
-    layers: int = flag(2, "of the image encoder and of each half of the decoder")
+    layers: int = flag(2, "of the image encoder and of each half of a decoder")
     paint_layers: int = flag(6, "of the text-to-image models")
     heads: int = flag(4, "attention heads of every model")
     length: int = flag(56, "most tokens of a caption")
-    base_steps: int = flag(500, "steps of the base captioner")
-    tune_steps: int = flag(500, "steps of each of its two fine-tunes")
-    text_steps: int = flag(250, "steps of the text model and of the upsampler")
+    batch: int = flag(32, "images a step; twice as many for the base captioner and the judge")
+    base_steps: int = flag(800, "steps of the base captioner")
+    base_lr: float = flag(5e-4, "its peak learning rate")
+    tune_steps: int = flag(400, "steps of each of its two fine-tunes")
+    tune_lr: float = flag(2e-3, "their peak learning rate")
+    text_steps: int = flag(400, "steps of the text model")
     paint_steps: int = flag(600, "steps of each text-to-image model; report: 500,000")
     judge_steps: int = flag(300, "steps of the scoring CLIP")
-    batch: int = flag(64, "images a step of the base captioner, twice as many as of the others")
-    tune_lr: float = flag(2e-3, "peak learning rate of the fine-tunes")
-    arms: str = flag("ground_truth,descriptive:95", "models: ground_truth, short:%%, descriptive:%%")
+    arms: str = flag("ground_truth,descriptive:95", "ground_truth, short:%% or descriptive:%%")
     sample_steps: int = flag(10, "Euler steps of a sample")
     guidance: float = flag(1.5, "classifier-free guidance; 1: none")
-    chat_url: str = flag("", "upsample: OpenAI-compatible endpoint; its key is OPENAI_API_KEY's")
+    chat_url: str = flag("", "upsample: an OpenAI-compatible endpoint; key: OPENAI_API_KEY")
     chat_model: str = flag("", "upsample: the model's name there")
     seed: int = flag(0, "seed of data, initialisation and draws")
     device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
     out: str = flag("out/recaption", "folder of stages and result; caption: a .jsonl file")
-    resume: bool = flag(False, "caption: go on in the file; finished stages are always kept")
+    resume: bool = flag(False, "caption: go on in that file; finished stages are always kept")
     smoke: bool = flag(False, "tiny models for a few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
@@ -1139,7 +1070,12 @@ class Config:
             least = 0 if name in ("seed", "guidance") else 1e-9
             if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        parse_arms(self.arms)
+        for arm in self.arms.split(","):
+            if not re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", arm):
+                raise ValueError(f"--arms {arm} must be ground_truth, short:0-100 or descriptive:0-100")
+        if self.device == "auto":
+            accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+            object.__setattr__(self, "device", str(accelerator))
 
 
 FREE = {"images", "checkpoint", "prompt", "prompts", "arms", "sample_steps", "guidance", "chat_url"}
