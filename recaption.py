@@ -34,6 +34,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -42,9 +43,8 @@ import re
 import sys
 import textwrap
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
+import urllib.parse
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,20 +68,14 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def caption_loss(logits: Tensor, tokens: Tensor, pad: int) -> Tensor:
-    """Section 2.1: -mean log P(t_j | t_1 .. t_{j-1}; image), padding left out.
-
-    logits: (B, T, V), at position j of token j + 1; tokens: (B, T).
-    """
+    """Section 2.1: -mean log P(t_j | t_1 .. t_{j-1}; image); logits (B, T, V), tokens (B, T)."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
 
 
 def blend_captions(
     synthetic: Sequence[str], ground_truth: Sequence[str], probability: float, generator
 ) -> list[str]:
-    """Section 3.2: each image's synthetic caption with this probability, else its ground truth.
-
-    Drawn anew at each call. Raises ValueError unless the probability is between 0 and 1.
-    """
+    """Section 3.2: each image's synthetic caption with this probability, else its ground truth."""
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} must be between 0 and 1")
     texts = []
@@ -114,8 +108,6 @@ def guided_velocity(model: Callable, x: Tensor, t: Tensor, text: Tensor, guidanc
 
     x: (B, ...), t: (B,), text: (B, ...) as the model takes it; returns a velocity like x.
     """
-    if guidance == 1:
-        return model(x, t, text)
     both = torch.cat([text, torch.zeros_like(text)])
     with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return without + guidance * (with_text - without)
@@ -135,53 +127,50 @@ def sample_latents(model, text: Tensor, shape, steps: int, guidance: float, gene
     return x
 
 
+LENGTH, STATES = 56, 8  # most tokens of a text, and states that the text model gives of one
+
 # ----- The captioner ------------------------------------------------------------------------------
 
 
 class MultiHead(nn.Module):
     """Attention with several heads, of x to itself or to a memory."""
 
-    def __init__(self, D: int, heads: int):
+    def __init__(self, D: int, heads: int = 4):
         super().__init__()
         self.heads, self.out = heads, nn.Linear(D, D)
         self.q, self.kv = nn.Linear(D, D), nn.Linear(D, 2 * D)
 
     def forward(self, x, memory=None, mask=None, causal=False, cache=None) -> Tensor:
-        """x (B, L, D), memory (B, S, D) or None for x itself, mask (B, S) False at padding.
+        """x (B, L, D), memory (B, S, D) or None for x itself, mask (B, 1, 1, S) False at padding.
 
         cache, a dict, holds keys and values: those of x are added, a memory's are computed once.
         """
         B, L, D = x.shape  # batch, length, width
+        name, cache = "own" if memory is None else "memory", {} if cache is None else cache
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
-        name = "own" if memory is None else "memory"
-        kv = None if cache is None else cache.get(name)
-        if kv is None or memory is None:
-            new = self.kv(x if memory is None else memory)
-            new = new.view(B, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-            kv = new if kv is None else torch.cat([kv, new], dim=3)  # (2, B, heads, S, D / heads)
-        if cache is not None:
-            cache[name] = kv
-        if mask is not None:
-            mask = mask[:, None, None]
-        y = F.scaled_dot_product_attention(q, *kv, attn_mask=mask, is_causal=causal and L > 1)
+        if memory is None or name not in cache:
+            kv = self.kv(x if memory is None else memory).view(B, -1, 2, self.heads, D // self.heads)
+            kv = kv.permute(2, 0, 3, 1, 4)  # (2, B, heads, S, D / heads)
+            cache[name] = torch.cat([cache[name], kv], dim=3) if name in cache else kv
+        causal = causal and L > 1
+        y = F.scaled_dot_product_attention(q, *cache[name], attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
 
 class Layer(nn.Module):
     """Pre-norm transformer layer: attention, with `cross` also to a memory, and an MLP."""
 
-    def __init__(self, D: int, heads: int, cross: bool = False):
+    def __init__(self, D: int, cross: bool = False):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(3 if cross else 2))
-        self.attend = MultiHead(D, heads)
-        self.cross = MultiHead(D, heads) if cross else None
+        self.attend, self.cross = MultiHead(D), MultiHead(D) if cross else None
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
 
-    def forward(self, x, memory=None, mask=None, memory_mask=None, causal=False, cache=None):
-        """x (B, L, D) -> (B, L, D); the rest as in `MultiHead`."""
-        x = x + self.attend(self.norms[0](x), mask=mask, causal=causal, cache=cache)
+    def forward(self, x, memory=None, mask=None, causal=False, cache=None) -> Tensor:
+        """x (B, L, D) -> (B, L, D); memory, and the mask of it, as in `MultiHead`."""
+        x = x + self.attend(self.norms[0](x), causal=causal, cache=cache)
         if self.cross is not None:
-            x = x + self.cross(self.norms[2](x), memory, memory_mask, cache=cache)
+            x = x + self.cross(self.norms[2](x), memory, mask, cache=cache)
         return x + self.mlp(self.norms[1](x))
 
 
@@ -190,12 +179,12 @@ class TextDecoder(nn.Module):
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        D, count = config.width, range(config.layers)
+        D, count = config.width, range(2)
         self.embed = nn.Embedding(tokenizer.size, D)
-        self.place = nn.Parameter(0.02 * torch.randn(tokenizer.length, D))
+        self.place = nn.Parameter(0.02 * torch.randn(LENGTH, D))
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.lower = nn.ModuleList(Layer(D, config.heads) for _ in count)
-        self.upper = nn.ModuleList(Layer(D, config.heads, cross=True) for _ in count)
+        self.lower = nn.ModuleList(Layer(D) for _ in count)
+        self.upper = nn.ModuleList(Layer(D, cross=True) for _ in count)
         self.enter, self.norm = nn.LayerNorm(D), nn.LayerNorm(D)
 
     def read(self, tokens: Tensor, caches: list[dict] | None = None, first: int = 0) -> Tensor:
@@ -239,7 +228,7 @@ class CoCa(nn.Module):
             stem += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(4, after), nn.GELU()]
         self.tokenizer, self.stem = tokenizer, nn.Sequential(*stem[:-1])
         self.place = nn.Parameter(0.5 * torch.randn((config.size // 8) ** 2, D))
-        self.encoder = nn.ModuleList(Layer(D, config.heads) for _ in range(config.layers))
+        self.encoder = nn.ModuleList(Layer(D) for _ in range(2))
         self.norm, self.decoder = nn.LayerNorm(D), TextDecoder(config, tokenizer)
         self.of_image, self.of_text = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -277,7 +266,8 @@ def run_all(config: Config) -> None:
     began = time.perf_counter()
     data = draw_pictures(config, "data", config.scenes, config.clean)
     held_out = draw_pictures(config, "held out", config.prompts, config.prompts, data.scenes)
-    tokenizer = Tokenizer.learn(data, config.length)
+    clean = draw_pictures(config, "judge", config.scenes, config.scenes)
+    tokenizer = Tokenizer.learn(data)
 
     captioners = train_captioners(config, tokenizer, data)
     captions = {"ground_truth": list(data.captions["alt"].values())}
@@ -289,7 +279,7 @@ def run_all(config: Config) -> None:
     for arm in config.arms.split(","):
         painters[arm] = train_painter(config, arm, captions, text_model, latents.encode(data.images))
 
-    judge = train_judge(config, tokenizer)
+    judge = train_coca(config, "judge", tokenizer, clean.images, clean.captions["descriptive"])
     result = {"captioners": {}, "models": {arm: {} for arm in ("real images", *painters)}}
     for name, captioner in captioners.items():
         said = caption_images(captioner, held_out.images)
@@ -306,43 +296,48 @@ def run_all(config: Config) -> None:
 
 
 def train_captioners(config: Config, tokenizer: Tokenizer, data: Pictures) -> dict[str, CoCa]:
-    """The base, by both losses on alt-text; fine-tunes of it, each apart, on clean captions."""
-
-    def fit(name: str, make: Callable, texts: dict[int, str], steps: int, lr: float) -> CoCa:
-        indices, batch = torch.tensor(sorted(texts)), config.batch * 2 if name == "base" else config.batch
-
-        def loss_of(model: CoCa, random: torch.Generator) -> Tensor:
-            rows = indices[torch.randint(len(indices), (batch,), generator=random)]
-            tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
-            clip, caption = model.losses(data.images[rows].to(config.device), tokens)
-            return clip + 2 * caption if name == "base" else caption  # CoCa's weights
-
-        return train(config, name, make, loss_of, steps, lr)
-
-    new, alt = lambda: CoCa(config, tokenizer), data.captions["alt"]
-    captioners = {"base": fit("base", new, alt, config.base_steps, config.base_lr)}
-    for style in ("short", "descriptive"):  # of the user's own data either may be missing
+    """The base and, each from it, not one after the other, the fine-tunes that data has texts for."""
+    base = train_coca(config, "base", tokenizer, data.images, data.captions["alt"])
+    captioners = {"base": base}
+    for style in ("short", "descriptive"):
         if texts := data.captions[style]:
-            start = functools.partial(copy.deepcopy, captioners["base"])
-            captioners[style] = fit(style, start, texts, config.tune_steps, config.tune_lr)
+            captioners[style] = train_coca(config, style, tokenizer, data.images, texts, base)
     return captioners
+
+
+def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None) -> CoCa:
+    """The stage OUT/name.pt, trained on pairs of images and the texts that some of them have.
+
+    The base learns by both losses, a fine-tune of it by the caption loss, the judge by CLIP's.
+    """
+    indices, fine_tune = torch.tensor(sorted(texts)), base is not None
+    steps = {"base": config.base_steps, "judge": config.judge_steps}.get(name, config.tune_steps)
+    batch = config.batch if fine_tune else 2 * config.batch
+
+    def make() -> CoCa:
+        return copy.deepcopy(base) if fine_tune else CoCa(config, tokenizer)
+
+    def loss_of(model: CoCa, random: torch.Generator) -> Tensor:
+        rows = indices[torch.randint(len(indices), (batch,), generator=random)]
+        tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
+        clip, caption = model.losses(images[rows].to(config.device), tokens, name != "judge")
+        return caption if fine_tune else clip + 2 * caption  # CoCa's weights
+
+    return train(config, name, make, loss_of, steps, 2e-3 if fine_tune else 5e-4)
 
 
 def recaption(config: Config, style: str, captioner: CoCa, images: Tensor) -> list[str]:
     """The stage OUT/captions_STYLE.pt: a synthetic caption of each training image."""
-    name = f"captions_{style}"
-    return stage(config, name, lambda: {"texts": caption_images(captioner, images, name)})["texts"]
+    return stage(config, f"captions_{style}", lambda: {"texts": caption_images(captioner, images)})["texts"]
 
 
 @torch.no_grad()
-def caption_images(captioner: CoCa, images: Tensor, name: str = "") -> list[str]:
-    """A caption of each of the images (N, H, W, 3) uint8; with a name, progress is printed."""
-    texts, began = [], time.perf_counter()
+def caption_images(captioner: CoCa, images: Tensor) -> list[str]:
+    """A caption of each of the images (N, H, W, 3) uint8."""
+    texts = []
     for part in images.split(500):
         memory, _ = captioner.look(part.to(captioner.place.device))
         texts += captioner.tokenizer.decode(captioner.decoder.generate(memory))
-        if name:
-            print_progress(name, len(texts), len(images), began)
     return texts
 
 
@@ -350,12 +345,6 @@ def generator(config: Config, *purpose: str) -> torch.Generator:
     """Random numbers of their own for a purpose."""
     digest = hashlib.sha256(repr((config.seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def print_progress(name: str, done: int, total: int, began: float, more: str = "") -> None:
-    """A line with the time that is left."""
-    left = (time.perf_counter() - began) / done * (total - done)
-    print(f"{name} · {done:,}/{total:,}{more} · {left:.0f} s left", flush=True)
 
 
 def stage(config: Config, name: str, make: Callable[[], dict]) -> dict:
@@ -401,7 +390,9 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
             for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
                 mean.data.lerp_(parameter.data, 1 - decay)
             if step % max(1, steps // 8) == 0 or step == steps:
-                print_progress(name, step, steps, began, f" · loss {loss.item():.4f}")
+                left = (time.perf_counter() - began) / step * (steps - step)
+                text = f"step {step:,}/{steps:,} · loss {loss.item():.4f} · {left:.0f} s left"
+                print(f"{name} · {text}", flush=True)
         words = getattr(model, "tokenizer", None) and model.tokenizer.words
         return {"state": average.state_dict(), "words": words}
 
@@ -412,67 +403,46 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
 # ----- The text-to-image model --------------------------------------------------------------------
 
 
-STATES = 8  # of a text
-
-
 class TextModel(nn.Module):
-    """Encodes a text as a few states, from which a decoder retells it; frozen, as T5 is.
-
-    Convolutions bind neighbouring words, a layer of attention follows, and queries ask.
-    """
+    """A text as a few states, from which it can be retold: encoder and decoder, as T5 is."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        D, self.tokenizer = config.width, tokenizer
-        self.embed = nn.Embedding(tokenizer.size, D)
-        self.place = nn.Parameter(0.3 * torch.randn(tokenizer.length, D))
-        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(3))
-        self.convolutions = nn.ModuleList(nn.Conv1d(D, D, 5, padding=2) for _ in range(2))
-        self.layer, self.ask = Layer(D, config.heads), Layer(D, config.heads, cross=True)
+        self.tokenizer, D = tokenizer, config.width
+        self.encoder, self.decoder = TextDecoder(config, tokenizer), TextDecoder(config, tokenizer)
+        self.encoder.upper = None  # of the first the lower half is enough
         self.queries = nn.Parameter(torch.randn(STATES, D))
-        self.decoder = TextDecoder(config, tokenizer)
+        self.ask, self.norm = Layer(D, cross=True), nn.LayerNorm(D)
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """States (B, STATES, D) of texts."""
-        tokens = self.tokenizer.batch(texts).to(self.place.device)  # (B, T)
-        mask = tokens != Tokenizer.pad
-        x = self.embed(tokens) + self.place[: tokens.shape[1]]
-        for norm, convolution in zip(self.norms, self.convolutions, strict=False):
-            y = norm(x) * mask[..., None]  # (B, T, D)
-            x = x + F.gelu(convolution(y.mT).mT)
-        x = self.layer(x, mask=mask)
-        queries = self.queries.expand(len(x), -1, -1)
-        return self.norms[2](self.ask(queries, x, memory_mask=mask))
+        """States (B, STATES, D) of texts: what queries find in them."""
+        tokens = self.tokenizer.batch(texts).to(self.queries.device)  # (B, T)
+        mask, queries = (tokens != Tokenizer.pad)[:, None, None], self.queries.expand(len(texts), -1, -1)
+        return self.norm(self.ask(queries, self.encoder.read(tokens), mask))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """States (N, STATES, D) of any number of texts."""
         return torch.cat([self(texts[i : i + 256]) for i in range(0, len(texts), 256)])
 
-    def retell(self, texts: Sequence[str]) -> list[str]:
-        """Texts at length."""
-        return self.tokenizer.decode(self.decoder.generate(self.encode(texts)))
-
 
 def train_text_model(config: Config, tokenizer: Tokenizer) -> TextModel:
-    """The stage OUT/text_model.pt: from a caption of any style it tells a scene at length.
+    """The stage OUT/text_model.pt: it learns to tell at length what a caption of any style says.
 
-    The scenes are its own, without pictures.
+    The captions are of scenes of its own, which have no pictures. Then it is frozen.
     """
 
     def loss_of(model: TextModel, random: torch.Generator) -> Tensor:
-        given, retold = [], []
-        for _ in range(config.batch):
-            scene = draw_scene(random)
-            style = pick(("descriptive", "descriptive", "alt", "brief", "short"), random)
-            given.append(describe(scene, style, random))
-            retold.append(describe(scene, "descriptive", random))
-        tokens = tokenizer.batch(retold).to(config.device)
-        logits = model.decoder.write(model.decoder.read(tokens), model(given))
+        scenes = [draw_scene(random) for _ in range(config.batch)]
+        styles = ("descriptive", "descriptive", "alt", "brief", "short")
+        states = model([describe(scene, pick(styles, random), random) for scene in scenes])
+        retold = [describe(scene, "descriptive", random) for scene in scenes]
+        tokens = tokenizer.batch(retold).to(states.device)
+        logits = model.decoder.write(model.decoder.read(tokens), states)
         return caption_loss(logits, tokens, Tokenizer.pad)
 
     new = functools.partial(TextModel, config, tokenizer)
-    return train(config, "text_model", new, loss_of, config.text_steps, 2e-3, ema=0.98)
+    return train(config, "text_model", new, loss_of, config.text_steps, 1e-3, ema=0.98)
 
 
 class Latents:
@@ -514,8 +484,8 @@ class Painter(nn.Module):
         D = config.width
         self.enter, self.place = nn.Linear(K, D), nn.Parameter(0.5 * torch.randn(N, D))
         self.text, self.slot = nn.Linear(D, D), nn.Parameter(0.5 * torch.randn(STATES, D))
-        self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
-        layers = [Layer(D, config.heads, cross=True) for _ in range(config.paint_layers)]
+        self.time = nn.Sequential(nn.Linear(1, D), nn.SiLU(), nn.Linear(D, D))
+        layers = [Layer(D, cross=True) for _ in range(6)]
         self.layers, self.norm, self.last = nn.ModuleList(layers), nn.LayerNorm(D), nn.Linear(D, K)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -523,11 +493,7 @@ class Painter(nn.Module):
 
         The network predicts the image; the velocity leads from x to it in the time that is left.
         """
-        half = self.place.shape[1] // 2
-        rates = torch.exp(-math.log(1e4) / half * torch.arange(half, device=x.device))
-        angles = 1000 * t[:, None] * rates  # (B, D / 2)
-        times = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        y = self.enter(x) + self.place + times[:, None]  # (B, N, D)
+        y = self.enter(x) + self.place + self.time(t[:, None])[:, None]  # (B, N, D)
         for layer in self.layers:
             y = layer(y, self.text(text) + self.slot)
         return (self.last(self.norm(y)) - x) / (1 - t)[:, None, None]
@@ -557,25 +523,11 @@ def paint(config: Config, painter: Painter, text: Tensor, latents: Latents) -> T
     """Images (B, H, W, 3) uint8 for states (B, STATES, D) of prompts, the same noise each time."""
     shape, noise = (len(painter.place), painter.last.out_features), generator(config, "noise")
     return latents.decode(
-        sample_latents(painter, text, shape, config.sample_steps, config.guidance, noise)
+        sample_latents(painter, text, shape, 10, config.guidance, noise)
     )
 
 
 # ----- The judges ---------------------------------------------------------------------------------
-
-
-def train_judge(config: Config, tokenizer: Tokenizer) -> CoCa:
-    """The stage OUT/judge.pt: a CLIP trained apart, on clean captions of scenes of its own."""
-    drawn = draw_pictures(config, "judge", config.scenes, config.scenes)
-
-    def loss_of(model: CoCa, random: torch.Generator) -> Tensor:
-        rows = torch.randint(len(drawn.images), (2 * config.batch,), generator=random)
-        texts = drawn.captions[pick(("short", "descriptive"), random)]
-        tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
-        return model.losses(drawn.images[rows].to(config.device), tokens, write=False)[0]
-
-    new = functools.partial(CoCa, config, tokenizer)
-    return train(config, "judge", new, loss_of, config.judge_steps, 1e-3)
 
 
 @torch.no_grad()
@@ -602,7 +554,7 @@ def classify(images: Tensor) -> list[Scene]:
     scenes = []
     for i, ground in enumerate(errors.unflatten(1, (-1, 4)).sum(-1).argmin(0).tolist()):
         found = zip(best[ground, 4 * i : 4 * i + 4].tolist(), VALUES["place"], strict=True)
-        things = [dataclasses.replace(options[k], place=place) for k, place in found if k > 0]
+        things = [options[k]._replace(place=place) for k, place in found if k > 0]
         scenes.append(Scene(tuple(things), VALUES["background"][ground]))
     return scenes
 
@@ -617,10 +569,10 @@ def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float 
         said = parse_caption(text)
         rows.append(("count", len(said.things), len(scene.things)))
         rows.append(("background", said.background, scene.background))
-        for thing, match in match_things(said.things, scene.things):
-            rows += [(name, getattr(thing, name), getattr(match, name)) for name in vars(thing)]
-            if thing.colour and thing.shape:
-                rows.append(("binding", (thing.colour, thing.shape), (match.colour, match.shape)))
+        for ours, true in match_things(said.things, scene.things):
+            rows += zip(Thing._fields, ours, true, strict=True)
+            if ours.colour and ours.shape:
+                rows.append(("binding", ours[:2], true[:2]))
     report = {}
     for name in ("binding", "count", *VALUES):
         right = [a == b for key, a, b in rows if key == name and a is not None]
@@ -633,8 +585,8 @@ def match_things(said: Sequence[Thing], true: Sequence[Thing]) -> list[tuple[Thi
     true = [*true, *[Thing()] * (len(said) - len(true))]
 
     def agreed(order: Sequence[Thing]) -> int:
-        pairs = itertools.product(zip(said, order, strict=False), vars(Thing()))
-        return sum(getattr(a, name) == getattr(b, name) is not None for (a, b), name in pairs)
+        pairs = zip(sum(said, ()), sum(order, ()), strict=True)
+        return sum(a == b is not None for a, b in pairs)
 
     if len(true) <= 5:  # of more, in a caption gone astray, the orders are too many to try
         true = max(itertools.permutations(true, len(said)), key=agreed)
@@ -642,22 +594,20 @@ def match_things(said: Sequence[Thing], true: Sequence[Thing]) -> list[tuple[Thi
 
 
 def finish(config: Config, result: dict) -> None:
-    """Write OUT/result.json and print captioners and models by score."""
+    """Write OUT/result.json and print its scores."""
     result |= {
         "config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed,
-        "device": f"{config.device}, {torch.get_num_threads()} threads",
-        "python": sys.version, "torch": torch.__version__,
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "device": f"{config.device}, {torch.get_num_threads()} threads", "python": sys.version,
+        "torch": torch.__version__, "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
-    path = Path(config.out) / "result.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    Path(config.out, "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     rows = {f"captioner {name}": row for name, row in result["captioners"].items()}
     for arm, styles in result["models"].items():
         rows |= {f"{arm}, {style} prompts": row for style, row in styles.items()}
     for name, row in rows.items():
         cells = [f"{key} {value:.2f}" for key, value in row.items() if value is not None]
         print(f"{name:36} " + " · ".join(cells))
-    print(f"{path} after {result['wall_seconds']:.0f} s")
+    print(f"{config.out}/result.json after {result['wall_seconds']:.0f} s")
 
 
 def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -> None:
@@ -699,23 +649,11 @@ ATTRIBUTE_OF = {value: name for name, values in VALUES.items() for value in valu
 WORDS = re.compile(r"\b(" + "|".join(ATTRIBUTE_OF) + r")s?\b|\band\b|[,.;:]|$")
 
 
-@dataclass(frozen=True)
-class Thing:
-    """An object of a scene, or what is said of one: None where nothing is."""
-
-    shape: str | None = None
-    colour: str | None = None
-    size: str | None = None
-    texture: str | None = None
-    place: str | None = None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One to three things in quarters of their own, in reading order; or what a text says of it."""
-
-    things: tuple[Thing, ...] = ()
-    background: str | None = None
+# None is what is not said; a scene has one to three things, each in a quarter of its own.
+Thing = namedtuple("Thing", "shape colour size texture place", defaults=[None] * 5)
+Scene = namedtuple("Scene", "things background", defaults=[(), None])
+# Images (N, H, W, 3) uint8; texts by style, then by the index of the image; scenes, if drawn.
+Pictures = namedtuple("Pictures", "images captions scenes")
 
 
 def pick(options: Sequence, random: torch.Generator):
@@ -754,7 +692,7 @@ def render_quarter(thing: Thing | None, background: str, side: int) -> np.ndarra
 
 def render(scene: Scene, size: int = 32) -> np.ndarray:
     """The picture (size, size, 3) uint8 of a scene that says everything."""
-    there = {thing.place: dataclasses.replace(thing, place=None) for thing in scene.things}
+    there = {thing.place: thing._replace(place=None) for thing in scene.things}
     quarters = [render_quarter(there.get(p), scene.background, size // 2) for p in VALUES["place"]]
     return np.vstack([np.hstack(quarters[:2]), np.hstack(quarters[2:])])
 
@@ -823,15 +761,6 @@ def parse_caption(text: str) -> Scene:
     return Scene(tuple(things), background)
 
 
-@dataclass
-class Pictures:
-    """Images (N, H, W, 3) uint8; texts by style and index of the image; scenes, if drawn."""
-
-    images: Tensor
-    captions: dict[str, dict[int, str]]
-    scenes: list[Scene]
-
-
 def draw_pictures(config: Config, purpose: str, count: int, clean: int, unlike=()) -> Pictures:
     """Scenes unlike those given, with alt-text; the first `clean` of them with clean captions."""
     random, scenes, seen = generator(config, purpose), [], set(unlike)
@@ -848,40 +777,35 @@ def draw_pictures(config: Config, purpose: str, count: int, clean: int, unlike=(
 
 
 class Tokenizer:
-    """Reversible: the commonest words, with the space before them, and bytes for the rest."""
+    """Words, each with the space before it, to ids and back; a word not learned is `unknown`."""
 
-    pad, begin, end = 0, 1, 2  # then come 256 bytes, then the words
+    pad, begin, end, unknown = range(4)  # then the words
     split = re.compile(r" ?\w+| ?[^\w\s]|\s").findall
 
-    def __init__(self, words: Sequence[str], length: int):
-        self.words, self.length, self.size = list(words), length, 259 + len(words)
-        self.ids = {word: 259 + i for i, word in enumerate(words)}
+    def __init__(self, words: Sequence[str]):
+        self.words, self.size = list(words), 4 + len(words)
+        self.ids = {word: 4 + i for i, word in enumerate(words)}
 
     @classmethod
-    def learn(cls, data: Pictures, length: int) -> Tokenizer:
-        """The 4,096 commonest words that occur more than once; a text has at most length tokens."""
-        texts = itertools.chain.from_iterable(texts.values() for texts in data.captions.values())
-        counts = Counter(itertools.chain.from_iterable(map(cls.split, texts)))
-        return cls([word for word, count in counts.most_common(4096) if count > 1], length)
+    def learn(cls, data: Pictures) -> Tokenizer:
+        """All words of the captions."""
+        texts = [text for captions in data.captions.values() for text in captions.values()]
+        return cls(sorted(set(cls.split("\n".join(texts)))))
 
     def batch(self, texts: Sequence[str]) -> Tensor:
         """Tokens (B, T) of texts, with begin and end, cut to the length, padded to the longest."""
         rows = []
         for text in texts:
-            ids = [self.begin]
-            for word in Tokenizer.split(text):
-                spelled = [3 + byte for byte in word.encode("utf-8", "replace")]
-                ids += [self.ids[word]] if word in self.ids else spelled
-            rows.append(torch.tensor([*ids[: self.length - 1], self.end]))
+            ids = [self.ids.get(word, self.unknown) for word in Tokenizer.split(text)]
+            rows.append(torch.tensor([self.begin, *ids[: LENGTH - 2], self.end]))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Texts of tokens (B, T), each up to its first end."""
-        known, texts = [bytes([i]) for i in range(256)] + [word.encode() for word in self.words], []
+        texts = []
         for row in tokens.tolist():
             ids = itertools.takewhile(lambda i: i != self.end, row)
-            data = b"".join(known[i - 3] for i in ids if i > self.end)
-            texts.append(data.decode("utf-8", "replace").strip())
+            texts.append("".join(self.words[i - 4] for i in ids if i >= 4).strip())
         return texts
 
 
@@ -926,7 +850,7 @@ def train_own(config: Config) -> None:
         data = read_pictures(config)
     else:
         data = draw_pictures(config, "data", config.scenes, config.clean)
-    train_captioners(config, Tokenizer.learn(data, config.length), data)
+    train_captioners(config, Tokenizer.learn(data), data)
 
 
 def caption_folder(config: Config) -> None:
@@ -934,7 +858,7 @@ def caption_folder(config: Config) -> None:
     folder, out, done, left_out = Path(config.images), Path(config.out), set(), []
     saved = torch.load(config.checkpoint, "cpu", weights_only=True)
     then = dataclasses.replace(Config(**saved["settings"]), device=config.device)
-    captioner = CoCa(then, Tokenizer(saved["words"], then.length)).to(config.device)
+    captioner = CoCa(then, Tokenizer(saved["words"])).to(config.device)
     captioner.load_state_dict(saved["state"])
     if out.exists():
         if not config.resume:
@@ -964,8 +888,8 @@ def caption_folder(config: Config) -> None:
 SYSTEM = """You write prompts for a program that paints pictures. The user gives a few words; answer
 with one description of 15 to 80 words, in one paragraph, and nothing else. Keep everything the user
 said, above all numbers, colours, names and who is where. Add what the words leave open:
-surroundings, background, light, style, texture. Describe only what can be seen. If the user asks
-for a change, change that and keep the rest. If the user names a new subject, start afresh."""
+surroundings, background, light, style, texture. If the user asks for a change, change that and keep
+the rest. If the user names a new subject, start afresh."""
 LIGHTHOUSE = """A white lighthouse with a red lantern room stands on a black cliff above a choppy \
 sea %s; a narrow gravel path leads to its door, and gulls hang in the wind beside the tower."""
 CATS = """Two cats lie on a worn green velvet sofa: a ginger one asleep on the left, a black one \
@@ -977,36 +901,30 @@ EXAMPLES = (  # expand; change one thing and keep the rest; a new subject
 )
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the key would go along."""
-
-    def redirect_request(self, *_) -> None:
-        return None
-
-
 def upsample_by_chat(config: Config, prompt: str) -> str:
-    """The prompt at length, by an OpenAI-compatible endpoint with OPENAI_API_KEY's key.
+    """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY.
 
-    Raises ValueError for a refusal, and for an answer that is not one paragraph of 15 to 80 words.
+    Raises ValueError for a refusal, for a redirect, which would take the key along, and for an
+    answer that is not one paragraph of 15 to 80 words.
     """
-    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), config.chat_url.rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"--chat-url {url} must begin with http:// or https://")
     messages = [{"role": "system", "content": SYSTEM}]
     for user, answer in (*EXAMPLES, (f"New subject: {prompt}", "")):
         messages.append({"role": "user", "content": user})
         messages.append({"role": "assistant", "content": answer})
-    body = json.dumps({"model": config.chat_model, "messages": messages[:-1]}).encode()
+    body = json.dumps({"model": config.chat_model, "messages": messages[:-1]})
+    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(config.chat_url)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    if url.scheme not in kinds:
+        raise ValueError(f"--chat-url {config.chat_url} must begin with http:// or https://")
+    connection = kinds[url.scheme](url.netloc, timeout=60)
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{url}/chat/completions", body, headers)
+    connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
+    answer = connection.getresponse()
+    text = answer.read().decode("utf-8", "replace").replace(key or "no key", "***")
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=60) as answer:
-            text = json.load(answer)["choices"][0]["message"]["content"].strip()
-    except urllib.error.HTTPError as error:
-        detail = error.read().decode("utf-8", "replace").replace(key or "no key", "***")
-        raise ValueError(f"{url} answers {error.code}: {detail[:200]}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url} gives no chat completion: {type(error).__name__}") from None
+        text = json.loads(text)["choices"][0]["message"]["content"].strip()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{config.chat_url} answers {answer.status}: {text[:200]!r}") from None
     if "\n" in text or not 15 <= len(text.split()) <= 80:
         raise ValueError(f"the answer must be one paragraph of 15 to 80 words: {text!r}")
     return text
@@ -1017,8 +935,9 @@ def upsample(config: Config) -> None:
     if config.chat_url:
         return print(upsample_by_chat(config, config.prompt))
     data = draw_pictures(config, "data", config.scenes, config.clean)
-    text_model = train_text_model(config, Tokenizer.learn(data, config.length))
-    print(*text_model.retell([config.prompt]))
+    text_model = train_text_model(config, Tokenizer.learn(data))
+    tokens = text_model.decoder.generate(text_model.encode([config.prompt]))
+    print(*text_model.tokenizer.decode(tokens))
 
 
 # ----- Config and main ----------------------------------------------------------------------------
@@ -1042,20 +961,13 @@ class Config:
     prompts: int = flag(200, "held-out scenes that the models are judged on")
     size: int = flag(32, "height and width of an image in pixels, a multiple of 8")
     width: int = flag(128, "of every model")
-    layers: int = flag(2, "of the image encoder and of each half of a decoder")
-    paint_layers: int = flag(6, "of the text-to-image models")
-    heads: int = flag(4, "attention heads of every model")
-    length: int = flag(56, "most tokens of a caption")
     batch: int = flag(32, "images a step; twice as many for the base captioner and the judge")
     base_steps: int = flag(800, "steps of the base captioner")
-    base_lr: float = flag(5e-4, "its peak learning rate")
     tune_steps: int = flag(400, "steps of each of its two fine-tunes")
-    tune_lr: float = flag(2e-3, "their peak learning rate")
     text_steps: int = flag(400, "steps of the text model")
     paint_steps: int = flag(600, "steps of each text-to-image model; report: 500,000")
     judge_steps: int = flag(300, "steps of the scoring CLIP")
     arms: str = flag("ground_truth,descriptive:95", "ground_truth, short:%% or descriptive:%%")
-    sample_steps: int = flag(10, "Euler steps of a sample")
     guidance: float = flag(1.5, "classifier-free guidance; 1: none")
     chat_url: str = flag("", "upsample: an OpenAI-compatible endpoint; key: OPENAI_API_KEY")
     chat_model: str = flag("", "upsample: the model's name there")
@@ -1078,10 +990,10 @@ class Config:
             object.__setattr__(self, "device", str(accelerator))
 
 
-FREE = {"images", "checkpoint", "prompt", "prompts", "arms", "sample_steps", "guidance", "chat_url"}
+FREE = {"images", "checkpoint", "prompt", "prompts", "arms", "guidance", "chat_url"}
 FREE |= {"chat_model", "device", "out", "resume", "smoke"}  # may differ from a saved stage's
 SMOKE = {
-    "scenes": 48, "clean": 12, "prompts": 8, "width": 16, "layers": 1, "paint_layers": 1, "heads": 2,
+    "scenes": 48, "clean": 12, "prompts": 8, "width": 16,
     "base_steps": 4, "tune_steps": 3, "text_steps": 3, "paint_steps": 4, "judge_steps": 3, "batch": 8,
 }  # fmt: skip
 JOBS = {"all": run_all, "captioner": train_own, "caption": caption_folder, "upsample": upsample}
