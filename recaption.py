@@ -149,7 +149,9 @@ class MultiHead(nn.Module):
         name, cache = "own" if memory is None else "memory", {} if cache is None else cache
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
         if memory is None or name not in cache:
-            kv = self.kv(x if memory is None else memory).view(B, -1, 2, self.heads, D // self.heads)
+            kv = self.kv(x if memory is None else memory).view(
+                B, -1, 2, self.heads, D // self.heads
+            )
             kv = kv.permute(2, 0, 3, 1, 4)  # (2, B, heads, S, D / heads)
             cache[name] = torch.cat([cache[name], kv], dim=3) if name in cache else kv
         causal = causal and L > 1
@@ -201,14 +203,13 @@ class TextDecoder(nn.Module):
         return F.linear(self.norm(states), self.embed.weight)
 
     @torch.no_grad()
-    def generate(self, memory: Tensor, cached: bool = True) -> Tensor:
+    def generate(self, memory: Tensor) -> Tensor:
         """The likeliest tokens, one by one: (B, T), begin first; after a row's end is padding."""
         tokens = torch.full((len(memory), 1), Tokenizer.begin, device=memory.device)
-        caches = [{} for _ in (*self.lower, *self.upper)] if cached else None
+        caches = [{} for _ in (*self.lower, *self.upper)]
         ended = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
         while tokens.shape[1] < len(self.place) and not ended.all():
-            first = tokens.shape[1] - 1 if cached else 0
-            states = self.read(tokens[:, first:], caches, first)
+            states = self.read(tokens[:, -1:], caches, tokens.shape[1] - 1)
             token = self.write(states, memory, caches)[:, -1].argmax(-1)
             tokens = torch.cat([tokens, token.masked_fill(ended, Tokenizer.pad)[:, None]], dim=1)
             ended |= token == Tokenizer.end
@@ -267,17 +268,20 @@ def run_all(config: Config) -> None:
     data = draw_pictures(config, "data", config.scenes, config.clean)
     held_out = draw_pictures(config, "held out", config.prompts, config.prompts, data.scenes)
     clean = draw_pictures(config, "judge", config.scenes, config.scenes)
-    tokenizer = Tokenizer.learn(data)
 
-    captioners = train_captioners(config, tokenizer, data)
+    captioners = train_captioners(config, data)
+    tokenizer = captioners["base"].tokenizer
     captions = {"ground_truth": list(data.captions["alt"].values())}
     for style in ("short", "descriptive"):
-        captions[style] = recaption(config, style, captioners[style], data.images)
+        recaption = functools.partial(caption_images, captioners[style], data.images)
+        captions[style] = stage(config, f"captions_{style}", recaption)
 
     text_model, latents = train_text_model(config, tokenizer), Latents(data.images)
     painters = {}
     for arm in config.arms.split(","):
-        painters[arm] = train_painter(config, arm, captions, text_model, latents.encode(data.images))
+        painters[arm] = train_painter(
+            config, arm, captions, text_model, latents.encode(data.images)
+        )
 
     judge = train_coca(config, "judge", tokenizer, clean.images, clean.captions["descriptive"])
     result = {"captioners": {}, "models": {arm: {} for arm in ("real images", *painters)}}
@@ -295,8 +299,9 @@ def run_all(config: Config) -> None:
     draw_samples(Path(config.out) / "samples.png", drawn, prompts)
 
 
-def train_captioners(config: Config, tokenizer: Tokenizer, data: Pictures) -> dict[str, CoCa]:
+def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
     """The base and, each from it, not one after the other, the fine-tunes that data has texts for."""
+    tokenizer = Tokenizer.learn(data)
     base = train_coca(config, "base", tokenizer, data.images, data.captions["alt"])
     captioners = {"base": base}
     for style in ("short", "descriptive"):
@@ -326,11 +331,6 @@ def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None
     return train(config, name, make, loss_of, steps, 2e-3 if fine_tune else 5e-4)
 
 
-def recaption(config: Config, style: str, captioner: CoCa, images: Tensor) -> list[str]:
-    """The stage OUT/captions_STYLE.pt: a synthetic caption of each training image."""
-    return stage(config, f"captions_{style}", lambda: {"texts": caption_images(captioner, images)})["texts"]
-
-
 @torch.no_grad()
 def caption_images(captioner: CoCa, images: Tensor) -> list[str]:
     """A caption of each of the images (N, H, W, 3) uint8."""
@@ -347,20 +347,20 @@ def generator(config: Config, *purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def stage(config: Config, name: str, make: Callable[[], dict]) -> dict:
-    """The content of OUT/name.pt; if it is not there, make() makes it.
+def stage(config: Config, name: str, make: Callable[[], object]):
+    """What OUT/name.pt holds; if it is not there, what make() makes, which is saved.
 
     Raises ValueError, which names the setting, if the file was made with another one.
     """
     path, settings = Path(config.out) / f"{name}.pt", dataclasses.asdict(config)
     if not path.is_file():
-        torch.save(make() | {"settings": settings}, path.with_suffix(".tmp"))
+        torch.save({"settings": settings, "made": make()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)  # never half of one
-    content = torch.load(path, "cpu", weights_only=True)
-    for key, value in content["settings"].items():
+    saved = torch.load(path, "cpu", weights_only=True)
+    for key, value in saved["settings"].items():
         if key not in FREE and value != settings.get(key):
-            raise ValueError(f"{path}: made with {key} {value!r}, not {settings.get(key)!r}; other --out?")
-    return content
+            raise ValueError(f"{path}: {key} was {value!r}, is {settings.get(key)!r}: change --out")
+    return saved["made"]
 
 
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
@@ -384,7 +384,9 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(loss.item() + norm.item()):
-                raise FloatingPointError(f"{name} diverged: the loss of step {step} is {loss.item()}")
+                raise FloatingPointError(
+                    f"{name} diverged: the loss of step {step} is {loss.item()}"
+                )
             optimizer.step()
             decay = min(ema, step / (10 + step))
             for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
@@ -417,7 +419,10 @@ class TextModel(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """States (B, STATES, D) of texts: what queries find in them."""
         tokens = self.tokenizer.batch(texts).to(self.queries.device)  # (B, T)
-        mask, queries = (tokens != Tokenizer.pad)[:, None, None], self.queries.expand(len(texts), -1, -1)
+        mask, queries = (
+            (tokens != Tokenizer.pad)[:, None, None],
+            self.queries.expand(len(texts), -1, -1),
+        )
         return self.norm(self.ask(queries, self.encoder.read(tokens), mask))
 
     @torch.no_grad()
@@ -515,16 +520,17 @@ def train_painter(config, arm, captions, text_model, latents) -> Painter:
         text = text.masked_fill(dropped.to(text.device), 0.0)
         return rectified_flow_loss(model, latents[rows].to(text.device), text, random)
 
-    new, name = functools.partial(Painter, config, *latents.shape[1:]), f"painter_{arm}".replace(":", "_")
+    new, name = (
+        functools.partial(Painter, config, *latents.shape[1:]),
+        f"painter_{arm}".replace(":", "_"),
+    )
     return train(config, name, new, loss_of, config.paint_steps, 2e-3, ema=0.995, draws="painter")
 
 
 def paint(config: Config, painter: Painter, text: Tensor, latents: Latents) -> Tensor:
     """Images (B, H, W, 3) uint8 for states (B, STATES, D) of prompts, the same noise each time."""
     shape, noise = (len(painter.place), painter.last.out_features), generator(config, "noise")
-    return latents.decode(
-        sample_latents(painter, text, shape, 10, config.guidance, noise)
-    )
+    return latents.decode(sample_latents(painter, text, shape, 10, config.guidance, noise))
 
 
 # ----- The judges ---------------------------------------------------------------------------------
@@ -562,35 +568,30 @@ def classify(images: Tensor) -> list[Scene]:
 def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float | None]:
     """By attribute, the share of what texts say that is so in scenes; None where nothing is said.
 
-    binding: colour and shape of one object together; count: the number of objects.
+    binding: colour and shape of one object together; count: the number of objects. Objects are
+    matched so that most agrees.
     """
     rows = []
     for text, scene in zip(texts, scenes, strict=True):
         said = parse_caption(text)
         rows.append(("count", len(said.things), len(scene.things)))
         rows.append(("background", said.background, scene.background))
-        for ours, true in match_things(said.things, scene.things):
-            rows += zip(Thing._fields, ours, true, strict=True)
-            if ours.colour and ours.shape:
-                rows.append(("binding", ours[:2], true[:2]))
+        ours = said.things[:4]  # more are of a caption gone astray
+
+        def agreed(order: Sequence[Thing], ours=ours) -> int:
+            values = zip(sum(ours, ()), sum(order, ()), strict=True)
+            return sum(a == b is not None for a, b in values)
+
+        orders = itertools.permutations([*scene.things, *[Thing()] * len(ours)], len(ours))
+        for thing, true in zip(ours, max(orders, key=agreed), strict=True):
+            rows += zip(Thing._fields, thing, true, strict=True)
+            if thing.colour and thing.shape:
+                rows.append(("binding", thing[:2], true[:2]))
     report = {}
     for name in ("binding", "count", *VALUES):
         right = [a == b for key, a, b in rows if key == name and a is not None]
         report[name] = sum(right) / len(right) if right else None
     return report
-
-
-def match_things(said: Sequence[Thing], true: Sequence[Thing]) -> list[tuple[Thing, Thing]]:
-    """Each thing said with a true one, or an empty one, so that most of what is said agrees."""
-    true = [*true, *[Thing()] * (len(said) - len(true))]
-
-    def agreed(order: Sequence[Thing]) -> int:
-        pairs = zip(sum(said, ()), sum(order, ()), strict=True)
-        return sum(a == b is not None for a, b in pairs)
-
-    if len(true) <= 5:  # of more, in a caption gone astray, the orders are too many to try
-        true = max(itertools.permutations(true, len(said)), key=agreed)
-    return list(zip(said, true, strict=False))
 
 
 def finish(config: Config, result: dict) -> None:
@@ -634,9 +635,9 @@ COLOURS = {  # of objects; no background has the same name, so that a word says 
     "red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 90, 220),
     "yellow": (240, 210, 50), "purple": (150, 60, 190), "orange": (245, 140, 30),
 }  # fmt: skip
-BACKGROUNDS = {
-    "white": (250, 250, 250), "black": (20, 20, 25), "grey": (140, 140, 145), "pink": (250, 190, 205)
-}  # fmt: skip
+BACKGROUNDS = dict(
+    white=(250, 250, 250), black=(20, 20, 25), grey=(140, 140, 145), pink=(250, 190, 205)
+)
 VALUES = {
     "shape": ("circle", "square", "triangle", "cross"),
     "colour": tuple(COLOURS),
@@ -647,8 +648,6 @@ VALUES = {
 }
 ATTRIBUTE_OF = {value: name for name, values in VALUES.items() for value in values}
 WORDS = re.compile(r"\b(" + "|".join(ATTRIBUTE_OF) + r")s?\b|\band\b|[,.;:]|$")
-
-
 # None is what is not said; a scene has one to three things, each in a quarter of its own.
 Thing = namedtuple("Thing", "shape colour size texture place", defaults=[None] * 5)
 Scene = namedtuple("Scene", "things background", defaults=[(), None])
@@ -845,42 +844,38 @@ def read_pictures(config: Config) -> Pictures:
 
 
 def train_own(config: Config) -> None:
-    """The job `captioner`: base.pt, short.pt and descriptive.pt, of --data or of drawn scenes."""
-    if config.data:
-        data = read_pictures(config)
-    else:
-        data = draw_pictures(config, "data", config.scenes, config.clean)
-    train_captioners(config, Tokenizer.learn(data), data)
+    """The job `captioner`: base.pt and the fine-tunes, of --data or, without it, of drawn scenes."""
+    drawn = not config.data and draw_pictures(config, "data", config.scenes, config.clean)
+    train_captioners(config, drawn or read_pictures(config))
 
 
 def caption_folder(config: Config) -> None:
     """The job `caption`: a row of file and caption for each image in a folder and those in it."""
-    folder, out, done, left_out = Path(config.images), Path(config.out), set(), []
+    folder, out, done, left_out = Path(config.images), Path(config.out), set(), 0
     saved = torch.load(config.checkpoint, "cpu", weights_only=True)
     then = dataclasses.replace(Config(**saved["settings"]), device=config.device)
-    captioner = CoCa(then, Tokenizer(saved["words"])).to(config.device)
-    captioner.load_state_dict(saved["state"])
+    captioner = CoCa(then, Tokenizer(saved["made"]["words"])).to(config.device)
+    captioner.load_state_dict(saved["made"]["state"])
     if out.exists():
         if not config.resume:
-            raise ValueError(f"{out} is there already: go on with --resume, or give another --out")
+            raise ValueError(f"{out} is there already: go on with --resume, or change --out")
         whole, newline, _ = out.read_text("utf-8").rpartition("\n")  # the rest is half a row
         done = {json.loads(line)["file"] for line in whole.splitlines()}
         out.write_text(whole + newline, "utf-8")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".jsonl"]
-    todo = [path for path in files if path.relative_to(folder).as_posix() not in done]
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     with out.open("a", encoding="utf-8") as file:
-        for path in todo:
+        for name in [name for name in files if name not in done]:
             try:
-                image = torch.from_numpy(read_image(path, then.size))
+                image = torch.from_numpy(read_image(files[name], then.size))
             except (OSError, ValueError, SyntaxError) as error:  # the kinds that formats have
-                left_out.append(path)
-                print(f"left out: {path}: {error}")
+                left_out += 1
+                print(f"left out: {error}")
                 continue
-            row = {"file": path.relative_to(folder).as_posix()}
-            row["caption"] = caption_images(captioner, image[None])[0]
-            file.write(json.dumps(row) + "\n")
-    count = len(todo) - len(left_out)
-    print(f"{out}: {count} captions, {len(done)} from before; {len(left_out)} files left out")
+            (caption,) = caption_images(captioner, image[None])
+            file.write(json.dumps({"file": name, "caption": caption}) + "\n")
+    print(
+        f"{out}: {len(files) - left_out} captions, {len(done)} from before; {left_out} files left out"
+    )
 
 
 # ----- Appendix: prompt upsampling ----------------------------------------------------------------
@@ -913,10 +908,12 @@ def upsample_by_chat(config: Config, prompt: str) -> str:
         messages.append({"role": "assistant", "content": answer})
     body = json.dumps({"model": config.chat_model, "messages": messages[:-1]})
     key, url = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(config.chat_url)
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    if url.scheme not in kinds:
-        raise ValueError(f"--chat-url {config.chat_url} must begin with http:// or https://")
-    connection = kinds[url.scheme](url.netloc, timeout=60)
+    if url.scheme not in ("http", "https") or not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            "--chat-url must begin with http(s)://, OPENAI_API_KEY must be plain ASCII"
+        )
+    kind = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
+    connection = kind(url.netloc, timeout=60)
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
     answer = connection.getresponse()
@@ -980,11 +977,17 @@ class Config:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             least = 0 if name in ("seed", "guidance") else 1e-9
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and not value >= least
+            ):
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         for arm in self.arms.split(","):
             if not re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", arm):
-                raise ValueError(f"--arms {arm} must be ground_truth, short:0-100 or descriptive:0-100")
+                raise ValueError(
+                    f"--arms {arm} must be ground_truth, short:0-100 or descriptive:0-100"
+                )
         if self.device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
             object.__setattr__(self, "device", str(accelerator))
@@ -993,8 +996,8 @@ class Config:
 FREE = {"images", "checkpoint", "prompt", "prompts", "arms", "guidance", "chat_url"}
 FREE |= {"chat_model", "device", "out", "resume", "smoke"}  # may differ from a saved stage's
 SMOKE = {
-    "scenes": 48, "clean": 12, "prompts": 8, "width": 16,
-    "base_steps": 4, "tune_steps": 3, "text_steps": 3, "paint_steps": 4, "judge_steps": 3, "batch": 8,
+    "scenes": 48, "clean": 12, "prompts": 8, "width": 16, "batch": 8, "base_steps": 4,
+    "tune_steps": 3, "text_steps": 3, "paint_steps": 4, "judge_steps": 3,
 }  # fmt: skip
 JOBS = {"all": run_all, "captioner": train_own, "caption": caption_folder, "upsample": upsample}
 
@@ -1017,6 +1020,7 @@ def main(argv: list[str] | None = None) -> int:
     if given["smoke"]:
         given |= SMOKE | {"out": f"{given['out']}/smoke"}
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
+    kinds += (http.client.HTTPException,)
     try:
         config = Config(**given)
         if job != "caption":
