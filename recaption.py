@@ -12,19 +12,18 @@ Betker et al., "Improving Image Generation with Better Captions" (the DALL-E 3 r
     python recaption.py upsample --prompt "a red circle"                  a prompt at length
 
 code                 shape       report
-tokens               (B, T)      t_1 .. t_T: begin, pieces of text, end, then padding
-image, text          (B, D)      CLIP embeddings; image is F(i)
+tokens               (B, T)      t_1 .. t_T: begin, words, end, then padding
+image, text          (B, E)      CLIP embeddings; image is F(i)
 memory               (B, N, D)   the image, as the decoder's upper half attends to it
 short, descriptive   texts       SSC, DSC: short and descriptive synthetic captions
-alt                  texts       the ground truth: noisy text that was found with the image
-x, text              (B, N, K)   latents of an image, and the frozen text model's states (T5's)
+ground_truth         texts       alt-text: noisy text that was found with the image
+x, text              (B, N, K)   latents of an image, and states of its caption (T5's there)
 
 Differences from the report, which gives no sizes, no decoding and no loss weights: drawn scenes of
-32 x 32 pixels stand for photographs, and alt-text omits, swaps and misses by rule. Loss weights are
-CoCa's (Yu et al. 2022); the image encoder is trained with the rest. The text-to-image model is a
-rectified flow on principal components of patches. @TEXT@
-A CLIP trained apart scores; the nearest rendering stands for human judges. Not included: the
-consistency decoder, human evaluation, several machines.
+32 x 32 pixels stand for photographs. The image encoder is trained with the rest. The text-to-image
+model is a rectified flow on principal components. T5's place has an encoder-decoder that learns, on
+other captions, to retell them at length. The nearest rendering stands for human judges. Not
+included: the consistency decoder.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import urllib.parse
 from collections import namedtuple
@@ -72,17 +70,13 @@ def caption_loss(logits: Tensor, tokens: Tensor, pad: int) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad)
 
 
-def blend_captions(
-    synthetic: Sequence[str], ground_truth: Sequence[str], probability: float, generator
-) -> list[str]:
+def blend_captions(synthetic, ground_truth, probability: float, generator) -> list[str]:
     """Section 3.2: each image's synthetic caption with this probability, else its ground truth."""
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} must be between 0 and 1")
-    texts = []
-    for ours, theirs in zip(synthetic, ground_truth, strict=True):
-        draw = torch.rand((), generator=generator).item()
-        texts.append(ours if draw < probability else theirs)
-    return texts
+    draws = torch.rand(len(ground_truth), generator=generator) < probability
+    triples = zip(draws.tolist(), synthetic, ground_truth, strict=True)
+    return [ours if draw else theirs for draw, ours, theirs in triples]
 
 
 def clip_score(image: Tensor, text: Tensor) -> Tensor:
@@ -93,12 +87,11 @@ def clip_score(image: Tensor, text: Tensor) -> Tensor:
 def rectified_flow_loss(model: Callable, x: Tensor, text: Tensor, generator) -> Tensor:
     """Mean square of v(x_t, t, text) - (x - noise) at x_t = t x + (1 - t) noise (Liu et al. 2022).
 
-    x: (B, ...). t is mostly near 0, the noise, where the text decides what the image will be.
-    Draws are made on the CPU, so that they are the same wherever x is.
+    t is mostly near 0, the noise, where the text decides what the image x (B, ...) will be.
     """
-    t = torch.sigmoid(1.5 * torch.randn(len(x), generator=generator) - 1.5).clamp(max=0.95)
+    t = torch.randn(len(x), generator=generator).to(x)  # drawn on the CPU: the same everywhere
+    t = torch.sigmoid(1.5 * t - 1.5).clamp(max=0.95)
     noise = torch.randn(x.shape, generator=generator).to(x)
-    t = t.to(x)
     share = t.view(-1, *[1] * (x.ndim - 1))
     return F.mse_loss(model(share * x + (1 - share) * noise, t, text), x - noise)
 
@@ -115,10 +108,7 @@ def guided_velocity(model: Callable, x: Tensor, t: Tensor, text: Tensor, guidanc
 
 @torch.no_grad()
 def sample_latents(model, text: Tensor, shape, steps: int, guidance: float, generator) -> Tensor:
-    """Latents (B, *shape) for texts (B, ...): Euler's method from noise, t = 0, to t = 1.
-
-    Steps are shorter near the noise, where the velocity changes most.
-    """
+    """Latents (B, *shape): Euler's method from noise, t = 0, to t = 1, by steps that grow."""
     x = torch.randn(len(text), *shape, generator=generator).to(text.device)
     for step in range(steps):
         t, after = (step / steps) ** 2, ((step + 1) / steps) ** 2
@@ -149,9 +139,7 @@ class MultiHead(nn.Module):
         name, cache = "own" if memory is None else "memory", {} if cache is None else cache
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
         if memory is None or name not in cache:
-            kv = self.kv(x if memory is None else memory).view(
-                B, -1, 2, self.heads, D // self.heads
-            )
+            kv = self.kv(x if memory is None else memory).view(B, -1, 2, *q.shape[1::2])
             kv = kv.permute(2, 0, 3, 1, 4)  # (2, B, heads, S, D / heads)
             cache[name] = torch.cat([cache[name], kv], dim=3) if name in cache else kv
         causal = causal and L > 1
@@ -217,10 +205,7 @@ class TextDecoder(nn.Module):
 
 
 class CoCa(nn.Module):
-    """A captioner and CLIP in one (Yu et al. 2022): an image encoder and a `TextDecoder`.
-
-    The decoder attends to the patches themselves: a few pooled queries lose the shapes.
-    """
+    """A captioner and CLIP in one (Yu et al. 2022): an image encoder and a `TextDecoder`."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
@@ -240,7 +225,7 @@ class CoCa(nn.Module):
         x = self.stem(x).flatten(2).mT + self.place  # (B, N, D)
         for layer in self.encoder:
             x = layer(x)
-        memory = self.norm(x)
+        memory = self.norm(x)  # of all patches: a few pooled queries would lose the shapes
         return memory, self.of_image(memory.mean(1))
 
     def embed_text(self, states: Tensor, tokens: Tensor) -> Tensor:
@@ -271,7 +256,7 @@ def run_all(config: Config) -> None:
 
     captioners = train_captioners(config, data)
     tokenizer = captioners["base"].tokenizer
-    captions = {"ground_truth": list(data.captions["alt"].values())}
+    captions = {"ground_truth": list(data.captions["ground_truth"].values())}
     for style in ("short", "descriptive"):
         recaption = functools.partial(caption_images, captioners[style], data.images)
         captions[style] = stage(config, f"captions_{style}", recaption)
@@ -289,8 +274,8 @@ def run_all(config: Config) -> None:
         said = caption_images(captioner, held_out.images)
         result["captioners"][name] = agreement(said, held_out.scenes)
     drawn = {"real images": held_out.images}
-    for style, key in (("ground_truth", "alt"), ("descriptive", "descriptive")):
-        prompts = list(held_out.captions[key].values())
+    for style in ("ground_truth", "descriptive"):
+        prompts = list(held_out.captions[style].values())
         for arm, painter in painters.items():
             drawn[arm] = paint(config, painter, text_model.encode(prompts), latents)
         for arm, images in drawn.items():
@@ -300,9 +285,9 @@ def run_all(config: Config) -> None:
 
 
 def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
-    """The base and, each from it, not one after the other, the fine-tunes that data has texts for."""
-    tokenizer = Tokenizer.learn(data)
-    base = train_coca(config, "base", tokenizer, data.images, data.captions["alt"])
+    """The base, and the fine-tunes that data has texts for, each from the base."""
+    tokenizer = Tokenizer(t for texts in data.captions.values() for t in texts.values())
+    base = train_coca(config, "base", tokenizer, data.images, data.captions["ground_truth"])
     captioners = {"base": base}
     for style in ("short", "descriptive"):
         if texts := data.captions[style]:
@@ -311,10 +296,7 @@ def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
 
 
 def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None) -> CoCa:
-    """The stage OUT/name.pt, trained on pairs of images and the texts that some of them have.
-
-    The base learns by both losses, a fine-tune of it by the caption loss, the judge by CLIP's.
-    """
+    """The stage OUT/name.pt: base by both losses, fine-tunes by the caption's, judge by CLIP's."""
     indices, fine_tune = torch.tensor(sorted(texts)), base is not None
     steps = {"base": config.base_steps, "judge": config.judge_steps}.get(name, config.tune_steps)
     batch = config.batch if fine_tune else 2 * config.batch
@@ -348,10 +330,7 @@ def generator(config: Config, *purpose: str) -> torch.Generator:
 
 
 def stage(config: Config, name: str, make: Callable[[], object]):
-    """What OUT/name.pt holds; if it is not there, what make() makes, which is saved.
-
-    Raises ValueError, which names the setting, if the file was made with another one.
-    """
+    """What OUT/name.pt holds, or else make() makes; ValueError if a setting has changed."""
     path, settings = Path(config.out) / f"{name}.pt", dataclasses.asdict(config)
     if not path.is_file():
         torch.save({"settings": settings, "made": make()}, path.with_suffix(".tmp"))
@@ -366,8 +345,8 @@ def stage(config: Config, name: str, make: Callable[[], object]):
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
     """The stage OUT/name.pt: AdamW on loss_of(model, generator), the rate risen, then fallen.
 
-    Returns the model, or with `ema` the moving average of its weights. Stages with the same `draws`
-    have the same initialisation and random numbers. Raises FloatingPointError on divergence.
+    Returns the moving average of the weights. Stages with the same `draws` have the same
+    initialisation and random numbers. Raises FloatingPointError on divergence.
     """
     torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
     model = make_model().to(config.device).requires_grad_()
@@ -384,9 +363,7 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(loss.item() + norm.item()):
-                raise FloatingPointError(
-                    f"{name} diverged: the loss of step {step} is {loss.item()}"
-                )
+                raise FloatingPointError(f"{name} diverged at step {step}: loss {loss.item()}")
             optimizer.step()
             decay = min(ema, step / (10 + step))
             for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
@@ -395,7 +372,7 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
                 left = (time.perf_counter() - began) / step * (steps - step)
                 text = f"step {step:,}/{steps:,} · loss {loss.item():.4f} · {left:.0f} s left"
                 print(f"{name} · {text}", flush=True)
-        words = getattr(model, "tokenizer", None) and model.tokenizer.words
+        words = model.tokenizer.words if isinstance(model, CoCa) else None
         return {"state": average.state_dict(), "words": words}
 
     model.load_state_dict(stage(config, name, make)["state"])
@@ -419,10 +396,8 @@ class TextModel(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """States (B, STATES, D) of texts: what queries find in them."""
         tokens = self.tokenizer.batch(texts).to(self.queries.device)  # (B, T)
-        mask, queries = (
-            (tokens != Tokenizer.pad)[:, None, None],
-            self.queries.expand(len(texts), -1, -1),
-        )
+        mask = (tokens != Tokenizer.pad)[:, None, None]
+        queries = self.queries.expand(len(texts), -1, -1)
         return self.norm(self.ask(queries, self.encoder.read(tokens), mask))
 
     @torch.no_grad()
@@ -432,14 +407,11 @@ class TextModel(nn.Module):
 
 
 def train_text_model(config: Config, tokenizer: Tokenizer) -> TextModel:
-    """The stage OUT/text_model.pt: it learns to tell at length what a caption of any style says.
-
-    The captions are of scenes of its own, which have no pictures. Then it is frozen.
-    """
+    """The stage OUT/text_model.pt: tells captions of any style, of scenes of its own, at length."""
 
     def loss_of(model: TextModel, random: torch.Generator) -> Tensor:
         scenes = [draw_scene(random) for _ in range(config.batch)]
-        styles = ("descriptive", "descriptive", "alt", "brief", "short")
+        styles = ("descriptive", "descriptive", "ground_truth", "brief", "short")
         states = model([describe(scene, pick(styles, random), random) for scene in scenes])
         retold = [describe(scene, "descriptive", random) for scene in scenes]
         tokens = tokenizer.batch(retold).to(states.device)
@@ -451,17 +423,16 @@ def train_text_model(config: Config, tokenizer: Tokenizer) -> TextModel:
 
 
 class Latents:
-    """Images (B, H, W, 3) uint8 to latents (B, N, K), and back: principal components of patches.
-
-    A component is divided by its deviation to the power 0.6: 0 would leave it, 1 make all alike.
-    """
+    """Images (B, H, W, 3) uint8 to latents (B, N, K), and back: principal components of patches."""
 
     def __init__(self, images: Tensor, K: int = 48, patch: int = 8):
         self.patch, x = patch, self.cut(images, patch).flatten(0, 1)  # (patches, 3 * patch * patch)
         self.mean = x.mean(0)
         variance, basis = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
         variance, self.basis = variance.flip(0)[:K], basis.flip(1)[:, :K]  # the largest first
-        scale = variance.clamp(min=1e-9) ** 0.3
+        scale = (
+            variance.clamp(min=1e-9) ** 0.3
+        )  # 0 would leave them as they are, 0.5 make all alike
         self.scale = scale * (variance / scale**2).mean().sqrt()  # latents have mean square 1
 
     @staticmethod
@@ -494,14 +465,12 @@ class Painter(nn.Module):
         self.layers, self.norm, self.last = nn.ModuleList(layers), nn.LayerNorm(D), nn.Linear(D, K)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x (B, N, K), t (B,) from noise, 0, to image, 1, text (B, STATES, D) -> velocity (B, N, K).
-
-        The network predicts the image; the velocity leads from x to it in the time that is left.
-        """
+        """x (B, N, K), t (B,) from noise, 0, to image, 1, text (B, STATES, D) -> like x."""
         y = self.enter(x) + self.place + self.time(t[:, None])[:, None]  # (B, N, D)
         for layer in self.layers:
             y = layer(y, self.text(text) + self.slot)
-        return (self.last(self.norm(y)) - x) / (1 - t)[:, None, None]
+        image = self.last(self.norm(y))  # the velocity leads there in the time that is left
+        return (image - x) / (1 - t)[:, None, None]
 
 
 def train_painter(config, arm, captions, text_model, latents) -> Painter:
@@ -520,10 +489,8 @@ def train_painter(config, arm, captions, text_model, latents) -> Painter:
         text = text.masked_fill(dropped.to(text.device), 0.0)
         return rectified_flow_loss(model, latents[rows].to(text.device), text, random)
 
-    new, name = (
-        functools.partial(Painter, config, *latents.shape[1:]),
-        f"painter_{arm}".replace(":", "_"),
-    )
+    new = functools.partial(Painter, config, *latents.shape[1:])
+    name = f"painter_{arm}".replace(":", "_")
     return train(config, name, new, loss_of, config.paint_steps, 2e-3, ema=0.995, draws="painter")
 
 
@@ -546,10 +513,7 @@ def score_images(judge: CoCa, images: Tensor, texts: Sequence[str]) -> dict[str,
 
 
 def classify(images: Tensor) -> list[Scene]:
-    """The scenes whose renderings are nearest to images (B, H, W, 3) uint8, in squared error.
-
-    It needs no training and reads real renderings without a mistake.
-    """
+    """The scenes whose renderings are nearest, in squared error, to images (B, H, W, 3) uint8."""
     half, names = images.shape[1] // 2, ("shape", "colour", "size", "texture")
     options = [None, *itertools.starmap(Thing, itertools.product(*(VALUES[n] for n in names)))]
     drawn = [[render_quarter(option, b, half) for option in options] for b in BACKGROUNDS]
@@ -568,8 +532,7 @@ def classify(images: Tensor) -> list[Scene]:
 def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float | None]:
     """By attribute, the share of what texts say that is so in scenes; None where nothing is said.
 
-    binding: colour and shape of one object together; count: the number of objects. Objects are
-    matched so that most agrees.
+    binding: colour and shape of one object together. Objects are matched so that most agrees.
     """
     rows = []
     for text, scene in zip(texts, scenes, strict=True):
@@ -598,8 +561,9 @@ def finish(config: Config, result: dict) -> None:
     """Write OUT/result.json and print its scores."""
     result |= {
         "config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed,
-        "device": f"{config.device}, {torch.get_num_threads()} threads", "python": sys.version,
-        "torch": torch.__version__, "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "device": f"{config.device}, {torch.get_num_threads()} threads",
+        "python": sys.version, "torch": torch.__version__,
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
     Path(config.out, "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     rows = {f"captioner {name}": row for name, row in result["captioners"].items()}
@@ -624,7 +588,7 @@ def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -
         for axis, (arm, images) in zip(row, drawn.items(), strict=False):
             axis.imshow(images[i].numpy())
             axis.set_title(arm, fontsize=8)
-        row[-1].text(0, 0.5, textwrap.fill(prompts[i], 40), va="center", fontsize=7)
+        row[-1].text(0, 0.5, prompts[i].replace(" on ", "\non "), va="center", fontsize=6)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -635,9 +599,7 @@ COLOURS = {  # of objects; no background has the same name, so that a word says 
     "red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 90, 220),
     "yellow": (240, 210, 50), "purple": (150, 60, 190), "orange": (245, 140, 30),
 }  # fmt: skip
-BACKGROUNDS = dict(
-    white=(250, 250, 250), black=(20, 20, 25), grey=(140, 140, 145), pink=(250, 190, 205)
-)
+BACKGROUNDS = dict(white=(250,) * 3, black=(20, 20, 25), grey=(140, 140, 145), pink=(250, 190, 205))
 VALUES = {
     "shape": ("circle", "square", "triangle", "cross"),
     "colour": tuple(COLOURS),
@@ -704,9 +666,9 @@ def phrase(thing: Thing) -> str:
 
 
 def describe(scene: Scene, style: str, random: torch.Generator) -> str:
-    """A caption: `descriptive` says all that the scene holds, in one of four wordings; `short`
-    colour and shape of the first of the largest objects, `brief` of all; `alt` is `alt_text`."""
-    if style == "alt":
+    """A caption: `descriptive` says all that the scene holds, `short` colour and shape of the
+    first of the largest objects, `brief` of all, `ground_truth` is noisy alt-text."""
+    if style == "ground_truth":
         return alt_text(scene, random)
     if style in ("short", "brief"):
         main = min(scene.things, key=lambda thing: thing.size != "large")
@@ -727,30 +689,25 @@ def alt_text(scene: Scene, random: torch.Generator) -> str:
     """Noisy alt-text: of one of the objects, of all, with colours swapped, or of none."""
     kind, things = pick(range(10), random), list(scene.things)
     if kind <= 1:
-        number = f"{len(things)} Shapes on {scene.background.title()} | Stock Art"
-        return pick(("IMG_0417.jpg", "Free Wallpaper Download", number, number), random)
+        count = f"{len(things)} Shapes on {scene.background.title()} | Stock Art"
+        return pick(("IMG_0417.jpg", "Free Wallpaper Download", count, count), random)
     if kind <= 4:  # not always the main object
-        t = pick(things, random)
-        words = (f"{t.colour} {t.shape}", t.shape, f"{t.size} {t.colour} {t.shape}")
-        return pick(words, random).title() + pick(("", " - Buy Online", " clipart", "!"), random)
-    if kind == 5:
-        return ", ".join(f"{t.shape} {t.place}" for t in things)
-    others = things[1:] + things[:1] if kind <= 7 else things  # the colours are handed round
+        thing = pick(things, random)._replace(texture=None, place=None)
+        text = phrase(pick((thing, thing._replace(size=None)), random)).title()
+        return text + pick(("", " - Buy Online", " clipart", "!"), random)
+    others = things[1:] + things[:1] if kind <= 6 else things  # the colours are handed round
     texts = [f"{b.colour} {a.shape}" for a, b in zip(things, others, strict=True)]
     return pick((" and ", ", "), random).join(texts) + pick(("", f", {scene.background}"), random)
 
 
 def parse_caption(text: str) -> Scene:
-    """What a text says, in whatever words: of `describe(scene, "descriptive")` the scene itself.
-
-    A thing's words stand between stops; a second shape, or colour, and so on begins another thing.
-    """
+    """What a text says, in whatever words: of `describe(scene, "descriptive")` the scene itself."""
     things, background, now = [], None, {}
     for match in WORDS.finditer(text.lower()):
         attribute = ATTRIBUTE_OF.get(match[1])
         if attribute == "background":
             background = background or match[1]
-        elif attribute is None or attribute in now:  # a stop, or the next thing
+        elif attribute is None or attribute in now:  # a stop, or a second shape: the next thing
             if "shape" in now or "colour" in now:
                 things.append(Thing(**now))
             now = {}
@@ -767,9 +724,9 @@ def draw_pictures(config: Config, purpose: str, count: int, clean: int, unlike=(
         scene = draw_scene(random)
         if scene not in seen:
             scenes.append(scene)
-    captions = {"alt": {}, "short": {}, "descriptive": {}}
+    captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
     for style, texts in captions.items():
-        for i in range(count if style == "alt" else clean):
+        for i in range(count if style == "ground_truth" else clean):
             texts[i] = describe(scenes[i], style, random)
     images = np.stack([render(scene, config.size) for scene in scenes])
     return Pictures(torch.from_numpy(images), captions, scenes)
@@ -781,15 +738,10 @@ class Tokenizer:
     pad, begin, end, unknown = range(4)  # then the words
     split = re.compile(r" ?\w+| ?[^\w\s]|\s").findall
 
-    def __init__(self, words: Sequence[str]):
-        self.words, self.size = list(words), 4 + len(words)
-        self.ids = {word: 4 + i for i, word in enumerate(words)}
-
-    @classmethod
-    def learn(cls, data: Pictures) -> Tokenizer:
-        """All words of the captions."""
-        texts = [text for captions in data.captions.values() for text in captions.values()]
-        return cls(sorted(set(cls.split("\n".join(texts)))))
+    def __init__(self, texts: Iterable[str]):
+        words = set().union(*map(Tokenizer.split, texts))
+        self.words = ["", "", "", "", *sorted(words)]
+        self.size, self.ids = len(self.words), {word: i for i, word in enumerate(self.words)}
 
     def batch(self, texts: Sequence[str]) -> Tensor:
         """Tokens (B, T) of texts, with begin and end, cut to the length, padded to the longest."""
@@ -804,7 +756,7 @@ class Tokenizer:
         texts = []
         for row in tokens.tolist():
             ids = itertools.takewhile(lambda i: i != self.end, row)
-            texts.append("".join(self.words[i - 4] for i in ids if i >= 4).strip())
+            texts.append("".join(self.words[i] for i in ids).strip())
         return texts
 
 
@@ -830,11 +782,11 @@ def read_image(path: Path, size: int) -> np.ndarray:
 def read_pictures(config: Config) -> Pictures:
     """What --data's captions.jsonl lists: rows of file, caption, perhaps short and descriptive."""
     path, images = Path(config.data) / "captions.jsonl", []
-    captions = {"alt": {}, "short": {}, "descriptive": {}}
+    captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
     for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
         try:
             row = json.loads(line)
-            row["alt"] = row["caption"]
+            row["ground_truth"] = row["caption"]
             for style in captions.keys() & row.keys():
                 captions[style][len(images)] = "" + row[style]
             images.append(read_image(path.parent / row["file"], config.size))
@@ -844,7 +796,7 @@ def read_pictures(config: Config) -> Pictures:
 
 
 def train_own(config: Config) -> None:
-    """The job `captioner`: base.pt and the fine-tunes, of --data or, without it, of drawn scenes."""
+    """The job `captioner`: base.pt and the fine-tunes, of --data or else of drawn scenes."""
     drawn = not config.data and draw_pictures(config, "data", config.scenes, config.clean)
     train_captioners(config, drawn or read_pictures(config))
 
@@ -873,9 +825,7 @@ def caption_folder(config: Config) -> None:
                 continue
             (caption,) = caption_images(captioner, image[None])
             file.write(json.dumps({"file": name, "caption": caption}) + "\n")
-    print(
-        f"{out}: {len(files) - left_out} captions, {len(done)} from before; {left_out} files left out"
-    )
+    print(f"{out}: {len(files) - left_out} captions, {len(done)} of before; {left_out} left out")
 
 
 # ----- Appendix: prompt upsampling ----------------------------------------------------------------
@@ -899,8 +849,7 @@ EXAMPLES = (  # expand; change one thing and keep the rest; a new subject
 def upsample_by_chat(config: Config, prompt: str) -> str:
     """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY.
 
-    Raises ValueError for a refusal, for a redirect, which would take the key along, and for an
-    answer that is not one paragraph of 15 to 80 words.
+    Raises ValueError for a refusal, a redirect, an answer that is no paragraph of 15 to 80 words.
     """
     messages = [{"role": "system", "content": SYSTEM}]
     for user, answer in (*EXAMPLES, (f"New subject: {prompt}", "")):
@@ -909,9 +858,7 @@ def upsample_by_chat(config: Config, prompt: str) -> str:
     body = json.dumps({"model": config.chat_model, "messages": messages[:-1]})
     key, url = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(config.chat_url)
     if url.scheme not in ("http", "https") or not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            "--chat-url must begin with http(s)://, OPENAI_API_KEY must be plain ASCII"
-        )
+        raise ValueError("--chat-url must be http(s)://, and OPENAI_API_KEY printable ASCII")
     kind = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
     connection = kind(url.netloc, timeout=60)
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -932,7 +879,8 @@ def upsample(config: Config) -> None:
     if config.chat_url:
         return print(upsample_by_chat(config, config.prompt))
     data = draw_pictures(config, "data", config.scenes, config.clean)
-    text_model = train_text_model(config, Tokenizer.learn(data))
+    tokenizer = Tokenizer(t for texts in data.captions.values() for t in texts.values())
+    text_model = train_text_model(config, tokenizer)
     tokens = text_model.decoder.generate(text_model.encode([config.prompt]))
     print(*text_model.tokenizer.decode(tokens))
 
@@ -977,17 +925,11 @@ class Config:
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             least = 0 if name in ("seed", "guidance") else 1e-9
-            if (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and not value >= least
-            ):
+            if not isinstance(value, str | bool) and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         for arm in self.arms.split(","):
             if not re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", arm):
-                raise ValueError(
-                    f"--arms {arm} must be ground_truth, short:0-100 or descriptive:0-100"
-                )
+                raise ValueError(f"--arms {arm} must be ground_truth, short:% or descriptive:%")
         if self.device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
             object.__setattr__(self, "device", str(accelerator))
