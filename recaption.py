@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -261,12 +262,11 @@ def run_all(config: Config) -> None:
         recaption = functools.partial(caption_images, captioners[style], data.images)
         captions[style] = stage(config, f"captions_{style}", recaption)
 
-    text_model, latents = train_text_model(config, tokenizer), Latents(data.images)
+    text_model, latents = train_text_model(config, captioners["descriptive"]), Latents(data.images)
     painters = {}
     for arm in config.arms.split(","):
-        painters[arm] = train_painter(
-            config, arm, captions, text_model, latents.encode(data.images)
-        )
+        x = latents.encode(data.images)
+        painters[arm] = train_painter(config, arm, captions, text_model, x)
 
     judge = train_coca(config, "judge", tokenizer, clean.images, clean.captions["descriptive"])
     result = {"captioners": {}, "models": {arm: {} for arm in ("real images", *painters)}}
@@ -277,7 +277,9 @@ def run_all(config: Config) -> None:
     for style in ("ground_truth", "descriptive"):
         prompts = list(held_out.captions[style].values())
         for arm, painter in painters.items():
-            drawn[arm] = paint(config, painter, text_model.encode(prompts), latents)
+            text, noise = text_model.encode(prompts), generator(config, "noise")
+            x = sample_latents(painter, text, latents.shape, 10, config.guidance, noise)
+            drawn[arm] = latents.decode(x)
         for arm, images in drawn.items():
             result["models"][arm][style] = score_images(judge, images, prompts)
     finish(config, result | {"wall_seconds": round(time.perf_counter() - began, 1)})
@@ -298,14 +300,19 @@ def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
 def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None) -> CoCa:
     """The stage OUT/name.pt: base by both losses, fine-tunes by the caption's, judge by CLIP's."""
     indices, fine_tune = torch.tensor(sorted(texts)), base is not None
-    steps = {"base": config.base_steps, "judge": config.judge_steps}.get(name, config.tune_steps)
+    steps = {
+        "base": config.base_steps,
+        "short": config.tune_steps // 2,
+        "judge": config.judge_steps,
+    }
+    steps = steps.get(name, config.tune_steps)
     batch = config.batch if fine_tune else 2 * config.batch
 
     def make() -> CoCa:
         return copy.deepcopy(base) if fine_tune else CoCa(config, tokenizer)
 
-    def loss_of(model: CoCa, random: torch.Generator) -> Tensor:
-        rows = indices[torch.randint(len(indices), (batch,), generator=random)]
+    def loss_of(model: CoCa, numbers: torch.Generator) -> Tensor:
+        rows = indices[torch.randint(len(indices), (batch,), generator=numbers)]
         tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
         clip, caption = model.losses(images[rows].to(config.device), tokens, name != "judge")
         return caption if fine_tune else clip + 2 * caption  # CoCa's weights
@@ -352,13 +359,13 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
     model = make_model().to(config.device).requires_grad_()
 
     def make() -> dict:
-        random, average = generator(config, "train", draws or name), copy.deepcopy(model)
+        numbers, average = generator(config, "train", draws or name), copy.deepcopy(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), fused=True)
         began = time.perf_counter()
         for step in range(1, steps + 1):
             fall = 0.51 + 0.49 * math.cos(math.pi * (step - 1) / steps)
             optimizer.param_groups[0]["lr"] = lr * min(step / (0.05 * steps + 1), fall)
-            loss = loss_of(model, random)
+            loss = loss_of(model, numbers)
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -385,11 +392,11 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
 class TextModel(nn.Module):
     """A text as a few states, from which it can be retold: encoder and decoder, as T5 is."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
+    def __init__(self, config: Config, captioner: CoCa):
         super().__init__()
-        self.tokenizer, D = tokenizer, config.width
-        self.encoder, self.decoder = TextDecoder(config, tokenizer), TextDecoder(config, tokenizer)
-        self.encoder.upper = None  # of the first the lower half is enough
+        self.tokenizer, D = captioner.tokenizer, config.width
+        self.decoder = copy.deepcopy(captioner.decoder)
+        self.encoder = copy.deepcopy(captioner.decoder)  # its lower half is used
         self.queries = nn.Parameter(torch.randn(STATES, D))
         self.ask, self.norm = Layer(D, cross=True), nn.LayerNorm(D)
 
@@ -406,27 +413,33 @@ class TextModel(nn.Module):
         return torch.cat([self(texts[i : i + 256]) for i in range(0, len(texts), 256)])
 
 
-def train_text_model(config: Config, tokenizer: Tokenizer) -> TextModel:
-    """The stage OUT/text_model.pt: tells captions of any style, of scenes of its own, at length."""
+def train_text_model(config: Config, captioner: CoCa) -> TextModel:
+    """The stage OUT/text_model.pt: from captions of any style it learns to write descriptive ones.
 
-    def loss_of(model: TextModel, random: torch.Generator) -> Tensor:
-        scenes = [draw_scene(random) for _ in range(config.batch)]
-        styles = ("descriptive", "descriptive", "ground_truth", "brief", "short")
-        states = model([describe(scene, pick(styles, random), random) for scene in scenes])
-        retold = [describe(scene, "descriptive", random) for scene in scenes]
-        tokens = tokenizer.batch(retold).to(states.device)
+    The captions are of scenes of its own. Its language model is at first the captioner's.
+    """
+    rng = random.Random(f"{config.seed} text model")
+    styles = ("descriptive", "descriptive", "ground_truth", "brief", "short")
+
+    def loss_of(model: TextModel, _) -> Tensor:
+        scenes = [draw_scene(rng) for _ in range(config.batch)]
+        states = model([describe(scene, rng.choice(styles), rng) for scene in scenes])
+        retold = [describe(scene, "descriptive", rng) for scene in scenes]
+        tokens = model.tokenizer.batch(retold).to(states.device)
         logits = model.decoder.write(model.decoder.read(tokens), states)
         return caption_loss(logits, tokens, Tokenizer.pad)
 
-    new = functools.partial(TextModel, config, tokenizer)
-    return train(config, "text_model", new, loss_of, config.text_steps, 1e-3, ema=0.98)
+    new = functools.partial(TextModel, config, captioner)
+    return train(config, "text_model", new, loss_of, config.text_steps, 2e-3, ema=0.98)
 
 
 class Latents:
     """Images (B, H, W, 3) uint8 to latents (B, N, K), and back: principal components of patches."""
 
     def __init__(self, images: Tensor, K: int = 48, patch: int = 8):
-        self.patch, x = patch, self.cut(images, patch).flatten(0, 1)  # (patches, 3 * patch * patch)
+        self.patch, self.mean, self.basis, self.scale = patch, 0.0, torch.eye(3 * patch**2), 1.0
+        x = self.encode(images)  # (B, N, 3 * patch * patch), the patches themselves
+        self.shape, x = (x.shape[1], K), x.flatten(0, 1)
         self.mean = x.mean(0)
         variance, basis = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
         variance, self.basis = variance.flip(0)[:K], basis.flip(1)[:, :K]  # the largest first
@@ -435,15 +448,10 @@ class Latents:
         )  # 0 would leave them as they are, 0.5 make all alike
         self.scale = scale * (variance / scale**2).mean().sqrt()  # latents have mean square 1
 
-    @staticmethod
-    def cut(images: Tensor, patch: int) -> Tensor:
-        """Patches (B, N, 3 * patch * patch), from -1 to 1, row by row."""
-        x = images.permute(0, 3, 1, 2) / 127.5 - 1
-        return F.pixel_unshuffle(x, patch).flatten(2).mT
-
     def encode(self, images: Tensor) -> Tensor:
         """Images to latents."""
-        return (self.cut(images, self.patch) - self.mean) @ self.basis / self.scale
+        x = F.pixel_unshuffle(images.permute(0, 3, 1, 2) / 127.5 - 1, self.patch).flatten(2).mT
+        return (x - self.mean) @ self.basis / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images."""
@@ -480,24 +488,18 @@ def train_painter(config, arm, captions, text_model, latents) -> Painter:
     texts = sorted({*synthetic, *ground_truth})
     states = dict(zip(texts, text_model.encode(texts), strict=True))
 
-    def loss_of(model: Painter, random: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (config.batch,), generator=random).tolist()
+    def loss_of(model: Painter, numbers: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (config.batch,), generator=numbers).tolist()
         pairs = [synthetic[i] for i in rows], [ground_truth[i] for i in rows]
-        blend = blend_captions(*pairs, int(percent or 0) / 100, random)
+        blend = blend_captions(*pairs, int(percent or 0) / 100, numbers)
         text = torch.stack([states[caption] for caption in blend])  # (B, STATES, D)
-        dropped = torch.rand(len(rows), 1, 1, generator=random) < 0.1  # for guidance
+        dropped = torch.rand(len(rows), 1, 1, generator=numbers) < 0.1  # for guidance
         text = text.masked_fill(dropped.to(text.device), 0.0)
-        return rectified_flow_loss(model, latents[rows].to(text.device), text, random)
+        return rectified_flow_loss(model, latents[rows].to(text.device), text, numbers)
 
     new = functools.partial(Painter, config, *latents.shape[1:])
     name = f"painter_{arm}".replace(":", "_")
     return train(config, name, new, loss_of, config.paint_steps, 2e-3, ema=0.995, draws="painter")
-
-
-def paint(config: Config, painter: Painter, text: Tensor, latents: Latents) -> Tensor:
-    """Images (B, H, W, 3) uint8 for states (B, STATES, D) of prompts, the same noise each time."""
-    shape, noise = (len(painter.place), painter.last.out_features), generator(config, "noise")
-    return latents.decode(sample_latents(painter, text, shape, 10, config.guidance, noise))
 
 
 # ----- The judges ---------------------------------------------------------------------------------
@@ -617,19 +619,13 @@ Scene = namedtuple("Scene", "things background", defaults=[(), None])
 Pictures = namedtuple("Pictures", "images captions scenes")
 
 
-def pick(options: Sequence, random: torch.Generator):
-    """One of the options, each as likely."""
-    return options[int(torch.randint(len(options), (), generator=random))]
-
-
-def draw_scene(random: torch.Generator) -> Scene:
+def draw_scene(rng: random.Random) -> Scene:
     """A scene of one to three things, all values as likely."""
-    places = torch.randperm(4, generator=random)[: pick((1, 2, 3), random)].sort().values
     things = []
-    for place in places.tolist():
-        values = [pick(VALUES[name], random) for name in ("shape", "colour", "size", "texture")]
+    for place in sorted(rng.sample(range(4), rng.randint(1, 3))):
+        values = [rng.choice(VALUES[name]) for name in ("shape", "colour", "size", "texture")]
         things.append(Thing(*values, VALUES["place"][place]))
-    return Scene(tuple(things), pick(VALUES["background"], random))
+    return Scene(tuple(things), rng.choice(VALUES["background"]))
 
 
 @functools.cache
@@ -665,11 +661,11 @@ def phrase(thing: Thing) -> str:
     return f"{text} in the {thing.place}" if thing.place else text
 
 
-def describe(scene: Scene, style: str, random: torch.Generator) -> str:
+def describe(scene: Scene, style: str, rng: random.Random) -> str:
     """A caption: `descriptive` says all that the scene holds, `short` colour and shape of the
     first of the largest objects, `brief` of all, `ground_truth` is noisy alt-text."""
     if style == "ground_truth":
-        return alt_text(scene, random)
+        return alt_text(scene, rng)
     if style in ("short", "brief"):
         main = min(scene.things, key=lambda thing: thing.size != "large")
         things = scene.things if style == "brief" else [main]
@@ -682,22 +678,22 @@ def describe(scene: Scene, style: str, random: torch.Generator) -> str:
         f"the background is {scene.background}. there is {'; there is '.join(things)}.",
         f"a picture of {count} on {ground}: {'; '.join(things)}.",
     )
-    return pick(wordings, random)
+    return rng.choice(wordings)
 
 
-def alt_text(scene: Scene, random: torch.Generator) -> str:
+def alt_text(scene: Scene, rng: random.Random) -> str:
     """Noisy alt-text: of one of the objects, of all, with colours swapped, or of none."""
-    kind, things = pick(range(10), random), list(scene.things)
+    kind, things = rng.randrange(10), list(scene.things)
     if kind <= 1:
         count = f"{len(things)} Shapes on {scene.background.title()} | Stock Art"
-        return pick(("IMG_0417.jpg", "Free Wallpaper Download", count, count), random)
+        return rng.choice(("IMG_0417.jpg", "Free Wallpaper Download", count, count))
     if kind <= 4:  # not always the main object
-        thing = pick(things, random)._replace(texture=None, place=None)
-        text = phrase(pick((thing, thing._replace(size=None)), random)).title()
-        return text + pick(("", " - Buy Online", " clipart", "!"), random)
+        thing = rng.choice(things)._replace(texture=None, place=None)
+        text = phrase(rng.choice((thing, thing._replace(size=None)))).title()
+        return text + rng.choice(("", " - Buy Online", " clipart", "!"))
     others = things[1:] + things[:1] if kind <= 6 else things  # the colours are handed round
     texts = [f"{b.colour} {a.shape}" for a, b in zip(things, others, strict=True)]
-    return pick((" and ", ", "), random).join(texts) + pick(("", f", {scene.background}"), random)
+    return rng.choice((" and ", ", ")).join(texts) + rng.choice(("", f", {scene.background}"))
 
 
 def parse_caption(text: str) -> Scene:
@@ -719,15 +715,15 @@ def parse_caption(text: str) -> Scene:
 
 def draw_pictures(config: Config, purpose: str, count: int, clean: int, unlike=()) -> Pictures:
     """Scenes unlike those given, with alt-text; the first `clean` of them with clean captions."""
-    random, scenes, seen = generator(config, purpose), [], set(unlike)
+    rng, scenes, seen = random.Random(f"{config.seed} {purpose}"), [], set(unlike)
     while len(scenes) < count:
-        scene = draw_scene(random)
+        scene = draw_scene(rng)
         if scene not in seen:
             scenes.append(scene)
     captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
     for style, texts in captions.items():
         for i in range(count if style == "ground_truth" else clean):
-            texts[i] = describe(scenes[i], style, random)
+            texts[i] = describe(scenes[i], style, rng)
     images = np.stack([render(scene, config.size) for scene in scenes])
     return Pictures(torch.from_numpy(images), captions, scenes)
 
@@ -879,8 +875,7 @@ def upsample(config: Config) -> None:
     if config.chat_url:
         return print(upsample_by_chat(config, config.prompt))
     data = draw_pictures(config, "data", config.scenes, config.clean)
-    tokenizer = Tokenizer(t for texts in data.captions.values() for t in texts.values())
-    text_model = train_text_model(config, tokenizer)
+    text_model = train_text_model(config, train_captioners(config, data)["descriptive"])
     tokens = text_model.decoder.generate(text_model.encode([config.prompt]))
     print(*text_model.tokenizer.decode(tokens))
 
@@ -907,9 +902,9 @@ class Config:
     size: int = flag(32, "height and width of an image in pixels, a multiple of 8")
     width: int = flag(128, "of every model")
     batch: int = flag(32, "images a step; twice as many for the base captioner and the judge")
-    base_steps: int = flag(800, "steps of the base captioner")
+    base_steps: int = flag(700, "steps of the base captioner")
     tune_steps: int = flag(400, "steps of each of its two fine-tunes")
-    text_steps: int = flag(400, "steps of the text model")
+    text_steps: int = flag(500, "steps of the text model")
     paint_steps: int = flag(600, "steps of each text-to-image model; report: 500,000")
     judge_steps: int = flag(300, "steps of the scoring CLIP")
     arms: str = flag("ground_truth,descriptive:95", "ground_truth, short:%% or descriptive:%%")
