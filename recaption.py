@@ -339,6 +339,9 @@ def generator(config: Config, *purpose: str) -> torch.Generator:
 def stage(config: Config, name: str, make: Callable[[], object]):
     """What OUT/name.pt holds, or else make() makes; ValueError if a setting has changed."""
     path, settings = Path(config.out) / f"{name}.pt", dataclasses.asdict(config)
+    if config.data:
+        text = Path(config.data, "captions.jsonl").read_bytes()
+        settings["data"] += f" {hashlib.sha256(text).hexdigest()}"
     if not path.is_file():
         torch.save({"settings": settings, "made": make()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)  # never half of one
