@@ -288,7 +288,12 @@ def run_all(config: Config) -> None:
 
 def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
     """The base, and the fine-tunes that data has texts for, each from the base."""
-    tokenizer = Tokenizer(t for texts in data.captions.values() for t in texts.values())
+    every = [text for texts in data.captions.values() for text in texts.values()]
+    cut = sum(len(Tokenizer.split(text)) > LENGTH - 2 for text in every)
+    print(
+        f"{len(data.images):,} images; {cut} of {len(every):,} captions are cut to {LENGTH - 2} words"
+    )
+    tokenizer = Tokenizer(every)
     base = train_coca(config, "base", tokenizer, data.images, data.captions["ground_truth"])
     captioners = {"base": base}
     for style in ("short", "descriptive"):
@@ -441,7 +446,7 @@ class Latents:
 
     def __init__(self, images: Tensor, K: int = 48, patch: int = 8):
         self.patch, self.mean, self.basis, self.scale = patch, 0.0, torch.eye(3 * patch**2), 1.0
-        x = self.encode(images)  # (B, N, 3 * patch * patch), the patches themselves
+        x = self.encode(images)  # as yet the patches themselves: (B, N, 3 * patch * patch)
         self.shape, x = (x.shape[1], K), x.flatten(0, 1)
         self.mean = x.mean(0)
         variance, basis = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
@@ -586,7 +591,8 @@ def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    figure, axes = plt.subplots(8, len(drawn) + 1, figsize=(9, 12), layout="constrained")
+    size = {"figsize": (9, 12), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(min(8, len(prompts)), len(drawn) + 1, **size)
     for i, row in enumerate(axes):
         for axis in row:
             axis.axis("off")
@@ -796,8 +802,10 @@ def read_pictures(config: Config) -> Pictures:
 
 def train_own(config: Config) -> None:
     """The job `captioner`: base.pt and the fine-tunes, of --data or else of drawn scenes."""
-    drawn = not config.data and draw_pictures(config, "data", config.scenes, config.clean)
-    train_captioners(config, drawn or read_pictures(config))
+    if config.data:
+        train_captioners(config, read_pictures(config))
+    else:
+        train_captioners(config, draw_pictures(config, "data", config.scenes, config.clean))
 
 
 def caption_folder(config: Config) -> None:

@@ -637,6 +637,7 @@ def photos(tmp_path):
         lines.append({"file": name, "caption": r.describe(scene, "ground_truth", random.Random(i))})
         if i < 4:
             lines[-1]["descriptive"] = r.describe(scene, "descriptive", random.Random(i))
+    lines[0]["caption"] = "word " * 55
     text = "\n".join(json.dumps(line) for line in lines)
     (folder / "captions.jsonl").write_text("\ufeff" + text + "\n", "utf-8")
     (folder / "broken.png").write_bytes(b"no image")
@@ -649,6 +650,7 @@ def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
     small = ["--smoke", "--device", "cpu"]
     assert r.main(["captioner", "--data", str(photos), *small, "--out", str(out)]) == 0
     assert {p.stem for p in (out / "smoke").glob("*.pt")} == {"base", "descriptive"}
+    assert "7 images; 1 of 11 captions are cut to 54 words" in capsys.readouterr().out
     checkpoint = str(out / "smoke" / "descriptive.pt")
     command = ["caption", "--images", str(photos), "--checkpoint", checkpoint, "--device", "cpu"]
     command += ["--out", str(file)]
