@@ -290,9 +290,7 @@ def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
     """The base, and the fine-tunes that data has texts for, each from the base."""
     every = [text for texts in data.captions.values() for text in texts.values()]
     cut = sum(len(Tokenizer.split(text)) > LENGTH - 2 for text in every)
-    print(
-        f"{len(data.images):,} images; {cut} of {len(every):,} captions are cut to {LENGTH - 2} words"
-    )
+    print(f"{len(every):,} captions, of which {cut} are cut to {LENGTH - 2} words")
     tokenizer = Tokenizer(every)
     base = train_coca(config, "base", tokenizer, data.images, data.captions["ground_truth"])
     captioners = {"base": base}

@@ -650,7 +650,7 @@ def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
     small = ["--smoke", "--device", "cpu"]
     assert r.main(["captioner", "--data", str(photos), *small, "--out", str(out)]) == 0
     assert {p.stem for p in (out / "smoke").glob("*.pt")} == {"base", "descriptive"}
-    assert "7 images; 1 of 11 captions are cut to 54 words" in capsys.readouterr().out
+    assert "11 captions, of which 1 are cut to 54 words" in capsys.readouterr().out
     checkpoint = str(out / "smoke" / "descriptive.pt")
     command = ["caption", "--images", str(photos), "--checkpoint", checkpoint, "--device", "cpu"]
     command += ["--out", str(file)]

@@ -18,7 +18,7 @@ MOST_LINES = {  # of a script; the others are still to be rewritten, and may onl
     "constrained_ppo.py": 1346,
     "iclm_sort.py": 1696,
     "safe_rlhf.py": 1459,
-    "recaption.py": 989,
+    "recaption.py": 987,
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
