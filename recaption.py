@@ -6,7 +6,7 @@
 
 Betker et al., "Improving Image Generation with Better Captions" (the DALL-E 3 report), 2023.
 
-    python recaption.py                              the whole experiment: 6 minutes on two cores
+    python recaption.py                              the whole experiment: scores and a picture
     python recaption.py captioner --data photos/     a captioner of your images and captions.jsonl
     python recaption.py caption --images photos/ --out captions.jsonl     by that captioner
     python recaption.py upsample --prompt "a red circle"                  a prompt at length
