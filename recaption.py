@@ -41,6 +41,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 import time
 import urllib.parse
 from collections import namedtuple
@@ -589,15 +590,17 @@ def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    size = {"figsize": (9, 12), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(min(8, len(prompts)), len(drawn) + 1, **size)
+    rows, columns = min(8, len(prompts)), len(drawn)
+    size = {"figsize": (columns + 5, rows), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **size)
     for i, row in enumerate(axes):
-        for axis in row:
-            axis.axis("off")
-        for axis, (arm, images) in zip(row, drawn.items(), strict=False):
+        for axis, (arm, images) in zip(row, drawn.items(), strict=True):
             axis.imshow(images[i].numpy())
-            axis.set_title(arm, fontsize=8)
-        row[-1].text(0, 0.5, prompts[i].replace(" on ", "\non "), va="center", fontsize=6)
+            axis.axis("off")
+            if i == 0:
+                axis.set_title(arm, fontsize=8)
+        text = textwrap.fill(prompts[i], 60)
+        row[-1].text(1.1, 0.5, text, transform=row[-1].transAxes, va="center", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -367,8 +367,11 @@ def world() -> tuple[list[str], list[str], list[str]]:
     plain = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in PLAIN]
     things = THINGS["dual-use"] + THINGS["harmful"]
     hidden = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in DISGUISED]
-    random.Random(0).shuffle(plain)
-    return plain, plain[: len(plain) // 5], hidden
+    r = random.Random(0)
+    r.shuffle(plain)
+    held = sorted(plain, key=lambda prompt: about(prompt)[0])[::5]  # as many of each kind
+    r.shuffle(held)
+    return plain, held, hidden
 
 
 def true_scores(prompt: str, answer: str) -> dict[str, float]:
