@@ -475,21 +475,28 @@ def test_ppos_gradient_is_averaged_with_that_of_the_demonstrations(tmp_path, mon
 
 
 def test_ppo_learns_a_reward_and_the_lagrangian_holds_a_cost(tmp_path, monkeypatch):
-    """Reward and cost are both the share of words from the front half: only lambda stops it."""
-    options = {"lr": 1e-2, "critic_lr": 3e-3, "ptx": 0.0, "beta": 0.0, "threshold": "0.5"}
-    options |= {"answer": 4, "batch": 64, "updates": 60, "lagrange_lr": 0.5, "eval_every": 60}
-    ends = {}
-    for method in ("ppo", "ppo_lag"):
-        lab = new_lab(tmp_path, **options, method=method, lagrange_initial=1.0)
-        middle = len(lab.tokenizer.words) // 2
+    """Reward and cost are both the share of words from the front half: only lambda stops it.
 
-        def share(model, rollout, middle=middle):
-            return ((rollout.tokens < middle) * rollout.mask).sum(1) / rollout.mask.sum(1)
+    Without a KL penalty the share would swing around the threshold, as it should.
+    """
+    options = {"lr": 1e-2, "critic_lr": 3e-3, "ptx": 0.0, "beta": 0.1, "threshold": "0.5"}
+    options |= {"answer": 4, "batch": 64, "updates": 50, "lagrange_lr": 0.5, "eval_every": 50}
+    for method, seeds in (("ppo", [0]), ("ppo_lag", [0, 1, 2])):
+        for seed in seeds:
+            folder = tmp_path / f"{method}{seed}"
+            folder.mkdir()
+            lab = new_lab(folder, **options, method=method, seed=seed, lagrange_initial=1.0)
+            middle = len(lab.tokenizer.words) // 2
 
-        monkeypatch.setattr(s, "score", share)
-        ends[method] = [row["batch_harm"] for row in s.ppo(lab, lab.config, method).rows]
-    assert sum(ends["ppo"][-10:]) / 10 > 0.9
-    assert abs(sum(ends["ppo_lag"][-20:]) / 20 - 0.5) < 0.12
+            def share(model, rollout, middle=middle):
+                return ((rollout.tokens < middle) * rollout.mask).sum(1) / rollout.mask.sum(1)
+
+            monkeypatch.setattr(s, "score", share)
+            costs = [row["batch_harm"] for row in s.ppo(lab, lab.config, method).rows]
+            if method == "ppo":
+                assert sum(costs[-10:]) / 10 > 0.9
+            else:
+                assert abs(sum(costs[-20:]) / 20 - 0.5) < 0.05
 
 
 def test_two_costs_by_the_same_code(tmp_path):
