@@ -917,7 +917,7 @@ class Config:
     base_steps: int = flag(700, "steps of the base captioner")
     tune_steps: int = flag(400, "steps of each of its two fine-tunes")
     text_steps: int = flag(500, "steps of the text model")
-    paint_steps: int = flag(600, "steps of each text-to-image model; report: 500,000")
+    paint_steps: int = flag(1800, "steps of each text-to-image model; report: 500,000")
     judge_steps: int = flag(300, "steps of the scoring CLIP")
     arms: str = flag("ground_truth,descriptive:95", "ground_truth, short:%% or descriptive:%%")
     guidance: float = flag(1.5, "classifier-free guidance; 1: none")

@@ -209,6 +209,17 @@ def safe_rlhf() -> str:
     return importlib.import_module("safe_rlhf_claims").table(result)
 
 
+def recaption_seed_0() -> str:
+    """What the models of one default run draw; shares of what the prompts say."""
+    keys, rows = ("binding", "count", "shape", "colour", "size", "texture", "place"), []
+    for model, of_prompts in read(CLAIMS / "recaption_seed_0.json")["models"].items():
+        for prompts, row in of_prompts.items():
+            shares = ["" if row[key] is None else f"{row[key]:.2f}" for key in keys]
+            rows.append([model, prompts.replace("_", " "), f"{row['clip_score']:.1f}", *shares])
+    head = ["trained on", "prompts", "CLIP score", *keys]
+    return table(head, rows, [LEFT, LEFT] + [RIGHT] * 8)
+
+
 def recaption_captioners() -> str:
     keys, rows = ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "binding"), []
     for name, row in read(CLAIMS / "recaption_default.json")["captioners"].items():
