@@ -826,6 +826,9 @@ def test_bad_embeddings(tmp_path, name, here):
     ],
 )
 def test_bad_flags(tmp_path, here, flags, message):
+    library = {"--encoder": "transformers", "--tokenizer": "tokenizers"}.get(flags[0])
+    if library and "--embeddings" not in flags:
+        pytest.importorskip(library)
     error = here("--input", corpus(tmp_path), "--out", tmp_path / "out", *SORT, *flags, status=2)
     assert message in error and error.count("\n") == 1
 
