@@ -6,7 +6,7 @@
 
 Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", 2310.04373.
 
-    python constrained_ppo.py                        PPO beside xi-PPO in a small world: minutes
+    python constrained_ppo.py                        PPO beside xi-PPO in a small world: 2.3 minutes
     python constrained_ppo.py --method nelder_mead   thresholds found within one run
     python constrained_ppo.py --policy FOLDER --data rows.jsonl --module my_score   your GPT-2
 
@@ -328,16 +328,17 @@ def outputs(model: GPT2, rollout: Rollout) -> Tensor:
     return model(tokens, valid, last=rollout.tokens.shape[1])[0]
 
 
-def token_logp(policy: GPT2, rollout: Rollout) -> Tensor:
-    """log pi (B, T) of the replies' tokens."""
+def token_logp(policy: nn.Module, rollout: Rollout) -> Tensor:
+    """log pi (B, T) of the tokens that were drawn."""
     logp = outputs(policy, rollout).log_softmax(-1)  # (B, T, V)
     return logp.gather(-1, rollout.tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as a tensor (B, P), zeros in front of the short ones, and True where ids are."""
-    P, lengths = max(map(len, rows)), torch.tensor([len(row) for row in rows])
+    P = max(len(row) for row in rows)
     tokens = torch.tensor([[0] * (P - len(row)) + row for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
     return tokens, torch.arange(P) >= P - lengths[:, None]
 
 
@@ -643,7 +644,8 @@ def story(config: Config, task: Task, reference: GPT2) -> list[Run]:
             go(f"only_{name}", weights=weights, **short)
     if thresholds == "proxy":
         rows = [row for run in runs for row in run.rows]
-        rewards, judge = (np.array([row[key] for row in rows]) for key in ("rewards", "judge"))
+        rewards = np.array([row["rewards"] for row in rows])
+        judge = np.array([row["judge"] for row in rows])
         thresholds = ",".join(f"{theta:.4f}" for theta in proxy_point(rewards, judge))
     elif thresholds == "search":
         go("nelder_mead", method="nelder_mead", updates=3 * config.updates, thresholds="")

@@ -6,7 +6,7 @@
 
 Dai et al., "Safe RLHF: Safe Reinforcement Learning from Human Feedback", arXiv 2310.12773.
 
-    python safe_rlhf.py              PPO beside PPO-Lagrangian in a small world: minutes
+    python safe_rlhf.py              PPO beside PPO-Lagrangian in a small world: 5 minutes
     python safe_rlhf.py --rounds 3   and two further rounds, with red-teaming
     python safe_rlhf.py --preferences rows.jsonl --policy FOLDER   your rows, your Llama
 
@@ -157,9 +157,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, advantages + values[:, :-1]
 
 
-def ppo_policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float
-) -> Tensor:
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip: float) -> Tensor:
     """PPO's clipped objective, negated: a mean over tokens, all (B, T) (Schulman et al. 2017)."""
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -293,7 +291,7 @@ def outputs(model: nn.Module, rollout: Rollout) -> Tensor:
 
 
 def token_logp(policy: nn.Module, rollout: Rollout) -> Tensor:
-    """log pi (B, T) of the answers' tokens."""
+    """log pi (B, T) of the tokens that were drawn."""
     logp = outputs(policy, rollout).log_softmax(-1)  # (B, T, V)
     return logp.gather(-1, rollout.tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -310,7 +308,8 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as a tensor (B, P), zeros in front of the short ones, and True where ids are."""
     P = max(len(row) for row in rows)
     tokens = torch.tensor([[0] * (P - len(row)) + row for row in rows])
-    return tokens, torch.arange(P) >= torch.tensor([[P - len(row)] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(P) >= P - lengths[:, None]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import constrained_ppo
 import safe_rlhf as s
 from tests._helpers import close
 
@@ -497,6 +499,23 @@ def test_ppo_learns_a_reward_and_the_lagrangian_holds_a_cost(tmp_path, monkeypat
                 assert sum(costs[-10:]) / 10 > 0.9
             else:
                 assert abs(sum(costs[-20:]) / 20 - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(
+    "name", ["masked_mean", "gae", "ppo_policy_loss", "token_logp", "pad_in_front", "flag"]
+)
+def test_what_constrained_ppo_has_too_is_the_same_text(name):
+    ours, theirs = (inspect.getsource(getattr(script, name)) for script in (s, constrained_ppo))
+    assert ours == theirs
+
+
+def test_held_out_prompts_are_of_all_kinds_alike():
+    """Or an evaluated mean cost would not be the one that the multiplier holds."""
+    plain, held, disguised = s.world()
+    kinds = [s.about(prompt)[0] for prompt in held]
+    assert max(map(kinds.count, s.THINGS)) - min(map(kinds.count, s.THINGS)) <= 1
+    assert len({*held}) == len(held) == math.ceil(len(plain) / 5) and {*held} <= {*plain}
+    assert not {*plain} & {*disguised}
 
 
 def test_two_costs_by_the_same_code(tmp_path):
