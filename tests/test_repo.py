@@ -13,8 +13,8 @@ from tests.claims import report
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MOST_LINES = {  # of a script; they may only shrink
-    "mamba.py": 1359,
-    "transformer.py": 1066,
+    "mamba.py": 1_329,
+    "transformer.py": 1_038,
     "constrained_ppo.py": 844,
     "iclm_sort.py": 798,
     "safe_rlhf.py": 1048,
