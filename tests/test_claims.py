@@ -72,10 +72,16 @@ def test_induction_by_looking_it_up() -> None:
     assert in_equal_parts(places, 1 / 4, 600) and in_equal_parts(answers, 1 / 4, 600)
 
 
-def test_lengths_double_in_equal_stages_up_to_the_trained_one() -> None:
-    assert claims.growing_lengths(16, 64, 30) == [16] * 10 + [32] * 10 + [64] * 10
-    assert claims.growing_lengths(64, 64, 3) == [64] * 3
-    assert claims.growing_lengths(5, 21, 3) == [5, 10, 21]
+@pytest.mark.parametrize(("first", "last", "expected"), [(4, 16, [4, 8, 16]), (5, 21, [5, 10, 21])])
+def test_lengths_double_in_equal_stages_up_to_the_trained_one(first, last, expected) -> None:
+    s, lengths = settings(claims.HEADS, first_length=first, length=last, lr=0.0), []
+
+    def draw(length: int):
+        lengths.append(length)
+        return claims.induction(2, length, 16, torch.Generator())
+
+    claims.train(small(vocab=16).requires_grad_(), s, 6, draw, lambda: 0.0)
+    assert lengths == [length for length in expected for _ in range(2)]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 64])
@@ -84,15 +90,15 @@ def test_accuracy_by_reading_whole_sequences(chunk: int) -> None:
     for count in 16, 5:
         inputs, targets = claims.induction(count, 20, 5, random)
         right += (model(inputs)[:, -1].argmax(-1) == targets[:, 0]).sum().item()
-    s = settings(claims.INDUCTION, sequences=21, chunk=chunk, vocab=5)
-    shown = claims.induction_accuracy(model, s, 20, torch.Generator().manual_seed(1))
+    s = settings(claims.HEADS, sequences=21, chunk=chunk, vocab=5)
+    shown = claims.heads_accuracy(model, s, 20, torch.Generator().manual_seed(1))
     assert shown == pytest.approx(100 * right / 21) and right > 0
 
 
 def test_a_carried_state_is_that_of_the_whole_sequence(monkeypatch) -> None:
     """With a rate of 0: each loss is taken where the model stands after all windows of a row."""
     model = small(vocab=16).requires_grad_()
-    s = settings(claims.INDUCTION, length=9, batch=2, streams=3, carried_steps=40, lr=0.0)
+    s = settings(claims.HEADS, length=9, batch=2, streams=3, carried_steps=40, lr=0.0)
     usual, hidden, windows, losses = F.cross_entropy, model.hidden, [], []
 
     def read(inputs, state):
@@ -200,7 +206,8 @@ def test_the_arms_differ_in_their_parts_and_not_in_size() -> None:
     counts, kinds = [], set()
     for parts in transformer_claims.ARMS.values():
         shape = transformer.TransformerConfig(96, 2, 4, vocab_size=1024, max_length=256, **parts)
-        counts.append(transformer_claims.count(transformer_claims.equal_parameters(shape)))
+        shape = transformer_claims.equal_parameters(shape)
+        counts.append(transformer_claims.count(transformer.Transformer(shape)))
         kinds.add(tuple(parts.values()))
     assert len(kinds) == 4 and max(counts) - min(counts) < 0.002 * min(counts)
 
@@ -210,13 +217,13 @@ def test_smoke(name: str, word: str, tmp_path: Path, monkeypatch, capsys) -> Non
     """As the user runs it: a table, a result that holds it, and a picture, all under out/."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join(sentences(i, 700) for i in range(3)), "utf-8")
-    program = PROGRAMS[name]
+    program, script = PROGRAMS[name], importlib.import_module(name.removesuffix("_claims"))
     claim, flags = program.CLAIMS[word], []
     if "data" in claim.settings:
         flags = ["--data", "text.txt"]
     if word == "default":
         flags = ["--flags", "--smoke --data text.txt"]
-    _claims.main(f"{name}.py", "", program.CLAIMS, [word, "--smoke", *flags])
+    _claims.main(script, "", program.CLAIMS, [word, "--smoke", *flags])
     folder = tmp_path / "out" / "claims"
     result = json.loads((folder / f"{claim.name}.json").read_text("utf-8"))
     assert {"command", "seeds", "settings", "versions", "device"} <= result.keys()
@@ -247,14 +254,14 @@ def test_flags_come_before_paper_and_smoke(tmp_path: Path, monkeypatch) -> None:
         seen.append((s.a, s.b, seeds))
         return {"each": [1 / 3, [2, None]], "text": "[é]"}
 
-    claim = _claims.Claim("x", mamba, row, measure, lambda result: "")
+    claim = _claims.Claim("x", row, measure, lambda result: "")
     for flags in [], ["--smoke"], ["--paper"], ["--smoke", "--a", "7", "--seeds", "9"]:
         results = [] if "--smoke" in flags else ["--results", "here"]
-        _claims.main("x.py", "", {"x": claim}, ["x", *flags, *results])
+        _claims.main(mamba, "", {"x": claim}, ["x", *flags, *results])
     assert seen == [(1, 4, [1, 2, 3]), (2, 5, [1, 2]), (3, 4, [1, 2, 3]), (7, 5, [9])]
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
     assert names == {"here/x.json", "here/x_paper.json", "out/claims/x.json"}
     text = (tmp_path / "here/x.json").read_text("utf-8")
     assert json.loads(text)["each"] == [0.333333, [2, None]] and '"text": "[é]"' in text
     with pytest.raises(SystemExit):
-        _claims.main("x.py", "", transformer_claims.CLAIMS, ["parts", "--paper"])
+        _claims.main(mamba, "", transformer_claims.CLAIMS, ["parts", "--paper"])

@@ -38,15 +38,14 @@ class Claim(NamedTuple):
     """A claim of a paper and the experiment on it."""
 
     name: str  # of the result file
-    script: ModuleType  # which the claim is about
     settings: dict[str, Setting]
     measure: Callable  # (settings, seeds, progress) -> content of the result file
     table: Callable  # result -> Markdown
     draw: Callable | None = None  # (result, pyplot) -> figure
 
 
-def main(program: str, doc: str, claims: dict[str, Claim], argv: list[str] | None = None) -> None:
-    """Run the claim that the first word names; write its result and picture, print its table.
+def main(script: ModuleType, doc: str, claims: dict[str, Claim], argv=None) -> None:
+    """Run the claim on that script that the first word names: result file, picture and table.
 
     A flag that is written out comes before what --smoke and --paper say. With --smoke results go to
     out/claims, with --paper to files of their own.
@@ -71,9 +70,8 @@ def main(program: str, doc: str, claims: dict[str, Claim], argv: list[str] | Non
 
     keep_memory()
     content = claim.measure(SimpleNamespace(**settings), seeds, progress)
-    script = Path(claim.script.__file__).read_bytes()
     result = {
-        "command": shlex.join(["python", f"tests/claims/{program}", *argv]),
+        "command": shlex.join(["python", f"tests/claims/{script.__name__}_claims.py", *argv]),
         "seeds": seeds,
         "settings": settings,
         # Where other work halts a run now and then its processor time says more than the clock.
@@ -81,7 +79,7 @@ def main(program: str, doc: str, claims: dict[str, Claim], argv: list[str] | Non
         "cpu_seconds": round(time.process_time(), 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": f"{device()}, {torch.get_num_threads()} threads",
-        "script_sha256": hashlib.sha256(script).hexdigest(),
+        "script_sha256": hashlib.sha256(Path(script.__file__).read_bytes()).hexdigest(),
     } | content
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{claim.name}{'_paper' if mode == 'paper' else ''}.json"

@@ -59,4 +59,4 @@ def default_run(script: ModuleType) -> Claim:
         axes.legend()
         return figure
 
-    return Claim(f"{script.__name__}_default", script, SETTINGS, measure, table, draw)
+    return Claim(f"{script.__name__}_default", SETTINGS, measure, table, draw)

@@ -11,7 +11,6 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +36,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def fixed(digits: int) -> Callable:
-    """A format with so many digits after the point, empty for None."""
-    return lambda value: "" if value is None else f"{value:.{digits}f}"
+def fixed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 # ----- tests/claims -------------------------------------------------------------------------------
@@ -61,36 +59,29 @@ def sample(script: str, lines: int = 12) -> str:
     return "\n".join(["```text", *text.splitlines()[:lines], "```"])
 
 
-def recaption_seed_0() -> str:
+def recaption_drawn(name: str) -> str:
     """What the models of one default run draw; shares of what the prompts say."""
-    keys, rows = ("binding", "count", "shape", "colour", "size", "texture", "place"), []
-    for model, of_prompts in read(CLAIMS / "recaption_seed_0.json")["models"].items():
+    result, clip, rows = read(CLAIMS / f"recaption_{name}.json"), "clip_score", []
+    keys = ("binding", "count", "shape", "colour", "size", "texture", "place")
+    models = result.get("models")
+    if models is None:  # a file from before the rewrite
+        models = {"real images": {"descriptive": result["real"]}} | result["arms"]
+        keys = ("shape", "colour", "binding", "texture", "place", "relation", "count")
+        clip = "clip"
+    for model, of_prompts in models.items():
         for prompts, row in of_prompts.items():
-            shares = [fixed(2)(row[key]) for key in keys]
-            rows.append([model, prompts.replace("_", " "), fixed(1)(row["clip_score"]), *shares])
+            shares = [fixed(row[key], 2) for key in keys]
+            rows.append([model, prompts.replace("_", " "), fixed(row[clip], 1), *shares])
     return markdown(["trained on", "prompts", "CLIP score", *keys], rows, left=2)
 
 
 def recaption_captioners() -> str:
-    names = {
-        "f1": "attribute F1", "hallucinated": "hallucinated", "spatial_f1": "spatial F1",
-        "spatial_hallucinated": "spatial, hallucinated", "binding": "binding",
-    }  # fmt: skip
-    rows = []
+    keys, rows = ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "binding"), []
     for name, row in read(CLAIMS / "recaption_default.json")["captioners"].items():
-        rows.append([name, *(fixed(3)(row[key]) for key in names), number(row["images_a_second"])])
-    return markdown(["captioner", *names.values(), "images/s"], rows)
-
-
-def recaption_models() -> str:
-    keys, rows = ("shape", "colour", "binding", "texture", "place", "relation", "count"), []
-    result = read(CLAIMS / "recaption_default.json")
-    models = {"real images": {"descriptive": result["real"]}} | result["arms"]
-    for model, styles in models.items():
-        for style, row in styles.items():
-            shares = [fixed(2)(row[key]) for key in keys]
-            rows.append([model, style.replace("_", " "), fixed(1)(row["clip"]), *shares])
-    return markdown(["trained on", "prompts", "CLIP score", *keys], rows, left=2)
+        cells = [fixed(row[key], 3) for key in keys]
+        rows.append([name, *cells, number(row["images_a_second"])])
+    head = ["captioner", "attribute F1", "hallucinated", "spatial F1", "spatial, hallucinated"]
+    return markdown([*head, "binding", "images/s"], rows)
 
 
 def better_captions(part: str) -> str:
