@@ -466,9 +466,7 @@ CARRIED = {
     "n_layer": Setting(2, "layers"),
     "steps": Setting(500, "steps", 4),
     "batch": Setting(16, "sequences a step", 4),
-    "length": Setting(
-        64, "tokens a window, more than 16; in long ones the beginnings matter less", 20
-    ),
+    "length": Setting(64, "tokens a window, more than 16", 20),
     "lr": Setting(4e-3, "peak learning rate"),
     "eval_tokens": Setting(0, "validation tokens, 0 for all", 300),
 }
@@ -550,26 +548,12 @@ def carried_table(result: dict) -> str:
     return _claims.markdown(["trained", "evaluated", *head], rows, left=2)
 
 
-def draw_carried(result: dict, plt):
-    """Loss by position in the window."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (trained, arm) in enumerate(result["trained"].items()):
-        for way, style in zip(WAYS, ("--", "-"), strict=True):
-            curves, label = arm[way]["by_position"], f"trained {trained}, evaluated {way}"
-            _claims.draw_band(
-                axes, range(1, len(curves[0]) + 1), curves, style, color=f"C{i}", label=label
-            )
-    axes.set(xlabel="position in the window", ylabel="validation loss, nats a token")
-    axes.legend(fontsize=8)
-    return figure
-
-
 CLAIMS = {
     "default": default_run(mamba),
     "induction": Claim("induction_heads", HEADS, measure_heads, heads_table, draw_heads),
     "copying": Claim("selective_copying", COPYING, measure_copying, copying_table, draw_copying),
     "ablation": Claim("selection_ablation", ABLATION, measure_ablation, ablation_table),
-    "carried": Claim("carried_state", CARRIED, measure_carried, carried_table, draw_carried),
+    "carried": Claim("carried_state", CARRIED, measure_carried, carried_table),
 }
 
 if __name__ == "__main__":

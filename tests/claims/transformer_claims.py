@@ -35,15 +35,15 @@ ARMS = {
 }
 
 
+def count(shape: transformer.TransformerConfig) -> int:
+    return sum(p.numel() for p in transformer.Transformer(shape).parameters())
+
+
 def equal_parameters(shape: transformer.TransformerConfig) -> transformer.TransformerConfig:
     """With the MLP's width that brings it nearest to a Transformer++ of the usual width."""
-    shapes = replace(shape, **PLUS), replace(shape, d_ff=1), replace(shape, d_ff=2)
-    goal, one, two = (count(transformer.Transformer(shape)) for shape in shapes)
+    goal = count(replace(shape, **PLUS))
+    one, two = (count(replace(shape, d_ff=width)) for width in (1, 2))
     return replace(shape, d_ff=1 + round((goal - one) / (two - one)))
-
-
-def count(model: transformer.Transformer) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def train(s, shape: transformer.TransformerConfig, corpus, lr: float, seed: int) -> float:
@@ -68,7 +68,7 @@ def measure_parts(s, seeds: list[int], progress) -> dict:
         best = min(tried, key=tried.get)
         score = mean_sd([train(s, shape, corpus, best, seed) for seed in seeds])
         arm = {"arm": name, "parts": parts, "d_ff": shape.d_ff}
-        arm |= {"parameters": count(transformer.Transformer(shape)), "lr": best}
+        arm |= {"parameters": count(shape), "lr": best}
         arm |= {"tried_on_seed_0": tried, "bits_a_byte": score.pop("each")}
         arms.append(arm | score)
         progress(f"{name}: {plus_minus(arms[-1], 3)} at {best:g}")
