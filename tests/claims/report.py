@@ -88,11 +88,11 @@ def better_captions(part: str) -> str:
     """A claim's rows as mean ± half; CLIP scores as they are, all else as per cent."""
     judged = ("clip", "clip, less ground_truth", "binding", "binding, less ground_truth")
     spatial = ("spatial_f1", "spatial_hallucinated")
-    claim, columns = {
-        "captioner": ("captioner", ("f1", "hallucinated", *spatial, "shape", "colour")),
-        "kind": ("caption kind", (*judged, "relation", "count")),
-        "blend": ("blend", judged),
-        "upsampling": ("upsampling", (*judged, "count")),
+    columns = {
+        "captioner": ["f1", "hallucinated", *spatial, "shape", "colour"],
+        "kind": [*judged, "relation", "count"],
+        "blend": judged,
+        "upsampling": [*judged, "count"],
     }[part]
 
     def cell(arm: str, column: str, value: dict | None) -> str:
@@ -102,8 +102,8 @@ def better_captions(part: str) -> str:
         sign = "+" if "less" in arm + column else ""
         return f"{scale * value['mean']:{sign}.1f} ± {scale * value['half']:.1f}{mark}"
 
-    rows = []
-    for arm, row in read(CLAIMS / "better_captions.json")["claims"][claim].items():
+    rows, claims = [], read(CLAIMS / "better_captions.json")["claims"]
+    for arm, row in claims["caption kind" if part == "kind" else part].items():
         rows.append([arm.replace("_", " "), *(cell(arm, c, row.get(c)) for c in columns)])
     names = {"f1": "attribute F1", "spatial_f1": "spatial F1"}
     head = [names.get(c, c.replace("_", " ").replace("clip", "CLIP score")) for c in columns]
@@ -129,12 +129,12 @@ def scan() -> str:
     memory = {(row["shape"], row["mode"]): row["bytes"] for row in result["memory"]}
     for row in result["times"]:
         key = row["shape"], row["mode"]
-        fused, chunked, theirs = (statistics.median(row["seconds"][name]) for name in names)
-        cells = [1e3 * fused, 1e3 * chunked, 1e3 * theirs, theirs / fused, theirs / chunked]
-        share = f"{result['floor']['seconds'][' '.join(key)] / fused:.0%}"
+        times = [statistics.median(row["seconds"][name]) for name in names]
+        cells = [*(1e3 * seconds for seconds in times), times[2] / times[0], times[2] / times[1]]
+        share = f"{result['floor']['seconds'][' '.join(key)] / times[0]:.0%}"
         extra = [number(memory[key][name] / 1e6) for name in names]
         rows.append([str(tuple(row["sizes"])), row["mode"], *map(number, cells), share, *extra])
-    head = ["(B, D, L, N)", "pass", "fused, ms", "chunked, ms", "mambapy, ms", "fused faster by"]
+    head = ["(B, D, L, N)", "pass", *(f"{name}, ms" for name in names), "fused faster by"]
     head += ["chunked faster by", "fused: share of the floor", "peak extra MB, fused"]
     return markdown([*head, "chunked", "mambapy"], rows, left=2)
 
