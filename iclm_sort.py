@@ -22,7 +22,7 @@ Differences from the paper: line 7 of Algorithm 1 prints arg min of the similari
 mean arg max, and so do we. Degree is that in the whole graph, k is 10 and near-duplicates have a
 cosine of 0.95: the paper says none of the three. Embeddings are TF-IDF unless --encoder or
 --embeddings gives others; inverted lists hold whole vectors; `--order edge` is ours. Not included:
-training, which is as always (tests/claims/in_context_pretraining.py compares orders), graph and
+training, which is as always (tests/claims/iclm_claims.py compares orders), graph and
 walk on many machines, SPLiCe's links and BM25 chains.
 """
 

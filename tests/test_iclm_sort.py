@@ -871,7 +871,7 @@ def test_progress_says_what_is_left(monkeypatch, capsys):
 @pytest.fixture
 def claims(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "claims"))
-    return importlib.import_module("in_context_pretraining")
+    return importlib.import_module("iclm_claims")
 
 
 def test_documents_are_apart_in_training_only(claims):

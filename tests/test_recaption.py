@@ -811,7 +811,7 @@ def test_keys_that_no_header_can_hold_are_not_shown(endpoint, monkeypatch, capsy
 
 
 def test_the_claims_program_compares_seed_by_seed_and_keeps_what_is_done(tmp_path, capsys):
-    from tests.claims import better_captions as program
+    from tests.claims import recaption_claims as program
 
     asked = ["--smoke", "--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
     program.main(asked)

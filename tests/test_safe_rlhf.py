@@ -719,9 +719,9 @@ def test_divergence_is_one_line(tmp_path, capsys, rate):
 
 @pytest.fixture
 def program(monkeypatch):
-    """tests/claims/safe_rlhf_claims.py with short lists."""
+    """tests/claims/safe_claims.py with short lists."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "claims"))
-    module = importlib.import_module("safe_rlhf_claims")
+    module = importlib.import_module("safe_claims")
     monkeypatch.setattr(module, "NUS", (1.0,))
     monkeypatch.setattr(module, "THRESHOLDS", ("0",))
     monkeypatch.setattr(s, "report", lambda *_: None)  # seconds for a picture that no table shows

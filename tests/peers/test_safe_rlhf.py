@@ -181,7 +181,7 @@ def test_score_models_of_other_vocabularies_are_refused(tmp_path, capsys):
 @pytest.fixture
 def claims(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "claims"))
-    return importlib.import_module("safe_rlhf_claims")
+    return importlib.import_module("safe_claims")
 
 
 @pytest.mark.parametrize("draws", [0.0, 0.1, 2.0])

@@ -1,4 +1,4 @@
-"""What the DALL-E 3 report says of better captions: `python tests/claims/better_captions.py`.
+"""What the DALL-E 3 report says of better captions: `python tests/claims/recaption_claims.py`.
 
 Over seeds 1, 2, 3, with recaption.py's default settings, which were chosen on seed 0: the
 captioners; models trained on ground truth, on 95 % short and on 95 % descriptive captions, drawing
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
     if asked.smoke:
         asked.seeds, asked.results = [1, 2], asked.out
     seeds = [one_seed(asked, seed) for seed in asked.seeds]
-    result = {"command": f"python tests/claims/better_captions.py --arms {asked.arms}"}
+    result = {"command": f"python tests/claims/recaption_claims.py --arms {asked.arms}"}
     result |= {"seeds": asked.seeds, "claims": claims(seeds)}
     result |= {key: seeds[0][key] for key in ("device", "torch", "python", "script_sha256")}
     result["wall_seconds"] = [seed["wall_seconds"] for seed in seeds]

@@ -1,4 +1,4 @@
-"""What Constrained RLHF claims, in a small world: `python tests/claims/constrained_rlhf.py`.
+"""What Constrained RLHF claims, in a small world: `python tests/claims/constrained_claims.py`.
 
 In the correlated world (--flattery 0.6) and the independent one (0), over seeds, beside the exact
 optimum (arXiv 2310.04373 has GPT-2 on DailyDialog, 5 seeds, and only plots):

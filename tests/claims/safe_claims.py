@@ -1,6 +1,6 @@
 """What Safe RLHF claims, in safe_rlhf.py's invented world, by its default settings.
 
-`python tests/claims/safe_rlhf_claims.py`: PPO on the reward turns harmful; PPO-Lagrangian keeps to
+`python tests/claims/safe_claims.py`: PPO on the reward turns harmful; PPO-Lagrangian keeps to
 the threshold, with at least the helpfulness of each fixed nu that keeps it; the cost model needs
 its sign terms; three rounds with red-teaming; other thresholds; Llama 2's gate. All runs of a seed
 start from one policy, and see as many answers. A run that is done is kept in --out and not done
@@ -275,12 +275,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     threshold, accuracy = s.Config().thresholds[0], [seed["accuracy"] for seed in seeds]
     result = {
-        "command": "python tests/claims/safe_rlhf_claims.py", "seeds": arguments.seeds,
+        "command": "python tests/claims/safe_claims.py", "seeds": arguments.seeds,
         "threshold": threshold, "claims": claims(seeds, threshold),
         "accuracy": {k: over([row[k] for row in accuracy]) for k in accuracy[0]},
         "runs": seeds, "torch": torch.__version__, "python": sys.version,
         "script_sha256": s.hashlib.sha256(Path(s.__file__).read_bytes()).hexdigest(),
-        "argv": ["tests/claims/safe_rlhf_claims.py", *(sys.argv[1:] if argv is None else argv)],
+        "argv": ["tests/claims/safe_claims.py", *(sys.argv[1:] if argv is None else argv)],
     }  # fmt: skip
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / "safe_rlhf_claims.json"

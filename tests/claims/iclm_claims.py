@@ -1,8 +1,8 @@
 """Does the order of the documents teach a model to use its context? All arms at equal tokens.
 
-    python tests/claims/in_context_pretraining.py                       all arms, seeds 1 to 5
-    python tests/claims/in_context_pretraining.py --seeds 1 --arms standard sorted
-    python tests/claims/in_context_pretraining.py --larger --seeds 1 2 3 --arms standard sorted
+    python tests/claims/iclm_claims.py                       all arms, seeds 1 to 5
+    python tests/claims/iclm_claims.py --seeds 1 --arms standard sorted
+    python tests/claims/iclm_claims.py --larger --seeds 1 2 3 --arms standard sorted
 
 The documents are the functions of Python's standard library, without near-duplicates; whole
 modules, a tenth of the documents, are held out. Arms: standard (shuffled), knn (each document
@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row for row in rows if row["seed"] in arguments.seeds]
     found, keep = summary(rows), corpus.lists[2]
     result = {
-        "command": "python tests/claims/in_context_pretraining.py",
+        "command": "python tests/claims/iclm_claims.py",
         "argv": sys.argv,
         "summary": found,
         "documents": {
