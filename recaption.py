@@ -43,7 +43,6 @@ import re
 import sys
 import textwrap
 import time
-import urllib.parse
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -134,9 +133,7 @@ class MultiHead(nn.Module):
 
     def forward(self, x, memory=None, mask=None, causal=False, cache=None) -> Tensor:
         """x (B, L, D), memory (B, S, D) or None for x itself, mask (B, 1, 1, S) False at padding.
-
-        cache, a dict, keeps keys and values: those of x are added, a memory's are computed once.
-        """
+        The dict cache keeps keys and values: x's are added, a memory's are computed once."""
         B, L, D = x.shape  # batch, length, width
         cache = {} if cache is None else cache
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
@@ -343,6 +340,7 @@ def stage(config: Config, name: str, make: Callable[[], object]):
         text = Path(config.data, "captions.jsonl").read_bytes()
         settings["data"] += f" {hashlib.sha256(text).hexdigest()}"
     if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"settings": settings, "made": make()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)  # never half of one
     saved = torch.load(path, "cpu", weights_only=True)
@@ -353,11 +351,8 @@ def stage(config: Config, name: str, make: Callable[[], object]):
 
 
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
-    """The stage OUT/name.pt: AdamW on loss_of(model, generator), the rate risen, then fallen.
-
-    Returns the moving average of the weights. Stages with the same `draws` have the same
-    initialisation and random numbers. Raises FloatingPointError on divergence.
-    """
+    """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the weights' average.
+    Stages with the same `draws` have the same initialisation and random numbers."""
     torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
     model = make_model().to(config.device).requires_grad_()
 
@@ -417,10 +412,7 @@ class TextModel(nn.Module):
 
 
 def train_text_model(config: Config, captioner: CoCa) -> TextModel:
-    """The stage OUT/text_model.pt: from captions of any style it learns to write descriptive ones.
-
-    The captions are of scenes of its own. Its language model is at first the captioner's.
-    """
+    """The stage OUT/text_model.pt: it learns to retell captions, of new scenes, descriptively."""
     rng = random.Random(f"{config.seed} text model")
     styles = ("descriptive", "descriptive", "ground_truth", "brief", "short")
 
@@ -533,9 +525,7 @@ def classify(images: Tensor) -> list[Scene]:
 
 def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float | None]:
     """By attribute, the share of what texts say that is so in scenes; None where nothing is said.
-
-    binding: colour and shape of one object together. Objects are matched so that most agrees.
-    """
+    binding is colour and shape of one object. Objects are matched so that most agrees."""
     rows = []
     for text, scene in zip(texts, scenes, strict=True):
         said = parse_caption(text)
@@ -750,7 +740,7 @@ class Tokenizer:
         return ["".join(self.words[i] for i in row).strip() for row in tokens.tolist()]
 
 
-# ----- Appendix: your own images ------------------------------------------------------------------
+# ----- Appendix: your own images and prompts ------------------------------------------------------
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp")
 
@@ -770,10 +760,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def train_own(config: Config) -> None:
-    """The job `captioner`: base.pt and the fine-tunes that --data's captions.jsonl has texts for.
-
-    Each row of it has file and caption, and may have short and descriptive.
-    """
+    """The job `captioner`: a row of --data's captions.jsonl has file, caption, perhaps more."""
     path, images = Path(config.data) / "captions.jsonl", []
     captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
     for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
@@ -811,8 +798,6 @@ def caption_folder(config: Config) -> None:
     print(f"{out}: {len(files) - left_out} captions, {len(done)} of before; {left_out} left out")
 
 
-# ----- Appendix: prompt upsampling ----------------------------------------------------------------
-
 SYSTEM = """Write prompts for a program that paints pictures: one paragraph of 15 to 80 words, and
 nothing else. Keep all that the user said, and add what it leaves open: surroundings, background,
 light, style. Asked for a change, change that alone; given a new subject, start afresh."""
@@ -828,23 +813,21 @@ EXAMPLES = (  # expand; change one thing and keep the rest; a new subject
 
 
 def upsample_by_chat(config: Config, prompt: str) -> str:
-    """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY.
-
-    Raises ValueError for a refusal, a redirect, an answer that is no paragraph of 15 to 80 words.
-    """
+    """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY."""
     messages = [{"role": "system", "content": SYSTEM}]
     for user, answer in EXAMPLES:
         messages.append({"role": "user", "content": user})
         messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": f"New subject: {prompt}"})
     body = json.dumps({"model": config.chat_model, "messages": messages})
-    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(config.chat_url)
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    if url.scheme not in kinds or not (key.isascii() and key.isprintable()):
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    url = re.fullmatch(r"(https?)://([^/]+)(.*?)/?", config.chat_url)
+    if url is None or not (key.isascii() and key.isprintable()):
         raise ValueError("--chat-url must be http(s)://, and OPENAI_API_KEY printable ASCII")
-    connection = kinds[url.scheme](url.netloc, timeout=60)  # which follows no redirect
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    connection = kinds[url[1]](url[2], timeout=60)  # it follows no redirect
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
+    connection.request("POST", f"{url[3]}/chat/completions", body, headers)
     answer = connection.getresponse()
     text = answer.read().decode("utf-8", "replace").replace(key or "no key", "***")
     if answer.status != 200:
@@ -941,10 +924,7 @@ def main(argv: list[str] | None = None) -> int:
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     kinds += (http.client.HTTPException,)
     try:
-        config = Config(**given)
-        if job != "caption":
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        JOBS[job](config)
+        JOBS[job](Config(**given))
     except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
         text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
         if isinstance(error, ImportError):

@@ -19,6 +19,7 @@ from tests._helpers import close, far_from_zero
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = r.Config(**r.SMOKE, device="cpu")
 SMOKE = ["--smoke", "--device", "cpu", "--out"]
+STYLES = ("ground_truth", "short", "brief", "descriptive")
 
 
 def doubles(*shape):
@@ -41,27 +42,21 @@ def same(a, b):
 # ----- Scenes and captions ------------------------------------------------------------------------
 
 
-def test_descriptive_captions_say_all_and_short_ones_colours_and_shapes():
-    wordings = set()
-    for i, scene in enumerate(scenes(300)):
-        texts = {
-            s: r.describe(scene, s, random.Random(i)) for s in ("descriptive", "short", "brief")
-        }
+def test_captions_say_what_their_style_says():
+    wordings, drawn, noisy = set(), scenes(600), []
+    for i, scene in enumerate(drawn):
+        texts = {style: r.describe(scene, style, random.Random(i)) for style in STYLES}
         said = {style: r.parse_caption(text) for style, text in texts.items()}
         assert said["descriptive"] == scene == r.parse_caption(texts["descriptive"].upper())
         wordings.add(" ".join(texts["descriptive"].split()[:2]))
         pairs = tuple(r.Thing(thing.shape, thing.colour) for thing in scene.things)
         large = [p for p, t in zip(pairs, scene.things, strict=True) if t.size == "large"]
         assert said["short"].things == ((large or pairs)[0],) and said["brief"].things == pairs
+        noisy.append(texts["ground_truth"])
     assert {"on a", "the background", "a picture"} <= wordings
-
-
-def test_alt_text_omits_swaps_and_misses():
-    drawn = scenes(600)
-    texts = [r.describe(s, "ground_truth", random.Random(i)) for i, s in enumerate(drawn)]
-    report, said = r.agreement(texts, drawn), [r.parse_caption(text).things for text in texts]
+    report = r.agreement(noisy, drawn)  # alt-text omits, swaps and misses
     assert 0.6 < report["binding"] < 0.95 and report["count"] < 0.8
-    assert 0.05 < sum(not things for things in said) / 600 < 0.35
+    assert 0.05 < sum(not r.parse_caption(text).things for text in noisy) / 600 < 0.35
 
 
 def test_draws_are_reproducible_and_held_out_scenes_are_new():
@@ -76,34 +71,19 @@ def test_draws_are_reproducible_and_held_out_scenes_are_new():
 
 
 def test_a_picture_shows_its_scene():
-    """Colours are in the middle of their quarter, the background in corners and empty quarters."""
+    """Colours are in the middle of their quarter, the background in empty quarters."""
     for scene in scenes(60):
-        image = r.render(scene)
-        ground, used = np.array(r.BACKGROUNDS[scene.background]), {t.place: t for t in scene.things}
-        assert image.dtype == np.uint8 and (image[[0, 31], [0, 31]] == ground).all()
+        image, used = r.render(scene).astype(int), {t.place: t for t in scene.things}
         for i, place in enumerate(r.VALUES["place"]):
             row, column = divmod(i, 2)
-            cell = image[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].astype(int)
+            cell = image[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
             if place not in used:
-                assert (cell == ground).all()
+                assert (cell == r.BACKGROUNDS[scene.background]).all()
                 continue
             colour = np.array(r.COLOURS[used[place].colour])
             assert abs(cell[6:11, 8] - colour).max(-1).min() <= 1
             dark = (abs(cell - 0.35 * colour).max(-1) <= 1).any()
             assert dark == (used[place].texture == "striped")
-
-
-def test_no_two_values_look_alike_and_a_triangle_stands_on_its_side():
-    base = r.Thing("circle", "red", "large", "plain", "top left")
-    shown = [r.Scene((base,), ground) for ground in r.BACKGROUNDS]
-    for name in r.Thing._fields:
-        others = [value for value in r.VALUES[name] if value != getattr(base, name)]
-        shown += [r.Scene((base._replace(**{name: value}),), "white") for value in others]
-    images = [r.render(scene).astype(int) for scene in shown]
-    assert min(abs(a - b).sum() for a, b in itertools.combinations(images, 2)) > 1000
-    image = r.render(r.Scene((base._replace(shape="triangle"),), "white"))
-    red = (image[:16, :16] == r.COLOURS["red"]).all(-1).sum(1)
-    assert red[11:13].min() > 8 > 4 > red[2:4].max()
 
 
 def test_agreement_by_hand():
@@ -203,20 +183,12 @@ def test_flow_loss_image_by_image():
     assert max(times) <= 0.95 and abs(np.median(times) - 1 / (1 + math.exp(1.5))) < 0.01
 
 
-def test_guidance_leads_away_from_the_empty_text():
-    x, t, text = doubles(2, 3, 4), doubles(2), doubles(2, 5)
-    with_text, without = velocity(x, t, text), velocity(x, t, 0 * text)
-    for guidance in 0.0, 1.0, 3.0:
-        truth = without + guidance * (with_text - without)
-        close(r.guided_velocity(velocity, x, t, text, guidance), truth)
-
-
-def test_euler_step_by_step_and_on_a_straight_path():
+def test_guidance_and_euler_step_by_step():
     text, x = torch.randn(2, 5), torch.randn(2, 3, 4, generator=seeded(4))
     found = r.sample_latents(velocity, text, (3, 4), 4, 3.0, seeded(4))
     for t, after in itertools.pairwise([0, 1 / 16, 4 / 16, 9 / 16, 1]):
-        step = r.guided_velocity(velocity, x, torch.tensor([t, t]), text, 3.0)
-        x = x + (after - t) * step
+        with_text, without = (velocity(x, torch.tensor(t), said) for said in (text, 0 * text))
+        x = x + (after - t) * (without + 3 * (with_text - without))
     close(found, x, 1e-5)
     target = torch.randn(2, 3, 4)
 
@@ -297,8 +269,6 @@ def test_latents_are_principal_components_with_mean_square_1():
     assert x.shape == (300, 16, 48)
     close(x.square().mean(), torch.tensor(1.0), 1e-3)
     close(x.mean((0, 1)), torch.zeros(48), 1e-3)
-    covariance = (x.flatten(0, 1).T @ x.flatten(0, 1) / 4800).fill_diagonal_(0)
-    assert abs(covariance).max() < 1e-3, "components do not vary together"
     error = (latents.decode(x).float() - images.float()).abs().mean() / 127.5
     assert error < 0.05
     patches = np.lib.stride_tricks.sliding_window_view(images.numpy(), (8, 8), (1, 2))[:, ::8, ::8]
@@ -540,15 +510,9 @@ def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
     assert r.main(train) == 2 and "data was" in capsys.readouterr().err, "a stage of other captions"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{", '{"file": "1.png"}', '{"file": "1.png", "caption": 3}', '["1.png", "x"]',
-        '{"file": "9.png", "caption": "x"}', '{"file": "broken.png", "caption": "x"}',
-    ],
-)  # fmt: skip
-def test_a_bad_row_is_named(photos, tmp_path, capsys, line):
-    (photos / "captions.jsonl").write_text('{"file": "1.png", "caption": "x"}\n' + line + "\n")
+@pytest.mark.parametrize("row", ["{", '{"file": "1.png", "caption": 3}', '["1.png", "x"]'])
+def test_a_bad_row_is_named(photos, tmp_path, capsys, row):
+    (photos / "captions.jsonl").write_text('{"file": "1.png", "caption": "x"}\n' + row + "\n")
     assert r.main(["captioner", "--data", str(photos), *SMOKE, str(tmp_path)]) == 2
     assert "captions.jsonl, line 2" in capsys.readouterr().err
 
@@ -616,15 +580,18 @@ def endpoint(monkeypatch):
             pass
 
     seen, answers = [], []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    yield r.Config(chat_url=url, chat_model="m"), seen, answers
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        yield url, seen, answers
+        server.shutdown()
+
+
+def ask(url, *flags):
+    return r.main(
+        ["upsample", "--prompt", "a red fox", "--chat-url", url, "--chat-model", "m", *flags]
+    )
 
 
 def says(text):
@@ -632,12 +599,10 @@ def says(text):
 
 
 def test_the_conversation_has_rules_three_examples_and_the_prompt(endpoint, capsys, tmp_path):
-    config, seen, answers = endpoint
+    url, seen, answers = endpoint
     answers.append(says(f" {GOOD}\n"))
-    command = ["upsample", "--prompt", "a red fox", "--chat-url", config.chat_url]
-    assert r.main([*command, "--chat-model", "m", "--out", str(tmp_path)]) == 0
-    output = "".join(capsys.readouterr())
-    assert output.strip() == GOOD and KEY not in output
+    assert ask(url, "--out", str(tmp_path)) == 0
+    assert "".join(capsys.readouterr()).strip() == GOOD
     ((path, authorization, body),) = seen
     assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
     roles = [message["role"] for message in body["messages"]]
@@ -650,30 +615,28 @@ def test_the_conversation_has_rules_three_examples_and_the_prompt(endpoint, caps
 @pytest.mark.parametrize(
     "answer,words",
     [
-        ((401, f"bad key {KEY}"), r"answers 401: 'bad key \*\*\*"),
+        ((401, f"bad key {KEY}"), "answers 401: 'bad key ***"),
         ((302, ""), "answers 302"),
         ((400, "x" * 190 + KEY), "answers 400"),  # no part of the key is shown, either
         ((200, KEY), "Expecting value"),
-        (says("too short"), "15 to 80 words"),
+        (says("word " * 14), "15 to 80 words"),
         (says("word " * 81), "15 to 80 words"),
         (says(f"{GOOD}\n\n{GOOD}"), "one paragraph"),
+        (f"{KEY}\n{KEY}", "OPENAI_API_KEY"),  # keys that no header can hold
+        (f"{KEY}é", "OPENAI_API_KEY"),
     ],
 )
-def test_refusals_and_redirects_are_reported_without_the_key(endpoint, answer, words):
-    config, seen, answers = endpoint
+def test_what_goes_wrong_is_said_without_the_key(
+    endpoint, monkeypatch, capsys, tmp_path, answer, words
+):
+    url, seen, answers = endpoint
+    if isinstance(answer, str):
+        monkeypatch.setenv("OPENAI_API_KEY", answer)
     answers.append(answer)
-    with pytest.raises(ValueError, match=words) as error:
-        r.upsample_by_chat(config, "x")
-    assert KEY[:6] not in str(error.value) and len(seen) == 1, "no redirect is followed"
-
-
-@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}é"])
-def test_keys_that_no_header_can_hold_are_not_shown(endpoint, monkeypatch, capsys, tmp_path, key):
-    config, seen, _ = endpoint
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    assert r.main(["upsample", "--chat-url", config.chat_url, "--out", str(tmp_path)]) == 2
+    assert ask(url, "--out", str(tmp_path)) == 2
     error = capsys.readouterr().err
-    assert "OPENAI_API_KEY" in error and KEY not in error and not seen
+    assert words in error and KEY[:6] not in error
+    assert len(seen) == (not isinstance(answer, str)), "no redirect is followed"
 
 
 def test_the_claims_program_compares_seed_by_seed_and_keeps_what_is_done(tmp_path, capsys):
@@ -681,18 +644,15 @@ def test_the_claims_program_compares_seed_by_seed_and_keeps_what_is_done(tmp_pat
 
     asked = ["--smoke", "--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
     program.main(asked)
-    files = [tmp_path / f"recaption_{seed}" / "result.json" for seed in (1, 2)]
-    for i, file in enumerate(files):  # so little training leaves nothing to tell apart
+    for seed, bindings in (1, (0.1, 0.6)), (2, (0.1, 0.8)):  # so little training learns nothing
+        file = tmp_path / f"recaption_{seed}" / "result.json"
         result = json.loads(file.read_text())
-        for j, arm in enumerate(("ground_truth", "descriptive:95")):
-            result["models"][arm]["descriptive"]["binding"] = 0.1 + j * (0.5 + 0.1 * i)
+        for arm, binding in zip(("ground_truth", "descriptive:95"), bindings, strict=True):
+            result["models"][arm]["descriptive"]["binding"] = binding
         file.write_text(json.dumps(result))
     capsys.readouterr()
     found = program.main(asked)["claims"]["models"]["descriptive:95, descriptive"]
     assert "step" not in capsys.readouterr().out
-    assert found["binding"]["each"] == pytest.approx([0.6, 0.7])
     less = found["binding, less ground_truth"]
-    assert less["mean"] == pytest.approx(0.55)
-    assert less["half"] == pytest.approx(12.706 * np.std([0.5, 0.6], ddof=1) / math.sqrt(2))
-    with pytest.raises(ValueError, match="made with --arms"):
-        program.main([*asked[:2], "ground_truth", *asked[3:]])
+    assert found["binding"]["each"] == [0.6, 0.8] and less["mean"] == pytest.approx(0.6)
+    assert less["half"] == pytest.approx(12.706 * np.std([0.5, 0.7], ddof=1) / math.sqrt(2))
