@@ -573,13 +573,13 @@ def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -
 
     columns = [F.pad(x[:8], (0, 0, 1, 1, 1, 1)).flatten(0, 1) for x in drawn.values()]
     side, names = columns[0].shape[1], [textwrap.fill(prompt, 60) for prompt in prompts[:8]]
-    figure, axes = plt.subplots(figsize=(len(drawn) + 5, 9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(len(drawn), 8))
     axes.imshow(torch.cat(columns, dim=1).numpy())
-    axes.set_xticks([side * (i + 0.5) for i in range(len(drawn))], drawn, fontsize=8)
+    axes.set_xticks([side * (i + 0.5) for i in range(len(drawn))], drawn, fontsize=6)
     axes.set_yticks([side * (i + 0.5) for i in range(len(names))], names, fontsize=8)
     axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
     axes.yaxis.tick_right()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 
