@@ -442,10 +442,10 @@ def test_training_follows_its_rule(tmp_path, monkeypatch):
         return usual(self, *given, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    average = r.train(config, "a", new, loss_of, 40, 0.1, 0.3)
+    average = r.train(config, "a", new, loss_of, 40, 0.1, 0.7)
     last, truth = r.train(config, "b", new, loss_of, 40, 0.1, draws="a"), weights[0]
     for k, weight in enumerate([*weights[1:40], last.weight], 1):
-        decay = min(0.3, k / (10 + k))
+        decay = min(0.7, k / (10 + k))
         truth = decay * truth + (1 - decay) * weight
     close(average.weight, truth, 1e-5)
     assert torch.equal(weights[0], weights[40]), "the same draws, the same start"
