@@ -861,7 +861,7 @@ def flag(default, text: str):
 class Config:
     """Everything that decides a run."""
 
-    data: str = flag("", "captioner: folder of your images and captions.jsonl; empty: drawn scenes")
+    data: str = flag("", "captioner: folder of your images and of captions.jsonl")
     images: str = flag("", "caption: folder of images")
     checkpoint: str = flag("out/recaption/descriptive.pt", "caption: the captioner")
     prompt: str = flag("a red circle and a blue square.", "upsample: the prompt")
