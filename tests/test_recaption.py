@@ -480,10 +480,8 @@ def photos(tmp_path):
 
 
 def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
-    file, train = (
-        tmp_path / "found.jsonl",
-        ["captioner", "--data", str(photos), *SMOKE, str(tmp_path)],
-    )
+    file = tmp_path / "found.jsonl"
+    train = ["captioner", "--data", str(photos), *SMOKE, str(tmp_path)]
     assert r.main(train) == 0
     assert {p.stem for p in (tmp_path / "smoke").glob("*.pt")} == {"base", "descriptive"}
     command = ["caption", "--images", str(photos), "--device", "cpu", "--out", str(file)]

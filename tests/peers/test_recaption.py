@@ -18,7 +18,6 @@ def doubles(*shape):
 
 
 def test_clip_loss_and_score_are_transformers():
-    """Loss and score of their whole model, against ours on its embeddings."""
     sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     text = sizes | dict(vocab_size=30, max_position_embeddings=9, eos_token_id=29, bos_token_id=1)
     image = sizes | dict(image_size=16, patch_size=8)
@@ -28,9 +27,9 @@ def test_clip_loss_and_score_are_transformers():
     for B in 1, 2, 7:
         tokens = torch.cat([torch.randint(2, 29, (B, 5)), torch.full((B, 1), 29)], 1)
         theirs = model(input_ids=tokens, pixel_values=doubles(B, 3, 16, 16), return_loss=True)
-        image, text = theirs.image_embeds, theirs.text_embeds
-        close(r.clip_loss(image, text, scale), theirs.loss)
-        close(scale * r.clip_score(image, text) / 100, theirs.logits_per_image.diagonal())
+        pair = theirs.image_embeds, theirs.text_embeds
+        close(r.clip_loss(*pair, scale), theirs.loss)
+        close(scale * r.clip_score(*pair) / 100, theirs.logits_per_image.diagonal())
 
 
 def test_a_layer_without_memory_is_clips():
@@ -66,14 +65,11 @@ def attend(at, x, memory):
 
 def test_the_decoder_token_by_token():
     """Lower half: text alone. Upper half: text, then the memory. By plain loops."""
-    config = r.Config(width=8, device="cpu")
-    model = far_from_zero(r.TextDecoder(config, r.Tokenizer("abcdefgh")))
+    model = far_from_zero(r.TextDecoder(r.Config(width=8), r.Tokenizer("abcdefgh")))
     tokens, memory = torch.randint(12, (2, 5)), doubles(2, 3, 8)
     logits = model.write(model.read(tokens), memory)
     for b in range(2):
-        rows = [
-            model.enter(model.embed.weight[k] + model.place[t]) for t, k in enumerate(tokens[b])
-        ]
+        rows = list(model.enter(model.embed.weight[tokens[b]] + model.place[:5]))
         for layer in (*model.lower, *model.upper):
             seen = [layer.norms[0](row) for row in rows]
             for t in range(5):
@@ -81,5 +77,4 @@ def test_the_decoder_token_by_token():
                 if layer.cross:
                     rows[t] = rows[t] + attend(layer.cross, layer.norms[2](rows[t]), memory[b])
                 rows[t] = rows[t] + layer.mlp(layer.norms[1](rows[t]))
-        for t, row in enumerate(rows):
-            close(logits[b, t], model.embed.weight @ model.norm(row))
+        close(logits[b], model.norm(torch.stack(rows)) @ model.embed.weight.T)
