@@ -19,11 +19,10 @@ short, descriptive   texts       SSC, DSC: short and descriptive synthetic capti
 ground_truth         texts       alt-text: noisy text that was found with the image
 x, text              (B, N, K)   latents of an image, and states of its caption (T5's there)
 
-Differences from the report, which gives no sizes, no decoding and no loss weights: drawn scenes of
-32 x 32 pixels stand for photographs. The image encoder is trained with the rest. The text-to-image
-model is a rectified flow on principal components. T5's place has an encoder-decoder that learns, on
-other captions, to retell them at length. The nearest rendering stands for human judges. Not
-included: the consistency decoder.
+Differences from the report, which gives no sizes, decoding or loss weights: drawn scenes stand for
+photographs, an image encoder trained with the rest for CLIP's, a rectified flow on principal
+components for latent diffusion, an encoder-decoder that learns to retell other captions at length
+for T5, the nearest rendering for human judges. Not included: the consistency decoder.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import importlib.util
 import itertools
 import json
 import math
@@ -43,7 +43,6 @@ import re
 import sys
 import textwrap
 import time
-import urllib.parse
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def sample_latents(model, text: Tensor, shape, steps: int, guidance: float, gene
     return x
 
 
-LENGTH, STATES = 56, 8  # most tokens of a text, and states that the text model gives of one
+LENGTH, STATES = 56, 8  # tokens of a text, which is cut there, and states that stand for it
 
 # ----- The captioner ------------------------------------------------------------------------------
 
@@ -134,18 +133,16 @@ class MultiHead(nn.Module):
 
     def forward(self, x, memory=None, mask=None, causal=False, cache=None) -> Tensor:
         """x (B, L, D), memory (B, S, D) or None for x itself, mask (B, 1, 1, S) False at padding.
-
-        cache, a dict, holds keys and values: those of x are added, a memory's are computed once.
-        """
+        The dict cache keeps keys and values: x's are added, a memory's are computed once."""
         B, L, D = x.shape  # batch, length, width
-        name, cache = "own" if memory is None else "memory", {} if cache is None else cache
+        cache = {} if cache is None else cache
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
-        if memory is None or name not in cache:
+        if memory is None or self not in cache:
             kv = self.kv(x if memory is None else memory).view(B, -1, 2, *q.shape[1::2])
             kv = kv.permute(2, 0, 3, 1, 4)  # (2, B, heads, S, D / heads)
-            cache[name] = torch.cat([cache[name], kv], dim=3) if name in cache else kv
+            cache[self] = torch.cat([cache[self], kv], dim=3) if self in cache else kv
         causal = causal and L > 1
-        y = F.scaled_dot_product_attention(q, *cache[name], attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, *cache[self], attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
 
@@ -171,37 +168,36 @@ class TextDecoder(nn.Module):
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__()
-        D, count = config.width, range(2)
+        D = config.width
         self.embed = nn.Embedding(tokenizer.size, D)
         self.place = nn.Parameter(0.02 * torch.randn(LENGTH, D))
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.lower = nn.ModuleList(Layer(D) for _ in count)
-        self.upper = nn.ModuleList(Layer(D, cross=True) for _ in count)
+        self.lower = nn.ModuleList([Layer(D), Layer(D)])
+        self.upper = nn.ModuleList([Layer(D, cross=True), Layer(D, cross=True)])
         self.enter, self.norm = nn.LayerNorm(D), nn.LayerNorm(D)
 
-    def read(self, tokens: Tensor, caches: list[dict] | None = None, first: int = 0) -> Tensor:
+    def read(self, tokens: Tensor, cache: dict | None = None, first: int = 0) -> Tensor:
         """The lower half: tokens (B, T), at positions from `first` on -> states (B, T, D)."""
         x = self.enter(self.embed(tokens) + self.place[first : first + tokens.shape[1]])
-        for i, layer in enumerate(self.lower):
-            x = layer(x, causal=True, cache=caches and caches[i])
+        for layer in self.lower:
+            x = layer(x, causal=True, cache=cache)
         return x
 
-    def write(self, states: Tensor, memory: Tensor, caches: list[dict] | None = None) -> Tensor:
+    def write(self, states: Tensor, memory: Tensor, cache: dict | None = None) -> Tensor:
         """The upper half: states (B, T, D), memory (B, N, D) -> logits (B, T, V)."""
-        for i, layer in enumerate(self.upper, start=len(self.lower)):
-            states = layer(states, memory, causal=True, cache=caches and caches[i])
+        for layer in self.upper:
+            states = layer(states, memory, causal=True, cache=cache)
         return F.linear(self.norm(states), self.embed.weight)
 
     @torch.no_grad()
     def generate(self, memory: Tensor) -> Tensor:
         """The likeliest tokens, one by one: (B, T), begin first; after a row's end is padding."""
         tokens = torch.full((len(memory), 1), Tokenizer.begin, device=memory.device)
-        caches = [{} for _ in (*self.lower, *self.upper)]
-        ended = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
-        while tokens.shape[1] < len(self.place) and not ended.all():
-            states = self.read(tokens[:, -1:], caches, tokens.shape[1] - 1)
-            token = self.write(states, memory, caches)[:, -1].argmax(-1)
-            tokens = torch.cat([tokens, token.masked_fill(ended, Tokenizer.pad)[:, None]], dim=1)
+        ended, cache = torch.zeros_like(tokens, dtype=torch.bool), {}
+        while tokens.shape[1] < LENGTH and not ended.all():
+            states = self.read(tokens[:, -1:], cache, tokens.shape[1] - 1)
+            token = self.write(states, memory, cache).argmax(-1)  # (B, 1)
+            tokens = torch.cat([tokens, token.masked_fill(ended, Tokenizer.pad)], dim=1)
             ended |= token == Tokenizer.end
         return tokens
 
@@ -257,19 +253,19 @@ def run_all(config: Config) -> None:
     clean = draw_pictures(config, "judge", config.scenes, config.scenes)
 
     captioners = train_captioners(config, data)
-    tokenizer = captioners["base"].tokenizer
     captions = {"ground_truth": list(data.captions["ground_truth"].values())}
     for style in ("short", "descriptive"):
         recaption = functools.partial(caption_images, captioners[style], data.images)
         captions[style] = stage(config, f"captions_{style}", recaption)
 
     text_model, latents = train_text_model(config, captioners["descriptive"]), Latents(data.images)
-    painters = {}
+    x, painters = latents.encode(data.images), {}
     for arm in config.arms.split(","):
-        x = latents.encode(data.images)
         painters[arm] = train_painter(config, arm, captions, text_model, x)
+    shape = x.shape[1:]
 
-    judge = train_coca(config, "judge", tokenizer, clean.images, clean.captions["descriptive"])
+    tokenizer, texts = captioners["base"].tokenizer, clean.captions["descriptive"]
+    judge = train_coca(config, "judge", tokenizer, clean.images, texts)
     result = {"captioners": {}, "models": {arm: {} for arm in ("real images", *painters)}}
     for name, captioner in captioners.items():
         said = caption_images(captioner, held_out.images)
@@ -279,20 +275,18 @@ def run_all(config: Config) -> None:
         prompts = list(held_out.captions[style].values())
         for arm, painter in painters.items():
             text, noise = text_model.encode(prompts), generator(config, "noise")
-            x = sample_latents(painter, text, latents.shape, 10, config.guidance, noise)
+            x = sample_latents(painter, text, shape, 10, config.guidance, noise)
             drawn[arm] = latents.decode(x)
         for arm, images in drawn.items():
             result["models"][arm][style] = score_images(judge, images, prompts)
     finish(config, result | {"wall_seconds": round(time.perf_counter() - began, 1)})
-    draw_samples(Path(config.out) / "samples.png", drawn, prompts)
+    if importlib.util.find_spec("matplotlib"):
+        draw_samples(Path(config.out) / "samples.png", drawn, prompts)
 
 
 def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
     """The base, and the fine-tunes that data has texts for, each from the base."""
-    every = [text for texts in data.captions.values() for text in texts.values()]
-    cut = sum(len(Tokenizer.split(text)) > LENGTH - 2 for text in every)
-    print(f"{len(every):,} captions, of which {cut} are cut to {LENGTH - 2} words")
-    tokenizer = Tokenizer(every)
+    tokenizer = Tokenizer(text for texts in data.captions.values() for text in texts.values())
     base = train_coca(config, "base", tokenizer, data.images, data.captions["ground_truth"])
     captioners = {"base": base}
     for style in ("short", "descriptive"):
@@ -306,14 +300,10 @@ def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None
     indices, fine_tune = torch.tensor(sorted(texts)), base is not None
     steps = {
         "base": config.base_steps,
-        "short": config.tune_steps // 2,
         "judge": config.judge_steps,
+        "short": config.tune_steps // 2,
     }
-    steps = steps.get(name, config.tune_steps)
-    batch = config.batch if fine_tune else 2 * config.batch
-
-    def make() -> CoCa:
-        return copy.deepcopy(base) if fine_tune else CoCa(config, tokenizer)
+    batch, lr = (config.batch, 2e-3) if fine_tune else (2 * config.batch, 5e-4)
 
     def loss_of(model: CoCa, numbers: torch.Generator) -> Tensor:
         rows = indices[torch.randint(len(indices), (batch,), generator=numbers)]
@@ -321,7 +311,10 @@ def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None
         clip, caption = model.losses(images[rows].to(config.device), tokens, name != "judge")
         return caption if fine_tune else clip + 2 * caption  # CoCa's weights
 
-    return train(config, name, make, loss_of, steps, 2e-3 if fine_tune else 5e-4)
+    new = functools.partial(copy.deepcopy, base)
+    if not fine_tune:
+        new = functools.partial(CoCa, config, tokenizer)
+    return train(config, name, new, loss_of, steps.get(name, config.tune_steps), lr)
 
 
 @torch.no_grad()
@@ -335,7 +328,7 @@ def caption_images(captioner: CoCa, images: Tensor) -> list[str]:
 
 
 def generator(config: Config, *purpose: str) -> torch.Generator:
-    """Random numbers of their own for a purpose."""
+    """Random numbers of its own for each purpose."""
     digest = hashlib.sha256(repr((config.seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -347,21 +340,19 @@ def stage(config: Config, name: str, make: Callable[[], object]):
         text = Path(config.data, "captions.jsonl").read_bytes()
         settings["data"] += f" {hashlib.sha256(text).hexdigest()}"
     if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"settings": settings, "made": make()}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)  # never half of one
     saved = torch.load(path, "cpu", weights_only=True)
-    for key, value in saved["settings"].items():
-        if key not in FREE and value != settings.get(key):
-            raise ValueError(f"{path}: {key} was {value!r}, is {settings.get(key)!r}: change --out")
+    for key in settings.keys() - FREE:
+        if saved["settings"][key] != settings[key]:
+            raise ValueError(f"{path}: {key} was {saved['settings'][key]!r}: change --out")
     return saved["made"]
 
 
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
-    """The stage OUT/name.pt: AdamW on loss_of(model, generator), the rate risen, then fallen.
-
-    Returns the moving average of the weights. Stages with the same `draws` have the same
-    initialisation and random numbers. Raises FloatingPointError on divergence.
-    """
+    """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the weights' average.
+    Stages with the same `draws` have the same initialisation and random numbers."""
     torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
     model = make_model().to(config.device).requires_grad_()
 
@@ -421,10 +412,7 @@ class TextModel(nn.Module):
 
 
 def train_text_model(config: Config, captioner: CoCa) -> TextModel:
-    """The stage OUT/text_model.pt: from captions of any style it learns to write descriptive ones.
-
-    The captions are of scenes of its own. Its language model is at first the captioner's.
-    """
+    """The stage OUT/text_model.pt: it learns to retell captions, of new scenes, descriptively."""
     rng = random.Random(f"{config.seed} text model")
     styles = ("descriptive", "descriptive", "ground_truth", "brief", "short")
 
@@ -441,29 +429,26 @@ def train_text_model(config: Config, captioner: CoCa) -> TextModel:
 
 
 class Latents:
-    """Images (B, H, W, 3) uint8 to latents (B, N, K), and back: principal components of patches."""
+    """Principal components of patches, in place of an autoencoder: images to latents and back."""
 
-    def __init__(self, images: Tensor, K: int = 48, patch: int = 8):
-        self.patch, self.mean, self.basis, self.scale = patch, 0.0, torch.eye(3 * patch**2), 1.0
-        x = self.encode(images)  # as yet the patches themselves: (B, N, 3 * patch * patch)
-        self.shape, x = (x.shape[1], K), x.flatten(0, 1)
+    def __init__(self, images: Tensor, K: int = 48):
+        self.mean, self.basis, self.scale = 0.0, torch.eye(3 * 8 * 8), 1.0  # of patches of 8 x 8
+        x = self.encode(images).flatten(0, 1)  # as yet the patches themselves
         self.mean = x.mean(0)
         variance, basis = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
         variance, self.basis = variance.flip(0)[:K], basis.flip(1)[:, :K]  # the largest first
-        scale = (
-            variance.clamp(min=1e-9) ** 0.3
-        )  # 0 would leave them as they are, 0.5 make all alike
+        scale = variance.clamp(min=1e-9) ** 0.3  # by ** 0.5 all would have variance 1
         self.scale = scale * (variance / scale**2).mean().sqrt()  # latents have mean square 1
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images to latents."""
-        x = F.pixel_unshuffle(images.permute(0, 3, 1, 2) / 127.5 - 1, self.patch).flatten(2).mT
+        """Images (B, H, W, 3) uint8 to latents (B, N, K)."""
+        x = F.pixel_unshuffle(images.permute(0, 3, 1, 2) / 127.5 - 1, 8).flatten(2).mT
         return (x - self.mean) @ self.basis / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images."""
-        x = ((x.cpu() * self.scale) @ self.basis.T + self.mean).mT  # (B, 3 * patch * patch, N)
-        x = F.pixel_shuffle(x.unflatten(2, (math.isqrt(x.shape[2]), -1)), self.patch)
+        x = ((x.cpu() * self.scale) @ self.basis.T + self.mean).mT  # (B, 3 * 8 * 8, N)
+        x = F.pixel_shuffle(x.unflatten(2, (math.isqrt(x.shape[2]), -1)), 8)
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -540,22 +525,20 @@ def classify(images: Tensor) -> list[Scene]:
 
 def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float | None]:
     """By attribute, the share of what texts say that is so in scenes; None where nothing is said.
-
-    binding: colour and shape of one object together. Objects are matched so that most agrees.
-    """
+    binding is colour and shape of one object. Objects are matched so that most agrees."""
     rows = []
     for text, scene in zip(texts, scenes, strict=True):
         said = parse_caption(text)
         rows.append(("count", len(said.things), len(scene.things)))
         rows.append(("background", said.background, scene.background))
         ours = said.things[:4]  # more are of a caption gone astray
-
-        def agreed(order: Sequence[Thing], ours=ours) -> int:
+        best, agreed = (), -1
+        for order in itertools.permutations([*scene.things, *[Thing()] * len(ours)], len(ours)):
             values = zip(sum(ours, ()), sum(order, ()), strict=True)
-            return sum(a == b is not None for a, b in values)
-
-        orders = itertools.permutations([*scene.things, *[Thing()] * len(ours)], len(ours))
-        for thing, true in zip(ours, max(orders, key=agreed), strict=True):
+            same = sum(a == b is not None for a, b in values)
+            if same > agreed:
+                best, agreed = order, same
+        for thing, true in zip(ours, best, strict=True):
             rows += zip(Thing._fields, thing, true, strict=True)
             if thing.colour and thing.shape:
                 rows.append(("binding", thing[:2], true[:2]))
@@ -585,23 +568,18 @@ def finish(config: Config, result: dict) -> None:
 
 
 def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -> None:
-    """What the models draw for the first prompts, beside the real images."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no picture: matplotlib is not installed; pip install matplotlib")
-    rows, columns = min(8, len(prompts)), len(drawn)
-    size = {"figsize": (columns + 5, rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **size)
-    for i, row in enumerate(axes):
-        for axis, (arm, images) in zip(row, drawn.items(), strict=True):
-            axis.imshow(images[i].numpy())
-            axis.axis("off")
-            if i == 0:
-                axis.set_title(arm, fontsize=8)
-        text = textwrap.fill(prompts[i], 60)
-        row[-1].text(1.1, 0.5, text, transform=row[-1].transAxes, va="center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    """What the models draw for the first eight prompts, a column each, beside the real images."""
+    import matplotlib.pyplot as plt
+
+    columns = [F.pad(x[:8], (0, 0, 1, 1, 1, 1)).flatten(0, 1) for x in drawn.values()]
+    side, names = columns[0].shape[1], [textwrap.fill(prompt, 60) for prompt in prompts[:8]]
+    figure, axes = plt.subplots(figsize=(len(drawn), 8))
+    axes.imshow(torch.cat(columns, dim=1).numpy())
+    axes.set_xticks([side * (i + 0.5) for i in range(len(drawn))], drawn, fontsize=6)
+    axes.set_yticks([side * (i + 0.5) for i in range(len(names))], names, fontsize=8)
+    axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
+    axes.yaxis.tick_right()
+    figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -758,15 +736,11 @@ class Tokenizer:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Texts of tokens (B, T), each up to its first end."""
-        texts = []
-        for row in tokens.tolist():
-            ids = itertools.takewhile(lambda i: i != self.end, row)
-            texts.append("".join(self.words[i] for i in ids).strip())
-        return texts
+        """Texts of tokens (B, T); the first four tokens are no words."""
+        return ["".join(self.words[i] for i in row).strip() for row in tokens.tolist()]
 
 
-# ----- Appendix: your own images ------------------------------------------------------------------
+# ----- Appendix: your own images and prompts ------------------------------------------------------
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp")
 
@@ -785,8 +759,8 @@ def read_image(path: Path, size: int) -> np.ndarray:
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
-def read_pictures(config: Config) -> Pictures:
-    """What --data's captions.jsonl lists: rows of file, caption, perhaps short and descriptive."""
+def train_own(config: Config) -> None:
+    """The job `captioner`: a row of --data's captions.jsonl has file, caption, perhaps more."""
     path, images = Path(config.data) / "captions.jsonl", []
     captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
     for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
@@ -798,32 +772,20 @@ def read_pictures(config: Config) -> Pictures:
             images.append(read_image(path.parent / row["file"], config.size))
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from error
-    return Pictures(torch.from_numpy(np.stack(images)), captions, [])
-
-
-def train_own(config: Config) -> None:
-    """The job `captioner`: base.pt and the fine-tunes, of --data or else of drawn scenes."""
-    if config.data:
-        train_captioners(config, read_pictures(config))
-    else:
-        train_captioners(config, draw_pictures(config, "data", config.scenes, config.clean))
+    train_captioners(config, Pictures(torch.from_numpy(np.stack(images)), captions, []))
 
 
 def caption_folder(config: Config) -> None:
     """The job `caption`: a row of file and caption for each image in a folder and those in it."""
     folder, out, done, left_out = Path(config.images), Path(config.out), set(), 0
     saved = torch.load(config.checkpoint, "cpu", weights_only=True)
-    then = dataclasses.replace(Config(**saved["settings"]), device=config.device)
+    then = Config(**saved["settings"])
     captioner = CoCa(then, Tokenizer(saved["made"]["words"])).to(config.device)
     captioner.load_state_dict(saved["made"]["state"])
-    if out.exists():
-        if not config.resume:
-            raise ValueError(f"{out} is there already: go on with --resume, or change --out")
-        whole, newline, _ = out.read_text("utf-8").rpartition("\n")  # the rest is half a row
-        done = {json.loads(line)["file"] for line in whole.splitlines()}
-        out.write_text(whole + newline, "utf-8")
+    if config.resume and out.exists():
+        done = {json.loads(line)["file"] for line in out.read_text("utf-8").splitlines()}
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    with out.open("a", encoding="utf-8") as file:
+    with out.open("a" if config.resume else "x", buffering=1, encoding="utf-8") as file:
         for name in [name for name in files if name not in done]:
             try:
                 image = torch.from_numpy(read_image(files[name], then.size))
@@ -836,47 +798,41 @@ def caption_folder(config: Config) -> None:
     print(f"{out}: {len(files) - left_out} captions, {len(done)} of before; {left_out} left out")
 
 
-# ----- Appendix: prompt upsampling ----------------------------------------------------------------
-
-SYSTEM = """You write prompts for a program that paints pictures. The user gives a few words; answer
-with one description of 15 to 80 words, in one paragraph, and nothing else. Keep everything the user
-said, above all numbers, colours, names and who is where. Add what the words leave open:
-surroundings, background, light, style, texture. If the user asks for a change, change that and keep
-the rest. If the user names a new subject, start afresh."""
-LIGHTHOUSE = """A white lighthouse with a red lantern room stands on a black cliff above a choppy \
-sea %s; a narrow gravel path leads to its door, and gulls hang in the wind beside the tower."""
-CATS = """Two cats lie on a worn green velvet sofa: a ginger one asleep on the left, a black one \
-sitting upright on the right, in a small living room with warm lamplight and a full bookshelf."""
+SYSTEM = """Write prompts for a program that paints pictures: one paragraph of 15 to 80 words, and
+nothing else. Keep all that the user said, and add what it leaves open: surroundings, background,
+light, style. Asked for a change, change that alone; given a new subject, start afresh."""
+TOWER = """A white lighthouse with a red lantern stands on a black cliff above a choppy sea at {}; \
+gulls hang in the wind beside it."""
+CATS = """Two cats lie on a green velvet sofa in lamplight, a ginger one asleep on the left, a \
+black one upright on the right."""
 EXAMPLES = (  # expand; change one thing and keep the rest; a new subject
-    ("New subject: a lighthouse", LIGHTHOUSE % "at dusk"),
-    ("Make it noon.", LIGHTHOUSE % "at noon under a cloudless sky"),
+    ("New subject: a lighthouse", TOWER.format("dusk")),
+    ("Make it noon.", TOWER.format("noon")),
     ("New subject: two cats on a sofa", CATS),
 )
 
 
 def upsample_by_chat(config: Config, prompt: str) -> str:
-    """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY.
-
-    Raises ValueError for a refusal, a redirect, an answer that is no paragraph of 15 to 80 words.
-    """
+    """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY."""
     messages = [{"role": "system", "content": SYSTEM}]
-    for user, answer in (*EXAMPLES, (f"New subject: {prompt}", "")):
+    for user, answer in EXAMPLES:
         messages.append({"role": "user", "content": user})
         messages.append({"role": "assistant", "content": answer})
-    body = json.dumps({"model": config.chat_model, "messages": messages[:-1]})
-    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(config.chat_url)
-    if url.scheme not in ("http", "https") or not (key.isascii() and key.isprintable()):
+    messages.append({"role": "user", "content": f"New subject: {prompt}"})
+    body = json.dumps({"model": config.chat_model, "messages": messages})
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    url = re.fullmatch(r"(https?)://([^/]+)(.*?)/?", config.chat_url)
+    if url is None or not (key.isascii() and key.isprintable()):
         raise ValueError("--chat-url must be http(s)://, and OPENAI_API_KEY printable ASCII")
-    kind = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
-    connection = kind(url.netloc, timeout=60)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    connection = kinds[url[1]](url[2], timeout=60)  # it follows no redirect
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
+    connection.request("POST", f"{url[3]}/chat/completions", body, headers)
     answer = connection.getresponse()
     text = answer.read().decode("utf-8", "replace").replace(key or "no key", "***")
-    try:
-        text = json.loads(text)["choices"][0]["message"]["content"].strip()
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{config.chat_url} answers {answer.status}: {text[:200]!r}") from None
+    if answer.status != 200:
+        raise ValueError(f"{config.chat_url} answers {answer.status}: {text[:200]!r}")
+    text = json.loads(text)["choices"][0]["message"]["content"].strip()
     if "\n" in text or not 15 <= len(text.split()) <= 80:
         raise ValueError(f"the answer must be one paragraph of 15 to 80 words: {text!r}")
     return text
@@ -887,7 +843,8 @@ def upsample(config: Config) -> None:
     if config.chat_url:
         return print(upsample_by_chat(config, config.prompt))
     data = draw_pictures(config, "data", config.scenes, config.clean)
-    text_model = train_text_model(config, train_captioners(config, data)["descriptive"])
+    captioners = train_captioners(config, data)
+    text_model = train_text_model(config, captioners["descriptive"])
     tokens = text_model.decoder.generate(text_model.encode([config.prompt]))
     print(*text_model.tokenizer.decode(tokens))
 
@@ -904,7 +861,7 @@ def flag(default, text: str):
 class Config:
     """Everything that decides a run."""
 
-    data: str = flag("", "captioner: folder of your images and captions.jsonl; empty: drawn scenes")
+    data: str = flag("", "captioner: folder of your images and of captions.jsonl")
     images: str = flag("", "caption: folder of images")
     checkpoint: str = flag("out/recaption/descriptive.pt", "caption: the captioner")
     prompt: str = flag("a red circle and a blue square.", "upsample: the prompt")
@@ -915,7 +872,7 @@ class Config:
     width: int = flag(128, "of every model")
     batch: int = flag(32, "images a step; twice as many for the base captioner and the judge")
     base_steps: int = flag(700, "steps of the base captioner")
-    tune_steps: int = flag(400, "steps of each of its two fine-tunes")
+    tune_steps: int = flag(400, "steps of its descriptive fine-tune; of the short one half as many")
     text_steps: int = flag(500, "steps of the text model")
     paint_steps: int = flag(1800, "steps of each text-to-image model; report: 500,000")
     judge_steps: int = flag(300, "steps of the scoring CLIP")
@@ -930,10 +887,6 @@ class Config:
     smoke: bool = flag(False, "tiny models for a few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            least = 0 if name in ("seed", "guidance") else 1e-9
-            if not isinstance(value, str | bool) and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         for arm in self.arms.split(","):
             if not re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", arm):
                 raise ValueError(f"--arms {arm} must be ground_truth, short:% or descriptive:%")
@@ -957,28 +910,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.add_argument("job", nargs="?", default="all", choices=JOBS, help="what to do")
     for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+        kind = {"action": "store_true"}
+        if not isinstance(field.default, bool):
+            kind = {"type": type(field.default), "default": field.default}
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+        parser.add_argument(name, help=field.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
     job = given.pop("job")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     if given["smoke"]:
         given |= SMOKE | {"out": f"{given['out']}/smoke"}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     kinds += (http.client.HTTPException,)
     try:
-        config = Config(**given)
-        if job != "caption":
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        JOBS[job](config)
+        JOBS[job](Config(**given))
     except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
         text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
         if isinstance(error, ImportError):
-            text += f"; pip install {error.name}"
+            text += "; pip install pillow"  # all else is imported above
         print(text, file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:

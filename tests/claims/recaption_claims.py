@@ -59,14 +59,14 @@ def upsampling(config: r.Config) -> dict:
     brief = [r.describe(scene, "brief", rng) for scene in held_out.scenes]
     tokens = text_model.decoder.generate(text_model.encode(brief))
     prompts = {"brief": brief, "upsampled": text_model.tokenizer.decode(tokens)}
-    found = {}
+    found, x = {}, latents.encode(data.images)
+    shape = x.shape[1:]
     for arm in ("ground_truth", "descriptive:95"):
-        x = latents.encode(data.images)
         painter = r.train_painter(config, arm, captions, text_model, x)
         for style, texts in prompts.items():
             noise, states = r.generator(config, "noise"), text_model.encode(texts)
-            x = r.sample_latents(painter, states, latents.shape, 10, config.guidance, noise)
-            scores = r.score_images(judge, latents.decode(x), brief)
+            drawn = r.sample_latents(painter, states, shape, 10, config.guidance, noise)
+            scores = r.score_images(judge, latents.decode(drawn), brief)
             found.setdefault(arm, {})[style] = scores
     return found
 
