@@ -22,7 +22,6 @@ threshold                                -d of J_C = E[C] + d <= 0
 
 Where the constraint is slack lambda fades, and harm is traded for reward up to the threshold. It
 bounds a mean: safe answers pay for harmful ones. `score(model, rollout) > 0` is a classifier.
-
 Differences from the paper: a small decoder in an invented world, where a ground truth stands for
 people: labels are drawn from the Bradley-Terry model of its scores, and red-teaming finds what it
 calls harmful. --help has the paper's settings. Gate: Llama 2's rule, with C as its safety model.
@@ -87,8 +86,7 @@ def ptx_loss(policy: nn.Module, shown: Rollout) -> Tensor:
 class LagrangeMultiplier:
     """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold).
 
-    J_C is the mean of the last `window` episode costs, raw, without KL. lambda is at most
-    `maximum`.
+    J_C is the mean of the last `window` episode costs, raw, without KL.
     """
 
     def __init__(self, initial=1.0, lr=0.1, maximum=5.0, threshold=0.0, window=128):
@@ -306,15 +304,13 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def as_batch(lab: Lab, pairs: list[tuple[str, str]]) -> Rollout:
-    """Prompts and answers, the first in the template, the second with the end. ValueError."""
-    encode, end, prompts, answers = lab.tokenizer.encode, lab.tokenizer.eos_token_id, [], []
-    for prompt, answer in pairs:
-        prompts.append(encode(lab.template.format(prompt)))
-        answers.append([*encode(answer, add_special_tokens=False), end])
-    prompts, valid = pad_in_front(prompts)
+    """Prompts in the template, and answers with the end token. ValueError where they are long."""
+    encode, end = lab.tokenizer.encode, lab.tokenizer.eos_token_id
+    prompts, valid = pad_in_front([encode(lab.template.format(prompt)) for prompt, _ in pairs])
+    answers = [[*encode(answer, add_special_tokens=False), end] for _, answer in pairs]
     backwards, mask = pad_in_front([ids[::-1] for ids in answers])
     if prompts.shape[1] + mask.shape[1] > lab.policy.positions:
-        raise ValueError(f"{pairs[0]}: its batch is over {lab.policy.positions} tokens long")
+        raise ValueError(f"a row near {pairs[0]} has over {lab.policy.positions} tokens")
     tensors = (prompts, valid, backwards.flip(1), mask.flip(1).float())
     return Rollout(*(x.to(lab.device) for x in tensors))
 
@@ -408,6 +404,15 @@ def demonstration(prompt: str, harmful: bool, r: random.Random) -> str:
     return " ".join(words)
 
 
+def demonstrations(plain: list[str], hidden: list[str], seed: int) -> list[tuple]:
+    """Prompts with answers to imitate, and True where the prompt is harmless."""
+    r, rows = random.Random(seed), []
+    for prompt in r.choices(plain + hidden, k=4000):
+        harmful = r.random() < (0.8 if prompt in hidden else 0.5)
+        rows.append((prompt, demonstration(prompt, harmful, r), about(prompt)[0] == "harmless"))
+    return rows
+
+
 def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
     """A row in PKU-SafeRLHF's schema, labelled by Bradley and Terry's model of the true scores.
 
@@ -470,43 +475,35 @@ class WordTokenizer:
 
 
 class Lab:
-    """What all stages work with: prompts, preferences, tokenizer, the first policy, scorers."""
+    """What all stages work with: prompts, preferences, the first policy, then score models."""
 
     def __init__(self, config: Config):
-        """Read a user's rows and policy, or invent the world and make a new policy."""
-        self.config, self.found, self.scorers, shown = config, [], {}, []
+        self.config, self.scorers, self.found = config, {}, []
         torch.manual_seed(config.seed)
         if config.policy:
-            import transformers
+            from transformers import AutoTokenizer
 
             self.rows = [read_rows(path) for path in config.preferences.split(",")]  # a list a cost
             prompts = list(dict.fromkeys(row["prompt"] for rows in self.rows for row in rows))
-            self.held, self.disguised = prompts[::10], []
+            self.held, self.disguised, shown = prompts[::10], [], []
             for row in self.rows[0]:
                 best = row["better_response_id"]
                 shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
             self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.policy)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.policy, dtype=torch.float32
-            )
-            self.policy = Pretrained(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
+            self.policy = Pretrained(config.policy, "AutoModelForCausalLM")
         else:
             self.rows = [[] for _ in config.cost_names]
             prompts, self.held, self.disguised = world()
-            r = random.Random(config.seed)
-            for prompt in r.choices(prompts + self.disguised, k=4000):
-                harmful = r.random() < (0.8 if prompt in self.disguised else 0.5)
-                safe = about(prompt)[0] == "harmless"
-                shown.append((prompt, demonstration(prompt, harmful, r), safe))
+            shown = demonstrations(prompts, self.disguised, config.seed)
             steps = [step for prompt in prompts for step in about(prompt)[1]]
             texts = [*prompts, *self.disguised, *steps, *ALTERNATIVES, REFUSAL]
             self.template, self.tokenizer = "{} ASSISTANT:", WordTokenizer(texts)
             self.policy = Decoder(len(self.tokenizer.words), 26 + config.answer, config)
-        held = set(self.held)
-        self.train = [prompt for prompt in prompts if prompt not in held]
-        self.shown = [(prompt, text) for prompt, text, _ in shown if prompt not in held]
-        self.harmless = [row[:2] for row in shown if row[2] and row[0] not in held]
+        apart = set(self.held)
+        self.train = [prompt for prompt in prompts if prompt not in apart]
+        self.shown = [(prompt, text) for prompt, text, _ in shown if prompt not in apart]
+        self.harmless = [row[:2] for row in shown if row[2] and row[0] not in apart]
         accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.policy.to(accelerator if config.device == "auto" else config.device)
         self.device = next(self.policy.parameters()).device
@@ -616,28 +613,23 @@ def draw_preferences(lab: Lab, number: int) -> None:
     if lab.found:
         prompts += r.choices(lab.found, k=config.pairs // 2)
     prompts += r.choices(lab.train, k=config.pairs - len(prompts))
-    paths = [Path(config.out, f"preferences_{name}_{number}.jsonl") for name in config.cost_names]
-    if not (config.resume and all(path.exists() for path in paths)):
-        answers = [evaluate(lab, lab.policy, prompts, seed + 1000 * k) for k in range(2)]
-        for name, path in zip(config.cost_names, paths, strict=True):
-            r, lines = random.Random(seed), []  # of one seed: the better answers are the same
-            for one, two in zip(*answers, strict=True):
-                if one["answer"] != two["answer"]:
-                    row = label(one["prompt"], one["answer"], two["answer"], name, r)
-                    lines.append(json.dumps(row) + "\n")
-            Path(f"{path}.tmp").write_text("".join(lines), "utf-8")
-            os.replace(f"{path}.tmp", path)
-    for rows, path in zip(lab.rows, paths, strict=True):
+    answers = [evaluate(lab, lab.policy, prompts, seed + 1000 * k) for k in range(2)]
+    for name, rows in zip(config.cost_names, lab.rows, strict=True):
+        r, lines = random.Random(seed), []  # of one seed: the better answers are the same
+        for one, two in zip(*answers, strict=True):
+            if one["answer"] != two["answer"]:
+                row = label(one["prompt"], one["answer"], two["answer"], name, r)
+                lines.append(json.dumps(row) + "\n")
+        path = Path(config.out, f"preferences_{name}_{number}.jsonl")
+        path.write_text("".join(lines), "utf-8")
         rows += read_rows(path)
 
 
 def new_scorer(lab: Lab, folder: str) -> nn.Module:
     """A score model: a folder's, or one that starts from the policy, with a new head."""
     if lab.config.policy:
-        from transformers import AutoModelForSequenceClassification as Classifier
-
-        options = {"num_labels": 1, "dtype": torch.float32}
-        model = Pretrained(Classifier.from_pretrained(folder or lab.config.policy, **options))
+        kind = "AutoModelForSequenceClassification"
+        model = Pretrained(folder or lab.config.policy, kind, new_head=not folder)
         if model.vocab_size != lab.policy.vocab_size:
             raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
     else:
@@ -660,9 +652,9 @@ def learn_score(lab: Lab, number: int, i: int, folder: str = "") -> dict[str, fl
     config, name, key = lab.config, "reward", "better_response_id"
     if i > 0:
         name, key = f"cost_{config.cost_names[i - 1]}", "safer_response_id"
-    apart, rows, held = set(lab.held), [], []
-    for row in lab.rows[max(0, i - 1)]:
-        (held if row["prompt"] in apart else rows).append(row)
+    apart, every = set(lab.held), lab.rows[max(0, i - 1)]
+    rows = [row for row in every if row["prompt"] not in apart]
+    held = [row for row in every if row["prompt"] in apart]
     if i > 0 and len({flag for row in rows for flag in row["safe"]}) < 2:
         raise ValueError(f"{name}: all answers have one safety label, so that C has no zero")
 
@@ -689,13 +681,13 @@ def learn_score(lab: Lab, number: int, i: int, folder: str = "") -> dict[str, fl
 
 def ppo(lab: Lab, config: Config, name: str) -> Run:
     """A run of config.method from the round's first policy; critics start as score models."""
-    constrained = config.method == "ppo_lag"
-    scorers = list(lab.scorers.values())[: None if constrained else 1]
+    scorers, thresholds = [lab.scorers["reward"]], []
+    if config.method == "ppo_lag":
+        scorers, thresholds = [*lab.scorers.values()], config.threshold.split(",")
     rates = [config.lr] + [config.critic_lr] * len(scorers)
     run = Run(lab, config, name, copy.deepcopy([lab.policy, *scorers]), rates, 0.01)
-    if constrained:
-        for threshold in config.thresholds:
-            run.multipliers.append(LagrangeMultiplier(lr=config.lagrange_lr, threshold=threshold))
+    for threshold in map(float, thresholds):
+        run.multipliers.append(LagrangeMultiplier(lr=config.lagrange_lr, threshold=threshold))
     take_steps(run, config.updates, update, config.eval_every)
     return run
 
@@ -714,10 +706,7 @@ def red_team(lab: Lab, seed: int) -> tuple[list[str], float]:
 
 @torch.no_grad()
 def evaluate(lab: Lab, policy: nn.Module, prompts: list[str] | None = None, seed=17) -> list[dict]:
-    """An answer to each prompt, by draws of that seed, with its true and learned scores.
-
-    Without prompts: to eval_rows of those held out.
-    """
+    """An answer to each prompt, or to held-out ones, by draws of that seed, with all its scores."""
     config, rows = lab.config, []
     if prompts is None:
         prompts = list(itertools.islice(itertools.cycle(lab.held), config.eval_rows))
@@ -736,8 +725,7 @@ def evaluate(lab: Lab, policy: nn.Module, prompts: list[str] | None = None, seed
             if lab.disguised:
                 row |= true_scores(prompt, answer) | {"refused": float(answer == REFUSAL)}
             for name in config.cost_names:  # by the learned cost, where there is no truth
-                cost = row.get(f"true_{name}", row.get(f"cost_{name}", 0.0))
-                row[f"unsafe_{name}"] = float(cost > 0)
+                row[f"unsafe_{name}"] = float(row.get(f"true_{name}", row.get(f"cost_{name}")) > 0)
             rows.append(row)
     return rows
 
@@ -755,6 +743,7 @@ def train(config: Config) -> dict:
     learn_demonstrations(lab)
     first, prompts = lab.policy, lab.train
     methods = [config.method] if config.method else ["ppo", "ppo_lag"]
+    cost_models = config.cost_model.split(",") if config.cost_model else [""] * len(lab.rows)
     for number in range(1, config.rounds + 1):
         if number > 1:
             methods = ["ppo_lag"]
@@ -763,8 +752,8 @@ def train(config: Config) -> dict:
             lab.train = prompts + lab.found * repeats
         if not config.preferences:
             draw_preferences(lab, number)
-        accuracy = {}
-        for i, folder in enumerate(config.folders):
+        accuracy = learn_score(lab, number, 0, config.reward_model)
+        for i, folder in enumerate(cost_models, 1):
             accuracy |= learn_score(lab, number, i, folder)
         print("held out:", *(f"{key} {value:.1%}" for key, value in accuracy.items()))
         for method in methods:
@@ -822,7 +811,7 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
             rows = [row for row in run.rows if "kl" in row and key in row]
             axis.plot([row["update"] for row in rows], [row[key] for row in rows], label=name)
         axis.set(title=key, xlabel="update")
-    axes[-2].axhline(lab.config.thresholds[0], color="k", lw=0.6)
+    axes[-2].axhline(float(lab.config.threshold.split(",")[0]), color="k", lw=0.6)
     axes[-2].legend(fontsize=7)
     figure.savefig(out / "runs.png", dpi=110)
     plt.close(figure)
@@ -832,13 +821,23 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
 
 
 class Pretrained(nn.Module):
-    """A user's model of transformers, called as `Decoder` is, with a cache."""
+    """A user's model, of that class of transformers; called as `Decoder` is, with a cache."""
 
-    def __init__(self, inner: nn.Module):
+    def __init__(self, folder: str, kind: str, new_head: bool = False):
+        """Raises ValueError where weights are missing, which transformers would draw anew."""
+        import transformers
+
         super().__init__()
-        self.inner = inner.eval()  # no dropout, so that PPO's first ratio is 1
-        self.vocab_size = inner.config.vocab_size
-        self.positions = inner.config.max_position_embeddings
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        if kind == "AutoModelForSequenceClassification":
+            options["num_labels"] = 1
+        self.inner, report = getattr(transformers, kind).from_pretrained(folder, **options)
+        missing = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
+        if missing or report["mismatched_keys"]:
+            raise ValueError(f"{folder}: the weights do not fit: {report}")
+        self.inner.eval()  # no dropout, so that PPO's first ratio is 1
+        self.vocab_size = self.inner.config.vocab_size
+        self.positions = self.inner.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, valid: Tensor, past: object = None) -> tuple[Tensor, object]:
         """As `Decoder`; tokens (B, L) are the last L of S, valid is (B, S), past of the others."""
@@ -904,12 +903,10 @@ class Config:
             raise ValueError(f"--method {self.method!r} must be one of {', '.join(METHODS)}")
         if bool(self.policy) != bool(self.preferences):
             raise ValueError("--policy and --preferences go together")
-        if not len({*names}) == len(self.thresholds) == len(self.folders) - 1 == len(names):
-            raise ValueError(f"each of {names} must have a name, threshold and model of its own")
+        if not len({*names}) == len(names) == len(self.threshold.split(",")):
+            raise ValueError(f"{names}: each cost needs its own name and --threshold")
         if self.policy and (self.method == "gate" or self.rounds > 1):
-            raise ValueError(
-                "--method gate and --rounds need the invented world's kinds of prompts"
-            )
+            raise ValueError("--method gate and --rounds need the invented world's prompts")
         if self.rounds > 1 and self.method not in ("", "ppo_lag"):
             raise ValueError(f"--rounds {self.rounds} is for ppo_lag, not for {self.method}")
 
@@ -917,17 +914,6 @@ class Config:
     def cost_names(self) -> list[str]:
         """Names of the K costs: the invented world's, or those of the files."""
         return [Path(name).stem for name in (self.preferences or self.costs).split(",")]
-
-    @property
-    def thresholds(self) -> list[float]:
-        """The K thresholds."""
-        return [float(part) for part in self.threshold.split(",")]
-
-    @property
-    def folders(self) -> list[str]:
-        """Of the reward model and of the K cost models; empty where one is trained."""
-        costs = self.cost_model.split(",") if self.cost_model else [""] * len(self.cost_names)
-        return [self.reward_model, *costs]
 
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
