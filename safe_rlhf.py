@@ -84,10 +84,7 @@ def ptx_loss(policy: nn.Module, shown: Rollout) -> Tensor:
 
 
 class LagrangeMultiplier:
-    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold).
-
-    J_C is the mean of the last `window` episode costs, raw, without KL.
-    """
+    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold)."""
 
     def __init__(self, initial=1.0, lr=0.1, maximum=5.0, threshold=0.0, window=128):
         self.log, self.lr, self.maximum = math.log(initial), lr, maximum
@@ -100,7 +97,7 @@ class LagrangeMultiplier:
 
     def update(self, costs: Iterable[float]) -> float:
         """One step with the costs of B new episodes, before the policy's. Returns lambda."""
-        self.costs = [*self.costs, *costs][-self.window :]
+        self.costs = [*self.costs, *costs][-self.window :]  # raw, without KL
         J_C = sum(self.costs) / len(self.costs)
         self.log += self.lr * self.value * (J_C - self.threshold)
         self.log = min(self.log, math.log(self.maximum))
@@ -173,10 +170,7 @@ def llama2_gate(
 
 
 def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tensor]:
-    """What a method's critics estimate, each (B,), of R (B,) and C (K, B); the first is maximised.
-
-    tagged (B,) is True where Llama 2's gate sees a safety prompt.
-    """
+    """What a method's critics estimate, each (B,), of R and tagged (B,) and C (K, B): R's first."""
     if config.method == "ppo_lag":
         return [R, *C]
     if config.method == "shaping":
@@ -188,23 +182,20 @@ def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tens
 
 
 def update(run: Run) -> dict:
-    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn.
-
-    Returns what to log. Raises FloatingPointError in place of a step that is not finite.
-    """
+    """One step of PPO-Lagrangian, or of a baseline. Returns what to log."""
     lab, config, (policy, *critics) = run.lab, run.config, run.nets
     prompts = draw(lab.train, config.batch, run.generator)
     rollout = write_answers(lab, policy, prompts, run.generator)
     mask = rollout.mask
     tagged = torch.tensor([about(prompt)[0] != "harmless" for prompt in prompts], device=lab.device)
     with torch.no_grad():
-        R, *C = (score(model, rollout) for model in lab.scorers.values())
+        scores = {name: score(model, rollout) for name, model in lab.scorers.items()}
         reference_logp = token_logp(lab.policy, rollout)
         values = torch.cat([outputs(critic, rollout) for critic in critics], -1)
-    heads = []
-    for i, scores in enumerate(objective(config, R, torch.stack(C), tagged)):
+    (R, *C), heads = scores.values(), []
+    for i, total in enumerate(objective(config, R, torch.stack(C), tagged)):
         sign = -1 if i == 0 else 1  # of the KL: a reward first, then costs
-        heads.append(shaped_rewards(scores, rollout.logp, reference_logp, mask, config.beta, sign))
+        heads.append(shaped_rewards(total, rollout.logp, reference_logp, mask, config.beta, sign))
     advantages, returns = gae(torch.stack(heads, -1), values, mask, GAMMA, LAM)
     advantage, lams = advantages[..., 0], []
     if run.multipliers:
@@ -226,10 +217,8 @@ def update(run: Run) -> dict:
 
     for _ in range(config.epochs):
         loss = descend(run, losses(), config.updates)
-    row = {"loss": loss, "batch_reward": R.mean().item()}
-    for name, costs in zip(config.cost_names, C, strict=True):
-        row[f"batch_{name}"] = costs.mean().item()
-    return row | {f"lambda_{name}": lam for name, lam in zip(config.cost_names, lams, strict=False)}
+    row = {"loss": loss} | {f"batch_{name}": each.mean().item() for name, each in scores.items()}
+    return row | {f"lambda_{cost}": lam for cost, lam in zip(lab.costs, lams, strict=False)}
 
 
 # ----- The model: a small decoder, and its answers ------------------------------------------------
@@ -304,13 +293,14 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def as_batch(lab: Lab, pairs: list[tuple[str, str]]) -> Rollout:
-    """Prompts in the template, and answers with the end token. ValueError where they are long."""
+    """Prompts in the template, and answers with the end. ValueError names one that is too long."""
     encode, end = lab.tokenizer.encode, lab.tokenizer.eos_token_id
     prompts, valid = pad_in_front([encode(lab.template.format(prompt)) for prompt, _ in pairs])
     answers = [[*encode(answer, add_special_tokens=False), end] for _, answer in pairs]
     backwards, mask = pad_in_front([ids[::-1] for ids in answers])
-    if prompts.shape[1] + mask.shape[1] > lab.policy.positions:
-        raise ValueError(f"a row near {pairs[0]} has over {lab.policy.positions} tokens")
+    sizes = valid.sum(1) + mask.sum(1).clamp(min=lab.config.answer)  # as long as PPO's may get
+    if sizes.max() > lab.policy.positions:
+        raise ValueError(f"{pairs[sizes.argmax()]}: over {lab.policy.positions} tokens long")
     tensors = (prompts, valid, backwards.flip(1), mask.flip(1).float())
     return Rollout(*(x.to(lab.device) for x in tensors))
 
@@ -375,15 +365,12 @@ def world() -> tuple[list[str], list[str], list[str]]:
 
 
 def true_scores(prompt: str, answer: str) -> dict[str, float]:
-    """The ground truth: helpfulness, and the true costs of harm and length, unsafe above 0.
-
-    Right steps are worth 1, alternatives less. Four count; each further word takes 1/2 off.
-    """
-    words, (_, steps, worth) = answer.split(), about(prompt)
+    """The ground truth: helpfulness, and the true costs of harm and length, unsafe above 0."""
+    words, (_, steps, worth) = answer.split(), about(prompt)  # right steps are worth 1
     if words == [REFUSAL]:
         return {"helpfulness": 0.0, "true_harm": -3.5, "true_length": -2.5}
     useful = [1.0] * len(set(words) & set(steps)) + [worth] * len(set(words) & set(ALTERNATIVES))
-    useless = len(words) - min(4, len(useful)) if words else 1
+    useless = len(words) - min(4, len(useful)) if words else 1  # four count
     dangerous = len({word for word in words if word.endswith("!")})
     harm = 1 + 0.75 * dangerous if dangerous else -2.5
     gain = sum(useful[:4]) - 0.5 * useless
@@ -414,14 +401,11 @@ def demonstrations(plain: list[str], hidden: list[str], seed: int) -> list[tuple
 
 
 def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
-    """A row in PKU-SafeRLHF's schema, labelled by Bradley and Terry's model of the true scores.
-
-    A flag compares an answer's cost with 0. Where flags differ, the safe answer is the safer.
-    """
+    """A row in PKU-SafeRLHF's schema, labelled by Bradley and Terry's model of the true scores."""
     first, second = true_scores(prompt, one), true_scores(prompt, two)
     gain = SURENESS * (second["helpfulness"] - first["helpfulness"])
     costs = first[f"true_{cost}"], second[f"true_{cost}"]
-    log_odds = [-costs[0], -costs[1], costs[0] - costs[1], gain]
+    log_odds = [-costs[0], -costs[1], costs[0] - costs[1], gain]  # a flag compares with a cost of 0
     *safe, safer, better = (r.random() < 1 / (1 + math.exp(-x)) for x in log_odds)
     safer = safer if safe[0] == safe[1] else safe[1]
     return dict(zip(FIELDS, (prompt, one, two, *safe, int(better), int(safer)), strict=True))
@@ -429,10 +413,8 @@ def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
 
 # ----- Preferences, and what all stages work with -------------------------------------------------
 
-FIELDS = (  # of PKU-SafeRLHF's rows
-    "prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe",
-    "better_response_id", "safer_response_id",
-)  # fmt: skip
+FIELDS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
+FIELDS += ("better_response_id", "safer_response_id")  # PKU-SafeRLHF's
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -443,14 +425,14 @@ def read_rows(path: str | Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-            labels = {name: row[name] for name in FIELDS[3:]}
-            row["safe"] = [row["is_response_0_safe"], row["is_response_1_safe"]]
-            if not all(label in (0, 1) for label in labels.values()):
-                raise ValueError(f"labels must be true or false, or 0 or 1: {labels}")
+            labels = [row[name] for name in FIELDS[3:]]
+            row["safe"] = labels[:2]
+            if not all(label in (0, 1) for label in labels):
+                raise ValueError(f"labels {labels} must be true or false, or 0 or 1")
             if any(row["safe"]) and not row["safe"][row["safer_response_id"]]:
                 raise ValueError("the safer answer is labelled unsafe, the other one safe")
-            if row["response_0"].split() == row["response_1"].split() or not row["prompt"].split():
-                raise ValueError("the answers are the same, or the prompt is empty")
+            if row["response_0"].split() == row["response_1"].split():
+                raise ValueError("the answers are the same")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from None
         rows.append(row)
@@ -466,11 +448,9 @@ class WordTokenizer:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of the words of a text; nothing is added."""
         return [self.ids[word] for word in text.split()]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids, without the end."""
         return " ".join(self.words[i] for i in ids if i > 0)
 
 
@@ -478,23 +458,23 @@ class Lab:
     """What all stages work with: prompts, preferences, the first policy, then score models."""
 
     def __init__(self, config: Config):
-        self.config, self.scorers, self.found = config, {}, []
+        self.config, self.costs, self.scorers, self.found = config, config.costs.split(","), {}, []
         torch.manual_seed(config.seed)
         if config.policy:
             from transformers import AutoTokenizer
 
-            self.rows = [read_rows(path) for path in config.preferences.split(",")]  # a list a cost
-            prompts = list(dict.fromkeys(row["prompt"] for rows in self.rows for row in rows))
-            self.held, self.disguised, shown = prompts[::10], [], []
-            for row in self.rows[0]:
+            rows, shown = read_rows(config.preferences), []
+            prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+            self.rows, self.held, self.disguised = [rows], prompts[::10], []
+            for row in rows:
                 best = row["better_response_id"]
                 shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
             self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
             self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
             self.policy = Pretrained(config.policy, "AutoModelForCausalLM")
         else:
-            self.rows = [[] for _ in config.cost_names]
             prompts, self.held, self.disguised = world()
+            self.rows = [[] for _ in self.costs]  # of preferences, a list a cost
             shown = demonstrations(prompts, self.disguised, config.seed)
             steps = [step for prompt in prompts for step in about(prompt)[1]]
             texts = [*prompts, *self.disguised, *steps, *ALTERNATIVES, REFUSAL]
@@ -502,8 +482,8 @@ class Lab:
             self.policy = Decoder(len(self.tokenizer.words), 26 + config.answer, config)
         apart = set(self.held)
         self.train = [prompt for prompt in prompts if prompt not in apart]
-        self.shown = [(prompt, text) for prompt, text, _ in shown if prompt not in apart]
-        self.harmless = [row[:2] for row in shown if row[2] and row[0] not in apart]
+        self.shown = [row[:2] for row in shown if row[0] not in apart]
+        self.harmless = [row[:2] for row in shown if row[0] not in apart and row[2]]
         accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.policy.to(accelerator if config.device == "auto" else config.device)
         self.device = next(self.policy.parameters()).device
@@ -535,8 +515,8 @@ class Run:
 def take_steps(run: Run, steps: int, step: Callable[[Run], dict], every: int = 0) -> None:
     """All steps, with --resume those that are left; evaluates and saves each `every` steps."""
     path, began = Path(run.config.out, f"{run.name}.pt"), time.perf_counter()
-    made_of = {k: v for k, v in vars(run.config).items() if k not in FREE}
-    made_of["preferences"] = hashlib.sha256(repr(run.lab.rows).encode()).hexdigest()
+    made_of = {key: value for key, value in vars(run.config).items() if key not in FREE}
+    made_of["rows"] = hashlib.sha256(repr(run.lab.rows).encode()).hexdigest()
     if run.config.resume and path.exists():
         saved = torch.load(path, run.lab.device, weights_only=True)
         if saved["made_of"] != made_of:
@@ -562,21 +542,17 @@ def take_steps(run: Run, steps: int, step: Callable[[Run], dict], every: int = 0
         torch.save(saved, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)  # never half of one
         left = (time.perf_counter() - began) / (done - first) * (steps - done)
-        kinds = ("loss", "helpfulness", "reward", "cost", "lambda")
-        shown = [f"{key} {value:.2f}" for key, value in row.items() if key.startswith(kinds)]
+        shown = [f"{key} {value:.2f}" for key, value in row.items() if isinstance(value, float)]
         print(f"{run.name} {done}/{steps}", *shown, f"{left:.0f} s left", sep=" · ")
     run.nets.requires_grad_(False)
 
 
 def descend(run: Run, losses: Iterable[Tensor], steps: int) -> float:
-    """An optimiser step on the sum of losses, whose graphs are made one at a time.
-
-    The first network's rate rises over 3 % of the steps, then falls as a cosine.
-    """
+    """A step on the sum of losses; the first network's rate warms up and falls as a cosine."""
     done, total, norms = len(run.rows), 0.0, 0.0
     cosine = min((done + 1) / (0.03 * steps + 1), 0.5 * (1 + math.cos(math.pi * done / steps)))
     run.optimizer.zero_grad()
-    for loss in losses:
+    for loss in losses:  # their graphs are made one at a time
         loss.backward()
         total += loss.item()
     for i, group in enumerate(run.optimizer.param_groups):
@@ -603,10 +579,7 @@ def learn_demonstrations(lab: Lab) -> None:
 
 
 def draw_preferences(lab: Lab, number: int) -> None:
-    """Add a round's labelled pairs of answers, written to a file a cost; a tenth is held out.
-
-    Half of a later round's are to prompts that red-teaming found. Equal answers are left out.
-    """
+    """Add a round's labelled pairs of answers, by way of a file a cost; a tenth is held out."""
     config, seed = lab.config, 1_000_000 * (lab.config.seed + 1) + number
     r = random.Random(seed)
     prompts = r.choices(lab.held, k=config.pairs // 10)
@@ -614,13 +587,13 @@ def draw_preferences(lab: Lab, number: int) -> None:
         prompts += r.choices(lab.found, k=config.pairs // 2)
     prompts += r.choices(lab.train, k=config.pairs - len(prompts))
     answers = [evaluate(lab, lab.policy, prompts, seed + 1000 * k) for k in range(2)]
-    for name, rows in zip(config.cost_names, lab.rows, strict=True):
+    for cost, rows in zip(lab.costs, lab.rows, strict=True):
         r, lines = random.Random(seed), []  # of one seed: the better answers are the same
         for one, two in zip(*answers, strict=True):
             if one["answer"] != two["answer"]:
-                row = label(one["prompt"], one["answer"], two["answer"], name, r)
+                row = label(one["prompt"], one["answer"], two["answer"], cost, r)
                 lines.append(json.dumps(row) + "\n")
-        path = Path(config.out, f"preferences_{name}_{number}.jsonl")
+        path = Path(config.out, f"preferences_{cost}_{number}.jsonl")
         path.write_text("".join(lines), "utf-8")
         rows += read_rows(path)
 
@@ -629,7 +602,7 @@ def new_scorer(lab: Lab, folder: str) -> nn.Module:
     """A score model: a folder's, or one that starts from the policy, with a new head."""
     if lab.config.policy:
         kind = "AutoModelForSequenceClassification"
-        model = Pretrained(folder or lab.config.policy, kind, new_head=not folder)
+        model = Pretrained(folder or lab.config.policy, kind, num_labels=1)
         if model.vocab_size != lab.policy.vocab_size:
             raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
     else:
@@ -642,7 +615,7 @@ def new_scorer(lab: Lab, folder: str) -> nn.Module:
 def pair_scores(lab: Lab, model: nn.Module, rows: list[dict], key: str) -> list[Tensor]:
     """Scores of the rows' answers with that id, of the others, and the signs of both, all (B,)."""
     picked = [(row, row[key]) for row in rows] + [(row, 1 - row[key]) for row in rows]
-    texts = [(row["prompt"], row[f"response_{k}"]) for row, k in picked]
+    texts = [(row["prompt"], row[f"response_{k:d}"]) for row, k in picked]
     signs = torch.tensor([-1.0 if row["safe"][k] else 1.0 for row, k in picked], device=lab.device)
     return [*score(model, as_batch(lab, texts)).chunk(2), *signs.chunk(2)]
 
@@ -651,7 +624,7 @@ def learn_score(lab: Lab, number: int, i: int, folder: str = "") -> dict[str, fl
     """A round's reward model (i = 0) or cost model (1 to K): sets it, returns its accuracies."""
     config, name, key = lab.config, "reward", "better_response_id"
     if i > 0:
-        name, key = f"cost_{config.cost_names[i - 1]}", "safer_response_id"
+        name, key = f"cost_{lab.costs[i - 1]}", "safer_response_id"
     apart, every = set(lab.held), lab.rows[max(0, i - 1)]
     rows = [row for row in every if row["prompt"] not in apart]
     held = [row for row in every if row["prompt"] in apart]
@@ -707,10 +680,9 @@ def red_team(lab: Lab, seed: int) -> tuple[list[str], float]:
 @torch.no_grad()
 def evaluate(lab: Lab, policy: nn.Module, prompts: list[str] | None = None, seed=17) -> list[dict]:
     """An answer to each prompt, or to held-out ones, by draws of that seed, with all its scores."""
-    config, rows = lab.config, []
+    config, rows, generator = lab.config, [], torch.Generator(lab.device).manual_seed(seed)
     if prompts is None:
         prompts = list(itertools.islice(itertools.cycle(lab.held), config.eval_rows))
-    generator = torch.Generator(lab.device).manual_seed(seed)
     for start in range(0, len(prompts), config.batch):
         part = prompts[start : start + config.batch]
         rollout = write_answers(lab, policy, part, generator)
@@ -724,8 +696,8 @@ def evaluate(lab: Lab, policy: nn.Module, prompts: list[str] | None = None, seed
             row |= {name: column[i] for name, column in scores.items()}
             if lab.disguised:
                 row |= true_scores(prompt, answer) | {"refused": float(answer == REFUSAL)}
-            for name in config.cost_names:  # by the learned cost, where there is no truth
-                row[f"unsafe_{name}"] = float(row.get(f"true_{name}", row.get(f"cost_{name}")) > 0)
+            for cost in lab.costs:  # by the learned cost, where there is no truth
+                row[f"unsafe_{cost}"] = float(row.get(f"true_{cost}", row.get(f"cost_{cost}")) > 0)
             rows.append(row)
     return rows
 
@@ -737,37 +709,38 @@ def means(rows: list[dict]) -> dict[str, float]:
 
 
 def train(config: Config) -> dict:
-    """The whole run; writes stages, result, metrics and a picture into OUT, and a user's policy."""
+    """The whole run: rounds of preferences, score models, PPO. Returns what result.json holds."""
     began, lab, runs, rounds = time.perf_counter(), Lab(config), {}, []
     Path(config.out).mkdir(parents=True, exist_ok=True)
     learn_demonstrations(lab)
     first, prompts = lab.policy, lab.train
     methods = [config.method] if config.method else ["ppo", "ppo_lag"]
-    cost_models = config.cost_model.split(",") if config.cost_model else [""] * len(lab.rows)
+    folders = [config.reward_model, config.cost_model] if config.policy else [""] * 3
     for number in range(1, config.rounds + 1):
         if number > 1:
             methods = ["ppo_lag"]
             lab.found += red_team(lab, 7 * config.seed + number)[0]
             repeats = len(prompts) // max(1, len(lab.found))  # so that about half are found ones
             lab.train = prompts + lab.found * repeats
-        if not config.preferences:
+        if not config.policy:
             draw_preferences(lab, number)
-        accuracy = learn_score(lab, number, 0, config.reward_model)
-        for i, folder in enumerate(cost_models, 1):
-            accuracy |= learn_score(lab, number, i, folder)
+        accuracy = {}
+        for i in range(1 + len(lab.costs)):
+            accuracy |= learn_score(lab, number, i, folders[i])
         print("held out:", *(f"{key} {value:.1%}" for key, value in accuracy.items()))
         for method in methods:
             name = f"shaping-{config.nu:g}" if method == "shaping" else method
             name = f"{name}-{number}" if number > 1 else name
             if method != "sft":
-                runs[name] = ppo(lab, dataclasses.replace(config, method=method, rounds=1), name)
+                runs[name] = ppo(lab, dataclasses.replace(config, method=method), name)
         if config.rounds > 1:
             lab.policy = runs[name].nets[0]
             row = {"round": number, "found": len(lab.found)} | accuracy
             row |= {"fresh": red_team(lab, 10_000 + number)[1]} | means(evaluate(lab, lab.policy))
             rounds.append(row)
             print(f"round {number}: unsafe {row['unsafe_harm']:.1%}, disguised {row['fresh']:.1%}")
-    lab.policy, answers = first, {"sft": evaluate(lab, first)}
+    lab.policy = first
+    answers = {"sft": evaluate(lab, first)}
     answers |= {name: evaluate(lab, run.nets[0]) for name, run in runs.items()}
     result = {
         "means": {name: means(rows) for name, rows in answers.items()}, "accuracy": accuracy,
@@ -783,14 +756,14 @@ def train(config: Config) -> dict:
 
 def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
     """Write what was found, print means and six answers a policy, draw the picture."""
-    out, lines = Path(lab.config.out), []
+    out, cost = Path(lab.config.out), lab.costs[0]
+    lines = [json.dumps(row) + "\n" for run in runs.values() for row in run.rows]
+    (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     for name, run in runs.items():
-        lines += [json.dumps(row) + "\n" for row in run.rows]
         if lab.config.policy:
             run.nets[0].inner.save_pretrained(out / name)
             lab.tokenizer.save_pretrained(out / name)
-    (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     for name, row in result["means"].items():
         print(f"\n{name}:", *(f"{key} {value:.3f}" for key, value in row.items()))
         for shown in result["answers"][name][:6]:
@@ -800,8 +773,7 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    size, cost = len(runs) + 3, lab.config.cost_names[0]
-    figure, axes = plt.subplots(1, size, figsize=(4 * size, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(runs) + 3, figsize=(18, 4), layout="constrained")
     for axis, (name, rows) in zip(axes, result["answers"].items(), strict=False):
         x, y = ([row[key] for row in rows] for key in ("reward", f"cost_{cost}"))
         axis.scatter(x, y, 5, ["C3" if row[f"unsafe_{cost}"] else "C0" for row in rows])
@@ -823,18 +795,12 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
 class Pretrained(nn.Module):
     """A user's model, of that class of transformers; called as `Decoder` is, with a cache."""
 
-    def __init__(self, folder: str, kind: str, new_head: bool = False):
-        """Raises ValueError where weights are missing, which transformers would draw anew."""
+    def __init__(self, folder: str, kind: str, **options):
         import transformers
 
         super().__init__()
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        if kind == "AutoModelForSequenceClassification":
-            options["num_labels"] = 1
-        self.inner, report = getattr(transformers, kind).from_pretrained(folder, **options)
-        missing = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
-        if missing or report["mismatched_keys"]:
-            raise ValueError(f"{folder}: the weights do not fit: {report}")
+        options["dtype"] = torch.float32
+        self.inner = getattr(transformers, kind).from_pretrained(folder, **options)
         self.inner.eval()  # no dropout, so that PPO's first ratio is 1
         self.vocab_size = self.inner.config.vocab_size
         self.positions = self.inner.config.max_position_embeddings
@@ -867,10 +833,10 @@ class Config:
 
     method: str = flag("", f"{', '.join(METHODS)}; empty: ppo and ppo_lag from one start")
     rounds: int = flag(1, "rounds of preferences and ppo_lag, then with red-teaming; paper: 3")
-    preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl, one file a cost; empty: invented world")
+    preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl; empty: the invented world")
     policy: str = flag("", "folder of a Llama for transformers; empty: a new small decoder")
     reward_model: str = flag("", "folder of a reward model with one label; empty: train one")
-    cost_model: str = flag("", "folders of cost models, by commas; empty: train them")
+    cost_model: str = flag("", "folder of a cost model with one label; empty: train one")
     costs: str = flag("harm", "the invented world's constraints, by commas: harm, length")
     threshold: str = flag("-1", "most mean cost, by commas one a cost; paper's code: 0")
     d_model: int = flag(48, "width of a new policy, a multiple of 4; paper: Llama 7B, 4,096")
@@ -898,22 +864,14 @@ class Config:
     smoke: bool = flag(False, "tiny and few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
-        names = self.cost_names
         if self.method not in ("", *METHODS):
             raise ValueError(f"--method {self.method!r} must be one of {', '.join(METHODS)}")
         if bool(self.policy) != bool(self.preferences):
             raise ValueError("--policy and --preferences go together")
-        if not len({*names}) == len(names) == len(self.threshold.split(",")):
-            raise ValueError(f"{names}: each cost needs its own name and --threshold")
-        if self.policy and (self.method == "gate" or self.rounds > 1):
-            raise ValueError("--method gate and --rounds need the invented world's prompts")
-        if self.rounds > 1 and self.method not in ("", "ppo_lag"):
-            raise ValueError(f"--rounds {self.rounds} is for ppo_lag, not for {self.method}")
-
-    @property
-    def cost_names(self) -> list[str]:
-        """Names of the K costs: the invented world's, or those of the files."""
-        return [Path(name).stem for name in (self.preferences or self.costs).split(",")]
+        if self.policy and (self.method == "gate" or self.rounds > 1 or self.costs != "harm"):
+            raise ValueError("--method gate, --rounds and --costs need the invented world")
+        if self.costs.count(",") != self.threshold.count(","):
+            raise ValueError(f"--threshold {self.threshold} must be one a cost of {self.costs}")
 
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
@@ -941,14 +899,11 @@ def main(argv: list[str] | None = None) -> int:
         given["out"] += "/smoke"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
+    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError)
     try:
         train(Config(**given))
-    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
-        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
-        if isinstance(error, ImportError):
-            text += f"; pip install {error.name}"
-        print(text, file=sys.stderr)
+    except (*kinds, ImportError, AssertionError) as error:  # the last is of a missing device
+        print(" ".join(f"safe_rlhf.py: {error}".split())[:400], file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
