@@ -870,8 +870,9 @@ class Config:
             raise ValueError("--policy and --preferences go together")
         if self.policy and (self.method == "gate" or self.rounds > 1 or self.costs != "harm"):
             raise ValueError("--method gate, --rounds and --costs need the invented world")
-        if self.costs.count(",") != self.threshold.count(","):
-            raise ValueError(f"--threshold {self.threshold} must be one a cost of {self.costs}")
+        costs, thresholds = self.costs.split(","), self.threshold.split(",")
+        if not {*costs} <= {"harm", "length"} or len(costs) != len(thresholds):
+            raise ValueError(f"--costs {costs} of harm, length; one --threshold each: {thresholds}")
 
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}

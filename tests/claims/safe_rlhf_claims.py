@@ -9,6 +9,7 @@ again; --parts and --seeds choose among them. Once all are there, the result fil
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -34,7 +35,7 @@ NUS = (0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 THRESHOLDS = ("0", "-2", "-3")  # beside the default
 T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 KEYS = ("helpfulness", "cost_harm", "true_harm", "unsafe_harm", "refused")
-KEPT = ("update", "lambda_harm", "cost_harm", "batch_harm", "helpfulness", "reward")
+KEPT = ("update", "lambda_harm", "cost_harm", "batch_cost_harm", "helpfulness", "reward")
 ROWS = {  # of the table: the run's name in the result file
     "SFT alone": "sft", "PPO on the reward": "ppo", "**PPO-Lagrangian**": "ppo_lag",
     "its cost model by pairs alone": "no sign terms", "Llama 2's gate": "gate",
@@ -103,14 +104,12 @@ class Seed:
     def __init__(self, arguments: argparse.Namespace, seed: int):
         smoke = s.SMOKE if arguments.smoke else {}
         self.folder = arguments.out / f"seed_{seed}"
-        self.config = s.Config(**smoke, seed=seed, out=str(self.folder), resume=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lab, self.accuracy = s.Lab(self.config), {}
+        self.config = s.Config(**smoke, seed=seed, out=str(self.folder), resume=True)
+        self.lab = s.Lab(self.config)
         s.learn_demonstrations(self.lab)
         s.draw_preferences(self.lab, 1)
-        self.lab.reward, found = s.learn_scores(self.lab, 1, 0, "")
-        cost, more = s.learn_scores(self.lab, 1, 1, "")
-        self.lab.costs, self.accuracy = [cost], found | more
+        self.accuracy = s.learn_score(self.lab, 1, 0) | s.learn_score(self.lab, 1, 1)
 
     def kept(self, name: str, make: Callable[[], dict]) -> dict:
         """The result of that name: read, or made and written, with the seconds that it took."""
@@ -122,12 +121,13 @@ class Seed:
             print(f"seed {self.config.seed}, {name}: {result['cpu_seconds']} s", flush=True)
         return json.loads(path.read_text("utf-8"))
 
-    def run(self, name: str, **changes) -> dict:
+    def run(self, name: str, lab: s.Lab | None = None, **changes) -> dict:
         """A PPO run's rows, its last answers' means, and its wins over the first policy."""
 
         def make() -> dict:
-            config = dataclasses.replace(self.config, **changes)
-            run = s.ppo(self.lab, config, name.replace(" ", "_"))
+            there = lab or self.lab
+            config = dataclasses.replace(there.config, **changes)
+            run = s.ppo(there, config, name.replace(" ", "_"))
             rows = [{k: row[k] for k in KEPT if k in row} for row in run.rows]
             return {"rows": rows} | self.answers(run.nets[0])
 
@@ -150,23 +150,17 @@ def frontier(seed: Seed) -> dict:
 
 def pairs_alone(seed: Seed) -> dict:
     """ppo_lag with a cost model that learned from pairs, without the sign terms."""
-
-    def make() -> dict:
-        cost_loss, costs = s.cost_loss, seed.lab.costs
-        s.cost_loss = lambda safer, unsafer, *signs: s.reward_loss(unsafer, safer)
-        config = dataclasses.replace(seed.config, out=str(seed.folder / "pairs"))
-        Path(config.out).mkdir(exist_ok=True)
-        try:
-            seed.lab.out = Path(config.out)
-            cost, accuracy = s.learn_scores(seed.lab, 1, 1, "")
-            seed.lab.costs = [cost]
-            run = s.ppo(seed.lab, dataclasses.replace(config, method="ppo_lag"), "ppo_lag")
-            seed.lab.costs = costs
-            return {"accuracy": accuracy} | seed.answers(run.nets[0])
-        finally:
-            s.cost_loss, seed.lab.costs, seed.lab.out = cost_loss, costs, seed.folder
-
-    return {"no sign terms": seed.kept("no sign terms", make)}
+    lab, cost_loss = copy.copy(seed.lab), s.cost_loss
+    lab.config = dataclasses.replace(seed.config, out=str(seed.folder / "pairs"))
+    lab.scorers = dict(seed.lab.scorers)
+    Path(lab.config.out).mkdir(exist_ok=True)
+    s.cost_loss = lambda safer, unsafer, *signs: s.reward_loss(unsafer, safer)
+    try:
+        accuracy = s.learn_score(lab, 1, 1)
+    finally:
+        s.cost_loss = cost_loss
+    run = seed.run("no sign terms", lab, method="ppo_lag")
+    return {"no sign terms": run | {"accuracy": accuracy}}
 
 
 def thresholds(seed: Seed) -> dict:
@@ -244,7 +238,7 @@ def draw(result: dict, path: Path) -> None:
     axes[0].set(xlabel="true cost", ylabel="true helpfulness")
     for seed in result["runs"]:
         rows = seed["ppo_lag"]["rows"]
-        for axis, key in zip(axes[1:], ("lambda_harm", "batch_harm"), strict=True):
+        for axis, key in zip(axes[1:], ("lambda_harm", "batch_cost_harm"), strict=True):
             axis.plot([row["update"] for row in rows], [row[key] for row in rows], lw=0.9)
             axis.set(xlabel="update", title=key)
     axes[2].axhline(result["threshold"], color="k", lw=0.6)
@@ -273,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             seeds[-1] |= PARTS[part](seed)
     if set(arguments.parts) != set(PARTS):
         return
-    threshold, accuracy = s.Config().thresholds[0], [seed["accuracy"] for seed in seeds]
+    threshold, accuracy = float(s.Config().threshold), [seed["accuracy"] for seed in seeds]
     result = {
         "command": "python tests/claims/safe_rlhf_claims.py", "seeds": arguments.seeds,
         "threshold": threshold, "claims": claims(seeds, threshold),
