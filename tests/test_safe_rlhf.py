@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import random
-import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def doubles(*shape):
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def number(value):
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def ragged_mask(B, T):
@@ -63,8 +58,9 @@ def test_losses_of_reward_and_cost_by_hand(options, weight):
         pairs -= math.log(sigmoid(b - a)) / 6
         alone -= (math.log(sigmoid(p * a)) + math.log(sigmoid(q * b))) / 6
         squares += weight * (a * a + b * b) / 12
-    close(s.reward_loss(high, low, *options), number(pairs + squares))
-    close(s.cost_loss(low, high, *signs, *options), number(pairs + alone + squares))
+    assert s.reward_loss(high, low, *options).item() == pytest.approx(pairs + squares, rel=1e-10)
+    cost = s.cost_loss(low, high, *signs, *options).item()
+    assert cost == pytest.approx(pairs + alone + squares, rel=1e-10)
 
 
 @pytest.mark.parametrize("lr,most,window", [(0.1, 5, 128), (0.5, 2, 3), (0.1, 5, 1), (0.0, 5, 7)])
@@ -120,13 +116,13 @@ def test_the_critics_loss_is_a_mean_within_an_answer_and_then_over_answers():
         doubles(4, 5),
         ragged_mask(4, 5),
     )
-    truth = 0.0
-    for b, t in itertools.product(range(4), range(5)):
-        v, o, g = (x[b, t].item() for x in (values, before, returns))
-        loss = 0.5 * max((v - g) ** 2, (min(max(v, o - 5), o + 5) - g) ** 2)
-        truth += loss * (mask[b, t] / mask[b].sum()).item() / 4
-    weights = mask / mask.sum(1, keepdim=True)
-    close(s.critic_loss(values, before, returns, weights, 5.0), number(truth))
+    moved = values - before
+    clipped = torch.where(moved.abs() > 5, before + 5 * moved.sign(), values)
+    errors = torch.stack([(values - returns).abs(), (clipped - returns).abs()]).amax(0) ** 2
+    truth = torch.stack(
+        [row[used > 0].mean() for row, used in zip(errors, mask, strict=True)]
+    ).mean()
+    close(s.critic_loss(values, before, returns, mask / mask.sum(1, keepdim=True), 5.0), truth / 2)
 
 
 def test_what_each_method_maximises():
@@ -142,7 +138,7 @@ def test_what_each_method_maximises():
     gated = []  # sigmoid(-C) < 0.15 is C > 1.735, and the logit of a sigmoid is what went in
     for r, c, tag in zip(reward.tolist(), costs[0].tolist(), tagged.tolist(), strict=True):
         gated.append(-c if tag or c > 1.7346 else r)
-    gated = number(gated)
+    gated = torch.tensor(gated, dtype=torch.float64)
     close(of("gate")[0], (gated - gated.mean()) / gated.std(correction=0), 1e-5)
     at_the_edge = [torch.tensor([x]) for x in (0.15, 0.6, False)]
     assert s.llama2_gate(*at_the_edge).item() == pytest.approx(0.6)
@@ -302,6 +298,7 @@ def test_texts_are_encoded_in_the_template_and_too_long_ones_refused(tmp_path):
 @pytest.mark.parametrize("method", ["gate", "ppo_lag"])
 def test_resuming_goes_on_bit_for_bit(tmp_path, method, monkeypatch):
     lab = new_lab(tmp_path, updates=4, eval_every=2, method=method)
+    frozen = copy.deepcopy([lab.policy, *lab.scorers.values()])
     whole = s.ppo(lab, lab.config, "whole")
     original = s.update
 
@@ -318,64 +315,53 @@ def test_resuming_goes_on_bit_for_bit(tmp_path, method, monkeypatch):
     assert [row | {"run": "whole"} for row in again.rows] == whole.rows and len(whole.rows) == 4
     assert equal(again.nets, whole.nets)
     assert [vars(m) for m in again.multipliers] == [vars(m) for m in whole.multipliers]
+    assert all(map(equal, [lab.policy, *lab.scorers.values()], frozen))
+    assert not any(map(equal, whole.nets, frozen))
 
 
 @pytest.mark.parametrize("ptx", [0.0, 3.0])
 def test_an_update_by_hand(tmp_path, monkeypatch, ptx):
     """Each signal has its own scores, critic and sign of the KL; lambda moves before the policy."""
-    lab = new_lab(tmp_path, updates=2, threshold="-2", lagrange_lr=0.1, ptx=ptx)
-    seen = {"gae": [], "shaped_rewards": [], "draw": [], "write_answers": [], "descend": []}
-
-    def spy(name, function):
-        def wrapped(*args):
-            seen[name].append((args, function(*args)))
-            return seen[name][-1][1]
-
-        monkeypatch.setattr(s, name, wrapped)
-
-    def descend(run, losses, steps):
-        policy_loss, *others = losses
-        gradient = torch.autograd.grad(policy_loss, [*run.nets[0].parameters()], retain_graph=True)
-        return original(run, [policy_loss, *others], steps), gradient
-
-    original = s.descend
-    for name in ("gae", "shaped_rewards", "draw", "write_answers"):
-        spy(name, getattr(s, name))
-    monkeypatch.setattr(
-        s, "descend", lambda *args: seen["descend"].append(descend(*args)) or seen["descend"][-1][0]
-    )
-    frozen = [lab.policy, *lab.scorers.values()]
-    before = copy.deepcopy(frozen)
-    run = s.ppo(lab, lab.config, "x")
-    assert all(map(equal, frozen, before)) and not any(map(equal, run.nets, before))
-    row, shaped = run.rows[0], [args for args, _ in seen["shaped_rewards"]]
-    lam = math.exp(0.1 * (row["batch_cost_harm"] + 2))
+    lab, losses = new_lab(tmp_path, ptx=ptx, beta=0.5), []
+    nets = copy.deepcopy([lab.policy, *lab.scorers.values()])
+    for parameter in nets[0].parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # so that there is a KL
+    run = s.Run(lab, lab.config, "x", nets, [1.0] * 3, 0.0)
+    run.multipliers.append(s.LagrangeMultiplier(lr=0.1, threshold=-2.0))
+    monkeypatch.setattr(s, "descend", lambda run, each, steps: losses.extend(each) or 0.0)
+    row = s.update(run)
+    generator, (policy, *critics) = torch.Generator().manual_seed(0), nets
+    prompts = s.draw(lab.train, 8, generator)
+    rollout = s.write_answers(lab, policy, prompts, generator)
+    R, C = (s.score(model, rollout)[:, None] for model in lab.scorers.values())
+    lam = math.exp(0.1 * (C.mean() + 2))
     assert row["lambda_harm"] == pytest.approx(lam, rel=1e-5)
-    assert [args[5] for args in shaped] == [-1, 1] * 2
-    assert shaped[0][0].mean().item() == pytest.approx(row["batch_reward"])
-    assert shaped[1][0].mean().item() == pytest.approx(row["batch_cost_harm"])
-    for at, same in ((0, True), (2, False)):  # the KL is to the first policy
-        _, logp, reference, mask, *_ = shaped[at]
-        assert (((logp - reference) * mask).abs().max() < 1e-5) == same
-    (args, (A, _)), *_ = seen["gae"]
-    assert not torch.equal(*args[1].unbind(-1))
-    A, rollout, policy = (
-        (A[..., 0] - lam * A[..., 1]) / (1 + lam),
-        seen["write_answers"][0][1],
-        before[0],
-    )
-    logp = s.token_logp(policy.requires_grad_(True), rollout)
-    weights = rollout.mask / rollout.mask.sum(1, keepdim=True)
-    loss = -((logp - logp.detach()).exp() * A * weights).sum() / len(A)
-    if ptx:  # the gradient is averaged with that of demonstrations
-        shown = s.as_batch(lab, seen["draw"][1][1])
+    assert row["batch_reward"] == pytest.approx(R.mean().item())
+    logp, mask = s.token_logp(policy, rollout), rollout.mask
+    kl = 0.5 * (logp - s.token_logp(lab.policy, rollout)).detach() * mask
+    assert kl.abs().max() > 0.01
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    values = torch.stack([s.outputs(critic, rollout)[..., 0] for critic in critics], -1)
+    rewards = torch.stack([last * R - kl, last * C + kl], -1)
+    A, returns = s.gae(rewards, values.detach(), mask, 1.0, 0.95)
+    weights = mask / mask.sum(1, keepdim=True) / len(mask)
+    loss = -(
+        (logp - logp.detach()).exp() * (A[..., 0] - lam * A[..., 1]) / (1 + lam) * weights
+    ).sum()
+    if ptx:  # averaged with the cross-entropy of demonstrations
+        shown = s.as_batch(lab, s.draw(lab.harmless, 8, generator))
         logits, used = s.outputs(policy, shown), shown.mask.bool()
         loss = (
             loss + ptx * torch.nn.functional.cross_entropy(logits[used], shown.tokens[used])
         ) / 2
     truth = torch.autograd.grad(loss, [*policy.parameters()])
-    for ours, theirs in zip(seen["descend"][0][1], truth, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(losses[0], [*policy.parameters()]), truth, strict=True
+    ):
         close(ours, theirs, 1e-5)
+    for i in range(2):
+        error = (values[..., i] - returns[..., i]) ** 2
+        close(losses[1 + i], 0.5 * (error * weights).sum(), 1e-5)
 
 
 def test_ppo_learns_a_reward_and_the_lagrangian_holds_a_cost(tmp_path, monkeypatch):
@@ -419,16 +405,12 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
 
 def test_red_teaming_keeps_what_the_truth_calls_harmful_and_never_runs_out(tmp_path, monkeypatch):
     lab = s.Lab(tiny(tmp_path))
-
-    def answers(lab, policy, prompts, seed):
-        return [{"prompt": p, "true_harm": 1.0 if "rules" in p else -1.0} for p in prompts]
-
-    monkeypatch.setattr(s, "evaluate", answers)
-    found, share = s.red_team(lab, 0)
-    assert found and all("rules" in prompt for prompt in found)
-    assert share == len(found) / (len(lab.disguised) // 3)
-    lab.found = found
-    assert not {*found} & {*s.red_team(lab, 0)[0]}
+    truth = lambda p: {"prompt": p, "true_harm": 1.0 if "rules" in p else -1.0}  # noqa: E731
+    monkeypatch.setattr(s, "evaluate", lambda lab, policy, prompts, seed: [*map(truth, prompts)])
+    lab.found, share = s.red_team(lab, 0)
+    assert share == len(lab.found) / (len(lab.disguised) // 3) > 0
+    assert all("rules" in prompt for prompt in lab.found)
+    assert not {*lab.found} & {*s.red_team(lab, 0)[0]}
     lab.found = lab.disguised
     assert s.red_team(lab, 0) == ([], 0.0)
 
@@ -478,24 +460,24 @@ def test_a_smoke_run_writes_its_files_and_its_stages_are_not_mixed_up(tmp_path, 
 # ----- Bad input ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags,words",
-    [
-        (["--method", "best"], ["'best'", "must be one of", "ppo_lag"]),
-        (["--threshold", "0,1"], ["--threshold 0,1", "one a cost"]),
-        (["--threshold", "x", "--smoke"], ["'x'"]),
-        (["--costs", "charm", "--smoke"], ["charm"]),
-        (["--preferences", "rows.jsonl"], ["go together"]),
-        (["--policy", "x", "--preferences", "no.jsonl", "--device", "cpu"], ["no.jsonl"]),
-        (["--policy", "x", "--preferences", "y", "--rounds", "2"], ["--rounds", "world"]),
-        (["--policy", "x", "--preferences", "y", "--method", "gate"], ["gate", "world"]),
-        (["--device", "cuda:99"], ["safe_rlhf.py"]),
-    ],
-)  # fmt: skip
-def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, words):
-    assert s.main([*flags, "--out", str(tmp_path / "out")]) == 2
+POLICY = ["--policy", "x", "--preferences", "no.jsonl"]
+
+
+@pytest.mark.parametrize("flags,word", [
+    (["--method", "best"], "'best'"),
+    (["--threshold", "0,1"], "one --threshold each"),
+    (["--threshold", "x"], "'x'"),
+    (["--costs", "charm"], "charm"),
+    (POLICY[2:], "go together"),
+    (POLICY, "no.jsonl"),
+    ([*POLICY, "--rounds", "2"], "--rounds"),
+    ([*POLICY, "--method", "gate"], "--method gate"),
+    (["--device", "cuda:99"], "safe_rlhf.py"),
+])  # fmt: skip
+def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, word):
+    assert s.main([*flags, "--smoke", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert all(word in error for word in words) and len(error.splitlines()) == 1, error
+    assert word in error and len(error.splitlines()) == 1, error
 
 
 @pytest.mark.parametrize("rate", ["--sft-lr", "--score-lr", "--lr", "--critic-lr"])
@@ -514,24 +496,16 @@ def write_rows(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "change,words",
-    [
-        ({"safer_response_id": None}, "0 or 1"),
-        ({"safer_response_id": -1}, "0 or 1"),
-        ({"better_response_id": 2}, "0 or 1"),
-        ({"is_response_0_safe": "yes"}, "0 or 1"),
-        ({"response_1": None}, "split"),
-        ({"is_response_1_safe": False, "safer_response_id": 1}, "labelled unsafe"),
-        ({"response_1": " it is  good "}, "the same"),
-        ("not json", "Expecting value"),
-        ("[1]", "TypeError"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, change, words):
+@pytest.mark.parametrize("change", [
+    {"safer_response_id": None}, {"safer_response_id": -1}, {"better_response_id": 2},
+    {"is_response_0_safe": "yes"}, {"response_1": None}, "not json", "[1]",
+    {"is_response_1_safe": False, "safer_response_id": 1},  # safer, but labelled unsafe
+    {"response_1": " it is  good "},  # the same answer
+])  # fmt: skip
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, change):
     rows = [dict(zip(s.FIELDS, ROW, strict=True)) for _ in range(8)]
     rows[6] = change if isinstance(change, str) else rows[6] | change
-    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 7.*{words}"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 7"):
         s.read_rows(write_rows(tmp_path / "rows.jsonl", rows))
 
 
@@ -556,40 +530,26 @@ def program(monkeypatch, no_picture):
     return module
 
 
-def test_the_claims_program_runs_in_pieces_and_keeps_what_is_done(
-    tmp_path, monkeypatch, capsys, program
-):
+def test_the_claims_program_keeps_what_is_done(tmp_path, monkeypatch, capsys, program):
     monkeypatch.chdir(tmp_path)
     program.main(["--smoke", "--parts", "pairs_alone", "frontier"])
     path = tmp_path / "out" / "claims" / "safe_rlhf_claims.json"
     kept = path.parent / "safe_rlhf" / "smoke" / "seed_1" / "ppo_lag.json"
-    assert not path.exists()
     stamp = kept.stat().st_mtime_ns
-    capsys.readouterr()
+    assert not path.exists()
     program.main(["--smoke"])
     assert kept.stat().st_mtime_ns == stamp
     result = json.loads(path.read_text("utf-8"))
     assert program.table(result) in capsys.readouterr().out
-    files = [kept.parent.with_name(f"seed_{seed}") / kept.name for seed in result["seeds"]]
-    each = [json.loads(file.read_text("utf-8"))["means"]["helpfulness"] for file in files]
-    shown = result["claims"]["answers"]["ppo_lag"]["helpfulness"]
-    assert shown["mean"] == pytest.approx(sum(each) / 2, rel=1e-4)
-    assert set(result["claims"]["rounds"]) == {"1", "2", "3"}
+    first = json.loads(kept.read_text("utf-8"))["means"]["helpfulness"]
+    shown = result["claims"]["answers"]["ppo_lag"]["helpfulness"]["each"]
+    assert len(shown) == 2 and shown[0] == pytest.approx(first, rel=1e-4)
 
 
 def test_the_programs_statistics_by_hand(program):
     shown = program.over([1.0, 2.0, 4.0])
-    assert shown["half"] == pytest.approx(4.303 * statistics.stdev([1, 2, 4]) / math.sqrt(3))
-    rows = [
-        {"unsafe_harm": unsafe, "helpfulness": gain} for unsafe, gain in ((0, 1), (1, 0), (1, 2))
-    ]
-    found = program.win_rates(rows, [rows[1], rows[1], rows[0]])
-    assert found == {
-        "safe -> safe": (0, None), "safe -> unsafe": (1, 1.0),
-        "unsafe -> safe": (1, 1.0), "unsafe -> unsafe": (1, 0.5),
-    }  # fmt: skip
-    games = [(0, 1, 1.0)] * 30 + [(1, 0, 1.0)] * 60 + [(0, 1, 0.5)] * 10
-    ratings, low, high = program.elo(games, draws=0.0)
-    truth = 1000 + 400 * math.log10(65 / 35)  # of two players: the log odds
-    assert ratings[0] == 1000 and ratings[1] == pytest.approx(truth, abs=1e-6)
-    assert low[1] < ratings[1] < high[1]
+    assert shown["half"] == pytest.approx(4.303 * (7 / 3) ** 0.5 / math.sqrt(3))
+    a, b, c = ({"unsafe_harm": x, "helpfulness": y} for x, y in ((0, 1), (1, 0), (1, 2)))
+    found = program.win_rates([a, b, c], [b, b, a])
+    assert found["safe -> unsafe"] == found["unsafe -> safe"] == (1, 1.0)
+    assert found["safe -> safe"] == (0, None) and found["unsafe -> unsafe"] == (1, 0.5)
