@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import io
-import itertools
 import json
 import math
 import statistics
@@ -66,33 +64,24 @@ def win_rates(rows: list[dict], baseline: list[dict]) -> dict[str, tuple[int, fl
     return {k: (len(v), float(np.mean(v)) if v else None) for k, v in wins.items()}
 
 
-def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0) -> tuple:
-    """Elo ratings (N,) of most likelihood, the first's 1000, and their 95 % bootstrap intervals.
+def elo(games: Sequence[tuple[int, int, float]], draws: float = 0.1) -> np.ndarray:
+    """Elo ratings (N,) of most likelihood, the first's 1000, by Zermelo's iteration.
 
     A game is (i, j, i's score: 1, 1/2 or 0). Virtual draws between each two players keep the rating
-    of one who always wins finite. Maximised by Zermelo's iteration, all resamples at once.
+    of one who always wins finite.
     """
-    i, j, score = (np.array(column) for column in zip(*games, strict=True))
-    if not ((score >= 0) & (score <= 1) & (i != j)).all():
-        raise ValueError("games must be (i, j, score from 0 to 1), i not j")
-    N, r = int(max(i.max(), j.max())) + 1, np.random.default_rng(seed)
-    drawn = r.multinomial(len(i), [1 / len(i)] * len(i), samples)
-    weights = np.concatenate([np.ones((1, len(i))), drawn])
-    wins = np.zeros((samples + 1, N, N)) + draws / 2 * (1 - np.eye(N))
-    for a, b in itertools.permutations(range(N), 2):
-        won = score * ((i == a) & (j == b)) + (1 - score) * ((i == b) & (j == a))
-        wins[:, a, b] += weights @ won
-    met, strength = wins + wins.transpose(0, 2, 1), np.ones((samples + 1, N))
+    N = 1 + max(max(i, j) for i, j, _ in games)
+    wins, strength = draws / 2 * (1 - np.eye(N)), np.ones(N)
+    for i, j, score in games:
+        wins[i, j] += score
+        wins[j, i] += 1 - score
     for _ in range(10_000):
         before = strength
-        rivals = before[:, :, None] + before[:, None]
-        strength = wins.sum(2) / np.maximum((met / rivals).sum(2), 1e-300)
-        strength = np.maximum(strength, 1e-300)  # of one who never wins
-        strength /= np.exp(np.log(strength).mean(1, keepdims=True))
+        strength = wins.sum(1) / ((wins + wins.T) / (before[:, None] + before)).sum(1)
+        strength = strength / strength[0]
         if np.abs(np.log(strength / before)).max() < 1e-10:
             break
-    ratings = 1000 + 400 * np.log10(strength / strength[:, :1])
-    return ratings[0], *np.quantile(ratings[1:], (0.025, 0.975), axis=0)
+    return 1000 + 400 * np.log10(strength)
 
 
 # ----- Runs ---------------------------------------------------------------------------------------
@@ -112,22 +101,21 @@ class Seed:
         self.accuracy = s.learn_score(self.lab, 1, 0) | s.learn_score(self.lab, 1, 1)
 
     def kept(self, name: str, make: Callable[[], dict]) -> dict:
-        """The result of that name: read, or made and written, with the seconds that it took."""
+        """The result of that name: read, or made and written."""
         path, began = self.folder / f"{name}.json", time.process_time()
         if not path.exists():
-            result = make()
-            result["cpu_seconds"] = round(time.process_time() - began, 1)
-            path.write_text(json.dumps(result), "utf-8")
-            print(f"seed {self.config.seed}, {name}: {result['cpu_seconds']} s", flush=True)
+            path.write_text(json.dumps(make()), "utf-8")
+            print(
+                f"seed {self.config.seed}, {name}: {time.process_time() - began:.0f} s", flush=True
+            )
         return json.loads(path.read_text("utf-8"))
 
     def run(self, name: str, lab: s.Lab | None = None, **changes) -> dict:
         """A PPO run's rows, its last answers' means, and its wins over the first policy."""
+        lab = lab or self.lab
 
         def make() -> dict:
-            there = lab or self.lab
-            config = dataclasses.replace(there.config, **changes)
-            run = s.ppo(there, config, name.replace(" ", "_"))
+            run = s.ppo(lab, dataclasses.replace(lab.config, **changes), name.replace(" ", "_"))
             rows = [{k: row[k] for k in KEPT if k in row} for row in run.rows]
             return {"rows": rows} | self.answers(run.nets[0])
 
@@ -142,10 +130,8 @@ def frontier(seed: Seed) -> dict:
     """The methods, and shaping over a grid of nu."""
     done = {"sft": seed.kept("sft", lambda: seed.answers(seed.lab.policy))}
     done |= {name: seed.run(name, method=name) for name in ("ppo", "ppo_lag", "gate")}
-    for nu in NUS:
-        done[f"nu {nu:g}"] = seed.run(f"nu {nu:g}", method="shaping", nu=nu)
-    done["fixed lambda"] = seed.run("fixed lambda", method="ppo_lag", lagrange_lr=0.0)
-    return done
+    done |= {f"nu {nu:g}": seed.run(f"nu {nu:g}", method="shaping", nu=nu) for nu in NUS}
+    return done | {"fixed lambda": seed.run("fixed lambda", method="ppo_lag", lagrange_lr=0.0)}
 
 
 def pairs_alone(seed: Seed) -> dict:
@@ -170,14 +156,9 @@ def thresholds(seed: Seed) -> dict:
 
 def rounds(seed: Seed) -> dict:
     """Three rounds with red-teaming, in a folder of their own."""
-    config = dataclasses.replace(seed.config, rounds=3, method="ppo_lag")
-    config = dataclasses.replace(config, out=str(seed.folder / "rounds"))
-
-    def make() -> dict:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return {"rounds": s.train(config)["rounds"]}
-
-    return {"rounds": seed.kept("rounds", make)}
+    options = {"rounds": 3, "method": "ppo_lag", "out": str(seed.folder / "rounds")}
+    config = dataclasses.replace(seed.config, **options)
+    return {"rounds": seed.kept("rounds", lambda: {"rounds": s.train(config)["rounds"]})}
 
 
 PARTS = {f.__name__: f for f in (frontier, pairs_alone, thresholds, rounds)}
@@ -193,10 +174,9 @@ def claims(seeds: list[dict], threshold: float) -> dict:
         runs = [seed[name] for seed in seeds]
         found["answers"][name] = {k: over([run["means"][k] for run in runs]) for k in KEYS}
         if name.startswith("nu"):
-            best = [seed["ppo_lag"]["means"]["helpfulness"] for seed in seeds]
-            own = [run["means"]["helpfulness"] for run in runs]
-            gain = over([a - b for a, b in zip(best, own, strict=True)])
-            kept = sum(run["means"]["cost_harm"] <= threshold for run in runs)
+            pairs = [(seed["ppo_lag"]["means"], seed[name]["means"]) for seed in seeds]
+            gain = over([best["helpfulness"] - own["helpfulness"] for best, own in pairs])
+            kept = sum(own["cost_harm"] <= threshold for _, own in pairs)
             found["against ppo_lag"][name] = {"gain": gain, "feasible": kept}
         if "lambda_harm" in runs[0].get("rows", [{}])[-1]:
             lams = [[row["lambda_harm"] for row in run["rows"]] for run in runs]

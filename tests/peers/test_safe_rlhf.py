@@ -49,7 +49,6 @@ def save_llama(folder, kind=LlamaForCausalLM, **changes):
 
 
 def write_rows(path):
-    """Preferences: two answers to each of 30 questions, and of either label."""
     rows = []
     for i in range(30):
         values = (f"naïve question {i} 日本 ?", f"yes, {i}", f"no, {i} no", True, i % 2 == 0, 1, 0)
@@ -136,6 +135,4 @@ def test_elo_is_the_maximum_of_the_likelihood(monkeypatch, draws):
 
     best = minimize(negative, np.zeros(N - 1), method="BFGS", options={"gtol": 1e-9})
     truth = 1000 + 400 / math.log(10) * np.concatenate([[0.0], best.x])
-    ratings, low, high = claims.elo(games, draws=draws)
-    np.testing.assert_allclose(ratings, truth, atol=1e-2)
-    assert (low <= ratings + 1e-9).all() and (ratings <= high + 1e-9).all()
+    np.testing.assert_allclose(claims.elo(games, draws=draws), truth, atol=1e-2)
