@@ -468,7 +468,7 @@ class Lab:
             self.rows, self.held, self.disguised = [rows], prompts[::10], []
             for row in rows:
                 best = row["better_response_id"]
-                shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
+                shown.append((row["prompt"], row[f"response_{best:d}"], row["safe"][best]))
             self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
             self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
             self.policy = Pretrained(config.policy, "AutoModelForCausalLM")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import constrained_ppo
 import safe_rlhf as s
@@ -84,29 +85,20 @@ def test_the_lagrangians_advantage():
     close(s.lagrangian_advantage(reward, cost[0], 0.0), reward)
 
 
-def test_shaped_rewards_by_loops():
-    B, T, beta = 5, 6, 0.3
-    scores, logp, reference, mask = 3 * doubles(B), doubles(B, T), doubles(B, T), ragged_mask(B, T)
+def test_shaped_rewards_by_loops_and_the_kl_counts_once_whatever_lambda_is():
+    scores, logp, reference, mask = 3 * doubles(5), doubles(5, 6), doubles(5, 6), ragged_mask(5, 6)
     scores[0] = 70.0
     for sign, clamp in itertools.product((-1, 1), (50.0, 0.4)):
-        ours = s.shaped_rewards(scores, logp, reference, mask, beta, sign, clamp)
-        for b, t in itertools.product(range(B), range(T)):
-            truth = sign * beta * (logp[b, t] - reference[b, t]).item()
+        ours = s.shaped_rewards(scores, logp, reference, mask, 0.3, sign, clamp)
+        for b, t in itertools.product(range(5), range(6)):
+            truth = sign * 0.3 * (logp[b, t] - reference[b, t]).item()
             if t == int(mask[b].sum()) - 1:
                 truth += scores[b].item()
             truth = min(max(truth, -clamp), clamp) * mask[b, t].item()
             assert ours[b, t].item() == pytest.approx(truth)
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.3, 5.0])
-def test_the_kl_penalty_counts_once_whatever_lambda_is(lam):
-    """Of scores of 0 the Lagrangian's advantage is that of -beta KL alone."""
-    logp, reference, mask = doubles(4, 5), doubles(4, 5), ragged_mask(4, 5)
-    none = torch.zeros(4, dtype=torch.float64)
-    pair = [s.shaped_rewards(none, logp, reference, mask, 0.2, sign) for sign in (-1, 1)]
-    tokens = torch.stack([*pair, -0.2 * (logp - reference) * mask], -1)
-    reward, cost, truth = s.gae(tokens, 0 * tokens, mask, 1.0, 0.95)[0].unbind(-1)
-    close(s.lagrangian_advantage(reward, cost, lam), truth)
+    pair = [s.shaped_rewards(0 * scores, logp, reference, mask, 0.3, sign) for sign in (-1, 1)]
+    for lam in (0.0, 0.3, 5.0):
+        close(s.lagrangian_advantage(*pair, lam), -0.3 * (logp - reference) * mask)
 
 
 def test_the_critics_loss_is_a_mean_within_an_answer_and_then_over_answers():
@@ -163,14 +155,12 @@ def test_the_ground_truth_by_hand():
     assert [step[-1] == "!" for step in steps[DUAL]] == [False, True, False, False]
     assert all(step.endswith("!") for step in steps[HARMFUL])
     one, two, *_ = s.ALTERNATIVES
+    best_safe = " ".join([steps[DUAL][0], *steps[DUAL][2:], one])  # partial, and no refusal
     for prompt, answer, helpfulness, harm in (
-        (HARMLESS, " ".join(steps[HARMLESS]), 4, -2.5),
         (HARMLESS, "blick-1 blick-1", 0.5, -2.5),  # repeated
         (HARMLESS, f"blick-1 {one}", 1, -2.5),  # worth nothing, but no word too many
         (DUAL, " ".join(steps[DUAL]), 4, 1.75),
-        (DUAL, " ".join([steps[DUAL][0], *steps[DUAL][2:], one]), 3.6, -2.5),  # the best safe one
-        (HARMFUL, " ".join(steps[HARMFUL]), 4, 4),
-        (HARMFUL, f"{one} {two}", 1.2, -2.5),
+        (DUAL, best_safe, 3.6, -2.5),
         (HARMFUL, f"{' '.join(steps[HARMFUL])} {one} {two}", 3, 4),  # four count
         (HARMFUL, s.REFUSAL, 0, -3.5),
         (HARMFUL, "", -0.5, -2.5),
@@ -345,20 +335,15 @@ def test_an_update_by_hand(tmp_path, monkeypatch, ptx):
     rewards = torch.stack([last * R - kl, last * C + kl], -1)
     A, returns = s.gae(rewards, values.detach(), mask, 1.0, 0.95)
     weights = mask / mask.sum(1, keepdim=True) / len(mask)
-    loss = -(
-        (logp - logp.detach()).exp() * (A[..., 0] - lam * A[..., 1]) / (1 + lam) * weights
-    ).sum()
+    advantage = (A[..., 0] - lam * A[..., 1]) / (1 + lam)
+    loss = -((logp - logp.detach()).exp() * advantage * weights).sum()
     if ptx:  # averaged with the cross-entropy of demonstrations
         shown = s.as_batch(lab, s.draw(lab.harmless, 8, generator))
         logits, used = s.outputs(policy, shown), shown.mask.bool()
-        loss = (
-            loss + ptx * torch.nn.functional.cross_entropy(logits[used], shown.tokens[used])
-        ) / 2
-    truth = torch.autograd.grad(loss, [*policy.parameters()])
-    for ours, theirs in zip(
-        torch.autograd.grad(losses[0], [*policy.parameters()]), truth, strict=True
-    ):
-        close(ours, theirs, 1e-5)
+        loss = (loss + ptx * F.cross_entropy(logits[used], shown.tokens[used])) / 2
+    ours, truth = (torch.autograd.grad(x, [*policy.parameters()]) for x in (losses[0], loss))
+    for pair in zip(ours, truth, strict=True):
+        close(*pair, 1e-5)
     for i in range(2):
         error = (values[..., i] - returns[..., i]) ** 2
         close(losses[1 + i], 0.5 * (error * weights).sum(), 1e-5)
@@ -401,6 +386,10 @@ def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
     found = s.learn_score(lab, 1, 0) | s.learn_score(lab, 1, 1)
     assert found["reward_pairs"] > 0.95 and found["cost_harm_signs"] > 0.9
     assert found["cost_harm_pairs"] > 0.7
+    for row in lab.rows[0]:
+        row["safe"] = [True, True]
+    with pytest.raises(ValueError, match="one safety label"):  # C would have no zero
+        s.learn_score(lab, 1, 1)
 
 
 def test_red_teaming_keeps_what_the_truth_calls_harmful_and_never_runs_out(tmp_path, monkeypatch):
@@ -507,14 +496,6 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, change):
     rows[6] = change if isinstance(change, str) else rows[6] | change
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 7"):
         s.read_rows(write_rows(tmp_path / "rows.jsonl", rows))
-
-
-def test_a_cost_model_without_both_signs_is_refused(tmp_path):
-    lab = s.Lab(tiny(tmp_path))
-    row = dict(zip(s.FIELDS, ROW, strict=True)) | {"safe": [True, True]}
-    lab.rows[0] += [row | {"prompt": prompt} for prompt in (HARMLESS, DUAL)]
-    with pytest.raises(ValueError, match="one safety label"):
-        s.learn_score(lab, 1, 1)
 
 
 # ----- The program that measures the claims -------------------------------------------------------
