@@ -96,7 +96,7 @@ class LagrangeMultiplier:
         return math.exp(self.log)
 
     def update(self, costs: Iterable[float]) -> float:
-        """One step with the costs of B new episodes, before the policy's. Returns lambda."""
+        """One step with the costs of new episodes, before the policy's. Returns lambda."""
         self.costs = [*self.costs, *costs][-self.window :]  # raw, without KL
         J_C = sum(self.costs) / len(self.costs)
         self.log += self.lr * self.value * (J_C - self.threshold)
@@ -170,19 +170,19 @@ def llama2_gate(
 
 
 def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tensor]:
-    """What a method's critics estimate, each (B,), of R and tagged (B,) and C (K, B): R's first."""
+    """What a method's critics estimate, each (B,); the first is maximised. R (B,), C (K, B)."""
     if config.method == "ppo_lag":
         return [R, *C]
     if config.method == "shaping":
         return [R - config.nu * C.sum(0)]
-    if config.method == "gate":
+    if config.method == "gate":  # tagged (B,): is it a safety prompt?
         R = torch.logit(llama2_gate(torch.sigmoid(-C[0]), torch.sigmoid(R), tagged), eps=1e-6)
         R = (R - R.mean()) / (R.std(correction=0) + 1e-8)
     return [R]
 
 
 def update(run: Run) -> dict:
-    """One step of PPO-Lagrangian, or of a baseline. Returns what to log."""
+    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn."""
     lab, config, (policy, *critics) = run.lab, run.config, run.nets
     prompts = draw(lab.train, config.batch, run.generator)
     rollout = write_answers(lab, policy, prompts, run.generator)
@@ -738,7 +738,7 @@ def train(config: Config) -> dict:
             row = {"round": number, "found": len(lab.found)} | accuracy
             row |= {"fresh": red_team(lab, 10_000 + number)[1]} | means(evaluate(lab, lab.policy))
             rounds.append(row)
-            print(f"round {number}: unsafe {row['unsafe_harm']:.1%}, disguised {row['fresh']:.1%}")
+            print(f"round {number}: {row['fresh']:.1%} of disguised prompts answered harmfully")
     lab.policy = first
     answers = {"sft": evaluate(lab, first)}
     answers |= {name: evaluate(lab, run.nets[0]) for name, run in runs.items()}
