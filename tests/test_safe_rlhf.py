@@ -102,12 +102,8 @@ def test_shaped_rewards_by_loops_and_the_kl_counts_once_whatever_lambda_is():
 
 
 def test_the_critics_loss_is_a_mean_within_an_answer_and_then_over_answers():
-    values, before, returns, mask = (
-        8 * doubles(4, 5),
-        doubles(4, 5),
-        doubles(4, 5),
-        ragged_mask(4, 5),
-    )
+    values, before, returns = 8 * doubles(4, 5), doubles(4, 5), 8 * doubles(4, 5)
+    mask = ragged_mask(4, 5)
     moved = values - before
     clipped = torch.where(moved.abs() > 5, before + 5 * moved.sign(), values)
     errors = torch.stack([(values - returns).abs(), (clipped - returns).abs()]).amax(0) ** 2
@@ -420,7 +416,9 @@ def test_rounds_of_two_costs_find_prompts_and_are_taken_again(tmp_path, no_pictu
         assert [row[key] for row in harm] == [row[key] for row in length]
     assert [row["safe"] for row in harm] != [row["safe"] for row in length]
     hidden = set(s.world()[2])
-    assert 0.2 < sum(row["prompt"] in hidden for row in harm) / len(harm) < 0.8
+    assert (
+        0.6 < sum(row["prompt"] in hidden for row in harm) / len(harm) < 0.8
+    )  # half, and of PPO's
     stamps = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
     again = s.train(dataclasses.replace(config, resume=True))
     assert again["means"] == result["means"] and again["rounds"] == result["rounds"]
