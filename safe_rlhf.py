@@ -22,7 +22,6 @@ threshold                                -d of J_C = E[C] + d <= 0
 
 Where the constraint is slack lambda fades, and harm is traded for reward up to the threshold. It
 bounds a mean: safe answers pay for harmful ones. `score(model, rollout) > 0` is a classifier.
-
 Differences from the paper: a small decoder in an invented world, where a ground truth stands for
 people: labels are drawn from the Bradley-Terry model of its scores, and red-teaming finds what it
 calls harmful. --help has the paper's settings. Gate: Llama 2's rule, with C as its safety model.
@@ -31,7 +30,6 @@ calls harmful. --help has the paper's settings. Gate: Llama 2's rule, with C as 
 from __future__ import annotations
 
 import argparse
-import collections
 import copy
 import dataclasses
 import hashlib
@@ -86,16 +84,9 @@ def ptx_loss(policy: nn.Module, shown: Rollout) -> Tensor:
 
 
 class LagrangeMultiplier:
-    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold).
-
-    J_C is the mean of the last `window` episode costs, raw, without KL. lambda is at most
-    `maximum`. Raises ValueError for options out of range and for costs that are not finite.
-    """
+    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold)."""
 
     def __init__(self, initial=1.0, lr=0.1, maximum=5.0, threshold=0.0, window=128):
-        if not (0 < initial <= maximum < math.inf and lr >= 0 and window >= 1):
-            rule = "must have 0 < initial <= maximum, lr >= 0 and window >= 1"
-            raise ValueError(f"lambda of {initial=}, {maximum=}, {lr=}, {window=}: {rule}")
         self.log, self.lr, self.maximum = math.log(initial), lr, maximum
         self.threshold, self.window, self.costs = threshold, window, []
 
@@ -105,11 +96,8 @@ class LagrangeMultiplier:
         return math.exp(self.log)
 
     def update(self, costs: Iterable[float]) -> float:
-        """One step with the costs of B new episodes, before the policy's. Returns lambda."""
-        costs = torch.as_tensor(costs, dtype=torch.float64).flatten().tolist()
-        if not all(map(math.isfinite, costs)):
-            raise ValueError(f"costs {costs[:3]} must be finite")
-        self.costs = (self.costs + costs)[-self.window :]
+        """One step with the costs of new episodes, before the policy's. Returns lambda."""
+        self.costs = [*self.costs, *costs][-self.window :]  # raw, without KL
         J_C = sum(self.costs) / len(self.costs)
         self.log += self.lr * self.value * (J_C - self.threshold)
         self.log = min(self.log, math.log(self.maximum))
@@ -182,39 +170,32 @@ def llama2_gate(
 
 
 def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tensor]:
-    """What a method's critics estimate, each (B,), of R (B,) and C (K, B); the first is maximised.
-
-    tagged (B,) is True where Llama 2's gate sees a safety prompt.
-    """
+    """What a method's critics estimate, each (B,); the first is maximised. R (B,), C (K, B)."""
     if config.method == "ppo_lag":
         return [R, *C]
     if config.method == "shaping":
         return [R - config.nu * C.sum(0)]
-    if config.method == "gate":
+    if config.method == "gate":  # tagged (B,): is it a safety prompt?
         R = torch.logit(llama2_gate(torch.sigmoid(-C[0]), torch.sigmoid(R), tagged), eps=1e-6)
         R = (R - R.mean()) / (R.std(correction=0) + 1e-8)
     return [R]
 
 
 def update(run: Run) -> dict:
-    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn.
-
-    Returns what to log. Raises FloatingPointError in place of a step that is not finite.
-    """
+    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn."""
     lab, config, (policy, *critics) = run.lab, run.config, run.nets
     prompts = draw(lab.train, config.batch, run.generator)
-    rollout = lab.write(policy, prompts, run.generator)
+    rollout = write_answers(lab, policy, prompts, run.generator)
     mask = rollout.mask
     tagged = torch.tensor([about(prompt)[0] != "harmless" for prompt in prompts], device=lab.device)
     with torch.no_grad():
-        R = score(lab.reward, rollout)
-        C = torch.stack([score(model, rollout) for model in lab.costs])
+        scores = {name: score(model, rollout) for name, model in lab.scorers.items()}
         reference_logp = token_logp(lab.policy, rollout)
         values = torch.cat([outputs(critic, rollout) for critic in critics], -1)
-    heads = []
-    for i, scores in enumerate(objective(config, R, C, tagged)):
+    (R, *C), heads = scores.values(), []
+    for i, total in enumerate(objective(config, R, torch.stack(C), tagged)):
         sign = -1 if i == 0 else 1  # of the KL: a reward first, then costs
-        heads.append(shaped_rewards(scores, rollout.logp, reference_logp, mask, config.beta, sign))
+        heads.append(shaped_rewards(total, rollout.logp, reference_logp, mask, config.beta, sign))
     advantages, returns = gae(torch.stack(heads, -1), values, mask, GAMMA, LAM)
     advantage, lams = advantages[..., 0], []
     if run.multipliers:
@@ -227,7 +208,7 @@ def update(run: Run) -> dict:
         logp = token_logp(policy, rollout)
         loss = ppo_policy_loss(logp, rollout.logp, advantage, weights, CLIP)
         if config.ptx > 0:
-            shown = lab.rollout(draw(lab.harmless, config.batch, run.generator))
+            shown = as_batch(lab, draw(lab.harmless, config.batch, run.generator))
             loss = (loss + config.ptx * ptx_loss(policy, shown)) / 2
         yield loss
         for i, critic in enumerate(critics):
@@ -236,9 +217,8 @@ def update(run: Run) -> dict:
 
     for _ in range(config.epochs):
         loss = descend(run, losses(), config.updates)
-    names, row = config.cost_names, {"loss": loss, "batch_reward": R.mean().item()}
-    row |= {f"batch_{name}": costs.mean().item() for name, costs in zip(names, C, strict=True)}
-    return row | {f"lambda_{name}": lam for name, lam in zip(names, lams, strict=False)}
+    row = {"loss": loss} | {f"batch_{name}": each.mean().item() for name, each in scores.items()}
+    return row | {f"lambda_{cost}": lam for cost, lam in zip(lab.costs, lams, strict=False)}
 
 
 # ----- The model: a small decoder, and its answers ------------------------------------------------
@@ -312,15 +292,26 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(P) >= P - lengths[:, None]
 
 
+def as_batch(lab: Lab, pairs: list[tuple[str, str]]) -> Rollout:
+    """Prompts in the template, and answers with the end. ValueError names one that is too long."""
+    encode, end = lab.tokenizer.encode, lab.tokenizer.eos_token_id
+    prompts, valid = pad_in_front([encode(lab.template.format(prompt)) for prompt, _ in pairs])
+    answers = [[*encode(answer, add_special_tokens=False), end] for _, answer in pairs]
+    backwards, mask = pad_in_front([ids[::-1] for ids in answers])
+    sizes = valid.sum(1) + mask.sum(1).clamp(min=lab.config.answer)  # as long as PPO's may get
+    if sizes.max() > lab.policy.positions:
+        raise ValueError(f"{pairs[sizes.argmax()]}: over {lab.policy.positions} tokens long")
+    tensors = (prompts, valid, backwards.flip(1), mask.flip(1).float())
+    return Rollout(*(x.to(lab.device) for x in tensors))
+
+
 @torch.no_grad()
-def write_answers(
-    policy: nn.Module, prompts: list[list[int]], end: int, limit: int, generator: torch.Generator
-) -> Rollout:
+def write_answers(lab: Lab, policy: nn.Module, prompts: list[str], generator) -> Rollout:
     """Draw an answer to each prompt, up to the end or the limit; with a cache if the policy has."""
-    prompts, valid = (x.to(generator.device) for x in pad_in_front(prompts))
-    alive = torch.ones(len(prompts), 1, dtype=torch.bool, device=generator.device)
+    start, end = as_batch(lab, [(prompt, "") for prompt in prompts]), lab.tokenizer.eos_token_id
+    prompts, valid, alive = start.prompts, start.valid, start.mask.bool()  # the last: (B, 1)
     x, whole, seen, cache, columns = prompts, prompts, valid, None, []
-    while len(columns) < limit and alive.any():
+    while len(columns) < lab.config.answer and alive.any():
         logits, cache = policy(whole if cache is None else x, seen, cache)
         logp = logits[:, -1].log_softmax(-1)  # (B, V)
         if logp.isnan().any():
@@ -374,15 +365,12 @@ def world() -> tuple[list[str], list[str], list[str]]:
 
 
 def true_scores(prompt: str, answer: str) -> dict[str, float]:
-    """The ground truth: helpfulness, and the true costs of harm and length, unsafe above 0.
-
-    Right steps are worth 1, alternatives less. Four count; each further word takes 1/2 off.
-    """
-    words, (_, steps, worth) = answer.split(), about(prompt)
+    """The ground truth: helpfulness, and the true costs of harm and length, unsafe above 0."""
+    words, (_, steps, worth) = answer.split(), about(prompt)  # right steps are worth 1
     if words == [REFUSAL]:
         return {"helpfulness": 0.0, "true_harm": -3.5, "true_length": -2.5}
     useful = [1.0] * len(set(words) & set(steps)) + [worth] * len(set(words) & set(ALTERNATIVES))
-    useless = len(words) - min(4, len(useful)) if words else 1
+    useless = len(words) - min(4, len(useful)) if words else 1  # four count
     dangerous = len({word for word in words if word.endswith("!")})
     harm = 1 + 0.75 * dangerous if dangerous else -2.5
     gain = sum(useful[:4]) - 0.5 * useless
@@ -403,44 +391,50 @@ def demonstration(prompt: str, harmful: bool, r: random.Random) -> str:
     return " ".join(words)
 
 
-def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
-    """A row in PKU-SafeRLHF's schema, labelled by Bradley and Terry's model of the true scores.
+def demonstrations(plain: list[str], hidden: list[str], seed: int) -> list[tuple]:
+    """Prompts with answers to imitate, and True where the prompt is harmless."""
+    r, rows = random.Random(seed), []
+    for prompt in r.choices(plain + hidden, k=4000):
+        harmful = r.random() < (0.8 if prompt in hidden else 0.5)
+        rows.append((prompt, demonstration(prompt, harmful, r), about(prompt)[0] == "harmless"))
+    return rows
 
-    A flag compares an answer's cost with 0. Where flags differ, the safe answer is the safer.
-    """
+
+def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
+    """A row in PKU-SafeRLHF's schema, labelled by Bradley and Terry's model of the true scores."""
     first, second = true_scores(prompt, one), true_scores(prompt, two)
     gain = SURENESS * (second["helpfulness"] - first["helpfulness"])
     costs = first[f"true_{cost}"], second[f"true_{cost}"]
-    log_odds = [-costs[0], -costs[1], costs[0] - costs[1], gain]
+    log_odds = [-costs[0], -costs[1], costs[0] - costs[1], gain]  # a flag compares with a cost of 0
     *safe, safer, better = (r.random() < 1 / (1 + math.exp(-x)) for x in log_odds)
     safer = safer if safe[0] == safe[1] else safe[1]
     return dict(zip(FIELDS, (prompt, one, two, *safe, int(better), int(safer)), strict=True))
 
 
-# ----- Rows of preferences, and what runs work with -----------------------------------------------
+# ----- Preferences, and what all stages work with -------------------------------------------------
 
-FIELDS = {
-    "prompt": str, "response_0": str, "response_1": str, "is_response_0_safe": bool,
-    "is_response_1_safe": bool, "better_response_id": int, "safer_response_id": int,
-}  # fmt: skip
+FIELDS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
+FIELDS += ("better_response_id", "safer_response_id")  # PKU-SafeRLHF's
 
 
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a JSON-lines file in PKU-SafeRLHF's schema. ValueError names a bad row's line."""
-    rows, rules = [], {str: "a text", bool: "true or false", int: "0 or 1"}
+    rows = []
     for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line) | {"where": f"{path}, line {number}"}
-            for name, kind in FIELDS.items():
-                if type(row.get(name)) is not kind or (kind is int and row[name] not in (0, 1)):
-                    raise ValueError(f"{name} is {row.get(name)!r:.40}, must be {rules[kind]}")
-            row["safe"] = [row["is_response_0_safe"], row["is_response_1_safe"]]
+            row = json.loads(line)
+            labels = [row[name] for name in FIELDS[3:]]
+            row["safe"] = labels[:2]
+            if not all(label in (0, 1) for label in labels):
+                raise ValueError(f"labels {labels} must be true or false, or 0 or 1")
             if any(row["safe"]) and not row["safe"][row["safer_response_id"]]:
                 raise ValueError("the safer answer is labelled unsafe, the other one safe")
-        except (ValueError, TypeError) as error:  # TypeError: no JSON object
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            if row["response_0"].split() == row["response_1"].split():
+                raise ValueError("the answers are the same")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {error!r}") from None
         rows.append(row)
     return rows
 
@@ -454,109 +448,45 @@ class WordTokenizer:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of the words of a text; nothing is added."""
         return [self.ids[word] for word in text.split()]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids, without the end."""
         return " ".join(self.words[i] for i in ids if i > 0)
 
 
 class Lab:
-    """What runs work with: prompts, rows, tokenizer, the round's first policy, score models."""
+    """What all stages work with: prompts, preferences, the first policy, then score models."""
 
     def __init__(self, config: Config):
-        """Read the rows, or invent them, and make or read the policy. ValueError for a bad row."""
-        self.config, self.out, self.found = config, Path(config.out), []
-        accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        name = accelerator if config.device == "auto" else config.device
-        self.device = torch.empty(0, device=name).device
-        self.rows = [read_rows(path) for path in split(config.preferences)]  # a list a cost
-        self.data = hashlib.sha256(repr(self.rows).encode()).hexdigest()
-        shown = []  # to imitate: prompt, answer, is it harmless
-        if self.rows:
-            every = [row for rows in self.rows for row in rows]
-            prompts = list(dict.fromkeys(row["prompt"] for row in every))
-            self.train, self.held, self.disguised = prompts, prompts[::10], []
-            for row in self.rows[0]:
-                best = row["better_response_id"]
-                shown.append((row["prompt"], row[f"response_{best}"], row["safe"][best]))
-            words = [row[key] for row in every for key in ("prompt", "response_0", "response_1")]
-        else:
-            self.train, self.held, self.disguised = world()
-            self.rows, r = [[] for _ in config.cost_names], random.Random(config.seed)
-            for prompt in r.choices(self.train + self.disguised, k=4000):
-                harmful = r.random() < (0.8 if prompt in self.disguised else 0.5)
-                safe = about(prompt)[0] == "harmless"
-                shown.append((prompt, demonstration(prompt, harmful, r), safe))
-            words = [*ALTERNATIVES, REFUSAL, *(step for p in self.train for step in about(p)[1])]
-        held, texts = set(self.held), [*words, *self.train, *self.disguised]
-        self.train = [prompt for prompt in self.train if prompt not in held]
-        shown = [row for row in shown if row[0] not in held]
+        self.config, self.costs, self.scorers, self.found = config, config.costs.split(","), {}, []
         torch.manual_seed(config.seed)
         if config.policy:
+            from transformers import AutoTokenizer
+
+            rows, shown = read_rows(config.preferences), []
+            prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+            self.rows, self.held, self.disguised = [rows], prompts[::10], []
+            for row in rows:
+                best = row["better_response_id"]
+                shown.append((row["prompt"], row[f"response_{best:d}"], row["safe"][best]))
             self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
-            self.policy, self.tokenizer = read_folder(config.policy, "AutoModelForCausalLM")
+            self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
+            self.policy = Pretrained(config.policy, "AutoModelForCausalLM")
         else:
+            prompts, self.held, self.disguised = world()
+            self.rows = [[] for _ in self.costs]  # of preferences, a list a cost
+            shown = demonstrations(prompts, self.disguised, config.seed)
+            steps = [step for prompt in prompts for step in about(prompt)[1]]
+            texts = [*prompts, *self.disguised, *steps, *ALTERNATIVES, REFUSAL]
             self.template, self.tokenizer = "{} ASSISTANT:", WordTokenizer(texts)
-            size = 2 * max(len(text.split()) for text in texts) + config.answer + 2
-            self.policy = Decoder(len(self.tokenizer.words), size, config)
-        self.policy.to(self.device)
-        self.demonstrations = [self.encode(*row[:2]) for row in shown]
-        self.harmless = [self.encode(*row[:2]) for row in shown if row[2]]
-        if not self.harmless:
-            raise ValueError("--preferences: no better answer to train on is labelled safe")
-        for rows in self.rows:
-            self.prepare(rows)
-
-    def encode(self, prompt: str, answer: str = "") -> tuple[list[int], list[int]]:
-        """Ids of a prompt in the template, and of an answer with the end."""
-        answer = self.tokenizer.encode(answer, add_special_tokens=False)
-        prompt = self.tokenizer.encode(self.template.format(prompt))
-        return prompt, [*answer, self.tokenizer.eos_token_id]
-
-    def prepare(self, rows: list[dict]) -> list[dict]:
-        """Encode the rows' answers. ValueError where two are the same, or one is too long."""
-        for row in rows:
-            row["ids"] = [self.encode(row["prompt"], row[f"response_{k}"]) for k in range(2)]
-            (prompt, first), (_, second) = row["ids"]
-            size = len(prompt) + max(len(first), len(second), self.config.answer)
-            if first == second or size > self.policy.positions:
-                rule = f"two answers within {self.policy.positions} positions"
-                raise ValueError(f"{row['where']}: {size} tokens or the same, must be {rule}")
-        return rows
-
-    def rollout(self, rows: list[tuple[list[int], list[int]]]) -> Rollout:
-        """Encoded prompts and answers as a batch."""
-        prompts, valid = pad_in_front([prompt for prompt, _ in rows])
-        backwards, mask = pad_in_front([answer[::-1] for _, answer in rows])
-        tensors = (prompts, valid, backwards.flip(1), mask.flip(1).float())
-        return Rollout(*(x.to(self.device) for x in tensors))
-
-    def write(self, policy: nn.Module, prompts: list[str], generator: torch.Generator) -> Rollout:
-        """The policy's answers to the prompts."""
-        ids, end = [self.encode(prompt)[0] for prompt in prompts], self.tokenizer.eos_token_id
-        return write_answers(policy, ids, end, self.config.answer, generator)
-
-    def answers(self, policy: nn.Module, prompts: list[str], seed: int) -> tuple[list, list]:
-        """Texts of an answer to each prompt, by draws of that seed, and the rollouts by batch."""
-        generator, texts, rollouts = torch.Generator(self.device).manual_seed(seed), [], []
-        for part in batches(prompts, self.config.batch):
-            rollouts.append(self.write(policy, part, generator))
-            for ids, mask in zip(rollouts[-1].tokens, rollouts[-1].mask, strict=True):
-                answer = ids[: int(mask.sum())].tolist()
-                texts.append(self.tokenizer.decode(answer, skip_special_tokens=True).strip())
-        return texts, rollouts
-
-
-def split(text: str) -> list[str]:
-    """`a, b` -> ["a", "b"]."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def batches(rows: list, size: int) -> list[list]:
-    """The rows, `size` at a time."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+            self.policy = Decoder(len(self.tokenizer.words), 26 + config.answer, config)
+        apart = set(self.held)
+        self.train = [prompt for prompt in prompts if prompt not in apart]
+        self.shown = [row[:2] for row in shown if row[0] not in apart]
+        self.harmless = [row[:2] for row in shown if row[0] not in apart and row[2]]
+        accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.policy.to(accelerator if config.device == "auto" else config.device)
+        self.device = next(self.policy.parameters()).device
 
 
 def draw(rows: list, count: int, generator: torch.Generator) -> list:
@@ -571,68 +501,58 @@ FREE = ("method", "nu", "rounds", "device", "out", "resume", "smoke")  # may dif
 
 
 class Run:
-    """A stage of training: networks, their rates, optimiser, random state, a row a step."""
+    """A stage of training: networks with their rates, and what else its checkpoint holds."""
 
     def __init__(self, lab: Lab, config: Config, name: str, nets: list, rates: list, decay: float):
         self.lab, self.config, self.name, self.rates = lab, config, name, rates
-        self.nets = nn.ModuleList(nets).requires_grad_(True)
-        groups = [{"params": [*net.parameters()]} for net in nets]
+        self.nets, self.rows, self.multipliers = nn.ModuleList(nets), [], []
+        groups = [{"params": net.requires_grad_(True).parameters()} for net in nets]
         options = {"betas": (0.9, 0.95), "weight_decay": decay, "fused": True}
         self.optimizer = torch.optim.AdamW(groups, **options)
         self.generator = torch.Generator(lab.device).manual_seed(config.seed)
-        self.multipliers, self.rows, self.path = [], [], lab.out / f"{name}.pt"
-        self.made_of = dataclasses.asdict(config) | {"the rows of --preferences": lab.data}
 
-    def save(self) -> None:
-        """Write the checkpoint: all that an exact resume needs."""
-        content = {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict()}
-        content |= {"generator": self.generator.get_state(), "made_of": self.made_of}
-        content |= {"rows": self.rows, "multipliers": [vars(m) for m in self.multipliers]}
-        torch.save(content, self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)  # never half of one
 
-    def load(self) -> None:
-        """Go on from the checkpoint. ValueError where it has another config or other rows."""
-        saved = torch.load(self.path, self.lab.device, weights_only=True)
-        for key, now in self.made_of.items():
-            then = saved["made_of"].get(key)
-            if key not in FREE and then != now:
-                raise ValueError(f"{self.path}: {key} was {then!r}, is {now!r}; use another --out")
-        self.nets.load_state_dict(saved["nets"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"].cpu())
-        self.rows = saved["rows"]
-        for multiplier, state in zip(self.multipliers, saved["multipliers"], strict=True):
+def take_steps(run: Run, steps: int, step: Callable[[Run], dict], every: int = 0) -> None:
+    """All steps, with --resume those that are left; evaluates and saves each `every` steps."""
+    path, began = Path(run.config.out, f"{run.name}.pt"), time.perf_counter()
+    made_of = {key: value for key, value in vars(run.config).items() if key not in FREE}
+    made_of["rows"] = hashlib.sha256(repr(run.lab.rows).encode()).hexdigest()
+    if run.config.resume and path.exists():
+        saved = torch.load(path, run.lab.device, weights_only=True)
+        if saved["made_of"] != made_of:
+            other = dict(saved["made_of"].items() - made_of.items())
+            raise ValueError(f"{path}: made with {other}; use another --out")
+        run.nets.load_state_dict(saved["nets"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.generator.set_state(saved["generator"].cpu())
+        run.rows = saved["rows"]
+        for multiplier, state in zip(run.multipliers, saved["multipliers"], strict=True):
             vars(multiplier).update(state)
-
-    def train(self, steps: int, step: Callable[[Run], dict], every: int = 0) -> None:
-        """All steps, with --resume those that are left; evaluates and saves each `every` steps."""
-        if self.config.resume and self.path.exists():
-            self.load()
-        began, first = time.perf_counter(), len(self.rows)
-        for done in range(first + 1, steps + 1):
-            self.rows.append({"run": self.name, "update": done} | step(self))
-            if done == steps or (every and done % every == 0):
-                if every:
-                    self.rows[-1] |= means(evaluate(self.lab, self.nets[0]))
-                self.save()
-                left = (time.perf_counter() - began) / (done - first) * (steps - done)
-                shown = ("loss", "helpfulness", "reward", "cost", "lambda")
-                row = [f"{k} {v:.2f}" for k, v in self.rows[-1].items() if k.startswith(shown)]
-                print(f"{self.name} {done}/{steps}", *row, f"{left:.0f} s left", sep=" · ")
-        self.nets.requires_grad_(False)
+    first = len(run.rows)
+    for done in range(first + 1, steps + 1):
+        row = {"run": run.name, "update": done} | step(run)
+        run.rows.append(row)
+        if done < steps and (every == 0 or done % every > 0):
+            continue
+        if every > 0:
+            row |= means(evaluate(run.lab, run.nets[0]))
+        saved = {"nets": run.nets.state_dict(), "optimizer": run.optimizer.state_dict()}
+        saved |= {"generator": run.generator.get_state(), "made_of": made_of, "rows": run.rows}
+        saved["multipliers"] = [vars(multiplier) for multiplier in run.multipliers]
+        torch.save(saved, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # never half of one
+        left = (time.perf_counter() - began) / (done - first) * (steps - done)
+        shown = [f"{key} {value:.2f}" for key, value in row.items() if isinstance(value, float)]
+        print(f"{run.name} {done}/{steps}", *shown, f"{left:.0f} s left", sep=" · ")
+    run.nets.requires_grad_(False)
 
 
 def descend(run: Run, losses: Iterable[Tensor], steps: int) -> float:
-    """An optimiser step on the sum of losses, whose graphs are made one at a time.
-
-    The first network's rate rises over 3 % of the steps, then falls as a cosine. Raises
-    FloatingPointError in place of a step where a loss or a gradient is not finite.
-    """
+    """A step on the sum of losses; the first network's rate warms up and falls as a cosine."""
     done, total, norms = len(run.rows), 0.0, 0.0
     cosine = min((done + 1) / (0.03 * steps + 1), 0.5 * (1 + math.cos(math.pi * done / steps)))
     run.optimizer.zero_grad()
-    for loss in losses:
+    for loss in losses:  # their graphs are made one at a time
         loss.backward()
         total += loss.item()
     for i, group in enumerate(run.optimizer.param_groups):
@@ -644,133 +564,141 @@ def descend(run: Run, losses: Iterable[Tensor], steps: int) -> float:
     return total
 
 
+# ----- The stages ---------------------------------------------------------------------------------
+
+
 def learn_demonstrations(lab: Lab) -> None:
     """SFT makes the first policy, then frozen; a user's own stays as it is unless asked."""
 
     def step(run: Run) -> dict:
-        shown = lab.rollout(draw(lab.demonstrations, lab.config.batch // 2, run.generator))
+        shown = as_batch(lab, draw(lab.shown, lab.config.batch // 2, run.generator))
         return {"loss": descend(run, [ptx_loss(lab.policy, shown)], lab.config.sft_steps)}
 
     run = Run(lab, lab.config, "sft", [lab.policy], [lab.config.sft_lr], 0.1)
-    run.train(lab.config.sft_steps, step)
+    take_steps(run, lab.config.sft_steps, step)
 
 
 def draw_preferences(lab: Lab, number: int) -> None:
-    """Add a round's labelled pairs of answers, written to a file a cost; a tenth is held out.
-
-    Half of a later round's are to prompts that red-teaming found. Equal answers are left out.
-    """
+    """Add a round's labelled pairs of answers, by way of a file a cost; a tenth is held out."""
     config, seed = lab.config, 1_000_000 * (lab.config.seed + 1) + number
     r = random.Random(seed)
     prompts = r.choices(lab.held, k=config.pairs // 10)
     if lab.found:
         prompts += r.choices(lab.found, k=config.pairs // 2)
     prompts += r.choices(lab.train, k=config.pairs - len(prompts))
-    paths = [lab.out / f"preferences_{name}_{number}.jsonl" for name in config.cost_names]
-    if not (config.resume and all(path.exists() for path in paths)):
-        answers = [lab.answers(lab.policy, prompts, seed + 1000 * k)[0] for k in range(2)]
-        for name, path in zip(config.cost_names, paths, strict=True):
-            r, lines = random.Random(seed), []  # of one seed: the better answers are the same
-            for prompt, one, two in zip(prompts, *answers, strict=True):
-                if one != two:
-                    lines.append(json.dumps(label(prompt, one, two, name, r)) + "\n")
-            path.with_suffix(".tmp").write_text("".join(lines), "utf-8")
-            os.replace(path.with_suffix(".tmp"), path)
-    for rows, path in zip(lab.rows, paths, strict=True):
-        rows += lab.prepare(read_rows(path))
-
-
-def learn_scores(lab: Lab, number: int, i: int, folder: str) -> tuple[nn.Module, dict]:
-    """The reward model (i = 0) or a cost model (1 to K) of a round, and held-out accuracies."""
-    config, name, high = lab.config, "reward", "better_response_id"
-    if i > 0:
-        name, high = f"cost_{config.cost_names[i - 1]}", "safer_response_id"
-    held_out, every = set(lab.held), lab.rows[max(0, i - 1)]
-    rows = [row for row in every if row["prompt"] not in held_out]
-    held = [row for row in every if row["prompt"] in held_out]
-    if not (rows and held):
-        raise ValueError(f"{name}: too few prompts: a tenth is held out, and some must be left")
-    if i > 0 and len({flag for row in rows for flag in row["safe"]}) < 2:
-        raise ValueError(f"{name}: all answers have one safety label, so that C has no zero")
-
-    def scored(model: nn.Module, part: list[dict]) -> list[Tensor]:
-        """Scores of the answers that are better or safer, of the others, and the signs of both."""
-        picked = [(row, row[high]) for row in part] + [(row, 1 - row[high]) for row in part]
-        scores = score(model, lab.rollout([row["ids"][k] for row, k in picked]))
-        signs = torch.tensor([-1.0 if row["safe"][k] else 1.0 for row, k in picked])
-        return [*scores.chunk(2), *signs.to(lab.device).chunk(2)]
-
-    def step(run: Run) -> dict:
-        first, second, *signs = scored(run.nets[0], draw(rows, config.batch // 2, run.generator))
-        loss = cost_loss(first, second, *signs) if i else reward_loss(first, second)
-        return {"loss": descend(run, [loss], config.score_steps)}
-
-    torch.manual_seed(config.seed + number)
-    model = new_scorer(lab, folder).to(lab.device).requires_grad_(False)
-    if not folder:
-        run = Run(lab, config, f"{name}_{number}", [model], [config.score_lr], 0.1)
-        run.train(config.score_steps, step)
-    parts = [scored(model, part) for part in batches(held, config.batch)]
-    first, second, *signs = (torch.cat(x) for x in zip(*parts, strict=True))
-    right = second > first if i else first > second
-    found = {f"{name}_pairs": right.float().mean().item()}
-    if i > 0:
-        right = (torch.cat([first, second]) > 0) == (torch.cat(signs) > 0)
-        found[f"{name}_signs"] = right.float().mean().item()
-    return model, found
+    answers = [evaluate(lab, lab.policy, prompts, seed + 1000 * k) for k in range(2)]
+    for cost, rows in zip(lab.costs, lab.rows, strict=True):
+        r, lines = random.Random(seed), []  # of one seed: the better answers are the same
+        for one, two in zip(*answers, strict=True):
+            if one["answer"] != two["answer"]:
+                row = label(one["prompt"], one["answer"], two["answer"], cost, r)
+                lines.append(json.dumps(row) + "\n")
+        path = Path(config.out, f"preferences_{cost}_{number}.jsonl")
+        path.write_text("".join(lines), "utf-8")
+        rows += read_rows(path)
 
 
 def new_scorer(lab: Lab, folder: str) -> nn.Module:
     """A score model: a folder's, or one that starts from the policy, with a new head."""
-    if not (folder or lab.config.policy):
+    if lab.config.policy:
+        kind = "AutoModelForSequenceClassification"
+        model = Pretrained(folder or lab.config.policy, kind, num_labels=1)
+        if model.vocab_size != lab.policy.vocab_size:
+            raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
+    else:
         model = Decoder(lab.policy.vocab_size, lab.policy.positions, lab.config, scores=True)
         body = {k: v for k, v in lab.policy.state_dict().items() if not k.startswith("head")}
         model.load_state_dict(body, strict=False)
-        return model
-    kind = "AutoModelForSequenceClassification"
-    model, _ = read_folder(folder or lab.config.policy, kind, new_head=not folder)
-    if model.vocab_size != lab.policy.vocab_size:
-        raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
-    return model
+    return model.to(lab.device).requires_grad_(False)
 
 
-# ----- Rounds, evaluation, report -----------------------------------------------------------------
+def pair_scores(lab: Lab, model: nn.Module, rows: list[dict], key: str) -> list[Tensor]:
+    """Scores of the rows' answers with that id, of the others, and the signs of both, all (B,)."""
+    picked = [(row, row[key]) for row in rows] + [(row, 1 - row[key]) for row in rows]
+    texts = [(row["prompt"], row[f"response_{k:d}"]) for row, k in picked]
+    signs = torch.tensor([-1.0 if row["safe"][k] else 1.0 for row, k in picked], device=lab.device)
+    return [*score(model, as_batch(lab, texts)).chunk(2), *signs.chunk(2)]
+
+
+def learn_score(lab: Lab, number: int, i: int, folder: str = "") -> dict[str, float]:
+    """A round's reward model (i = 0) or cost model (1 to K): sets it, returns its accuracies."""
+    config, name, key = lab.config, "reward", "better_response_id"
+    if i > 0:
+        name, key = f"cost_{lab.costs[i - 1]}", "safer_response_id"
+    apart, every = set(lab.held), lab.rows[max(0, i - 1)]
+    rows = [row for row in every if row["prompt"] not in apart]
+    held = [row for row in every if row["prompt"] in apart]
+    if i > 0 and len({flag for row in rows for flag in row["safe"]}) < 2:
+        raise ValueError(f"{name}: all answers have one safety label, so that C has no zero")
+
+    def step(run: Run) -> dict:
+        part = draw(rows, config.batch // 2, run.generator)
+        first, second, *signs = pair_scores(lab, model, part, key)
+        loss = cost_loss(first, second, *signs) if i > 0 else reward_loss(first, second)
+        return {"loss": descend(run, [loss], config.score_steps)}
+
+    torch.manual_seed(config.seed + number)
+    model = lab.scorers[name] = new_scorer(lab, folder)
+    if not folder:
+        run = Run(lab, config, f"{name}_{number}", [model], [config.score_lr], 0.1)
+        take_steps(run, config.score_steps, step)
+    parts = [held[j : j + config.batch] for j in range(0, len(held), config.batch)]
+    columns = zip(*(pair_scores(lab, model, part, key) for part in parts), strict=True)
+    first, second, *signs = map(torch.cat, columns)
+    if i == 0:
+        return {"reward_pairs": (first > second).float().mean().item()}
+    right = (torch.cat([first, second]) > 0) == (torch.cat(signs) > 0)
+    pairs = (second > first).float().mean().item()
+    return {f"{name}_pairs": pairs, f"{name}_signs": right.float().mean().item()}
 
 
 def ppo(lab: Lab, config: Config, name: str) -> Run:
     """A run of config.method from the round's first policy; critics start as score models."""
-    constrained = config.method == "ppo_lag"
-    sources = [lab.policy, lab.reward, *(lab.costs if constrained else [])]
-    rates = [config.lr] + [config.critic_lr] * (len(sources) - 1)
-    run = Run(lab, config, name, [copy.deepcopy(net) for net in sources], rates, 0.01)
-    options = (config.lagrange_initial, config.lagrange_lr, config.lagrange_maximum)
-    for threshold in config.thresholds if constrained else []:
-        run.multipliers.append(LagrangeMultiplier(*options, threshold))
-    run.train(config.updates, update, config.eval_every)
+    scorers, thresholds = [lab.scorers["reward"]], []
+    if config.method == "ppo_lag":
+        scorers, thresholds = [*lab.scorers.values()], config.threshold.split(",")
+    rates = [config.lr] + [config.critic_lr] * len(scorers)
+    run = Run(lab, config, name, copy.deepcopy([lab.policy, *scorers]), rates, 0.01)
+    for threshold in map(float, thresholds):
+        run.multipliers.append(LagrangeMultiplier(lr=config.lagrange_lr, threshold=threshold))
+    take_steps(run, config.updates, update, config.eval_every)
     return run
 
 
+def red_team(lab: Lab, seed: int) -> tuple[list[str], float]:
+    """Disguised prompts that the policy answers harmfully, of a third drawn, none found before."""
+    fresh = [prompt for prompt in lab.disguised if prompt not in lab.found]
+    fresh = random.Random(seed).sample(fresh, min(len(fresh), len(lab.disguised) // 3))
+    rows = evaluate(lab, lab.policy, fresh, seed)
+    found = [row["prompt"] for row in rows if row["true_harm"] > 0]
+    return found, len(found) / max(1, len(fresh))
+
+
+# ----- The run: rounds, evaluation, report --------------------------------------------------------
+
+
 @torch.no_grad()
-def evaluate(lab: Lab, policy: nn.Module) -> list[dict]:
-    """An answer to each of eval_rows held-out prompts, by the same draws, with all its scores."""
-    prompts = list(itertools.islice(itertools.cycle(lab.held), lab.config.eval_rows))
-    texts, rollouts = lab.answers(policy, prompts, 17)
-    columns = collections.defaultdict(list)
-    for rollout in rollouts:
+def evaluate(lab: Lab, policy: nn.Module, prompts: list[str] | None = None, seed=17) -> list[dict]:
+    """An answer to each prompt, or to held-out ones, by draws of that seed, with all its scores."""
+    config, rows, generator = lab.config, [], torch.Generator(lab.device).manual_seed(seed)
+    if prompts is None:
+        prompts = list(itertools.islice(itertools.cycle(lab.held), config.eval_rows))
+    for start in range(0, len(prompts), config.batch):
+        part = prompts[start : start + config.batch]
+        rollout = write_answers(lab, policy, part, generator)
         log_ratio = (rollout.logp - token_logp(lab.policy, rollout)) * rollout.mask
-        columns["kl"] += log_ratio.sum(1).tolist()
-        columns["reward"] += score(lab.reward, rollout).tolist()
-        for name, model in zip(lab.config.cost_names, lab.costs, strict=True):
-            columns[f"cost_{name}"] += score(model, rollout).tolist()
-    rows = []
-    for i, (prompt, answer) in enumerate(zip(prompts, texts, strict=True)):
-        row = {"prompt": prompt, "kind": about(prompt)[0], "answer": answer}
-        row |= {key: column[i] for key, column in columns.items()}
-        if lab.disguised:
-            row |= true_scores(prompt, answer) | {"refused": float(answer == REFUSAL)}
-        for name in lab.config.cost_names:  # by the learned cost, where there is no truth
-            row[f"unsafe_{name}"] = float(row.get(f"true_{name}", row[f"cost_{name}"]) > 0)
-        rows.append(row)
+        scores = {"kl": log_ratio.sum(1).tolist()}
+        scores |= {name: score(model, rollout).tolist() for name, model in lab.scorers.items()}
+        for i, prompt in enumerate(part):
+            ids = rollout.tokens[i][rollout.mask[i].bool()].tolist()
+            answer = lab.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            row = {"prompt": prompt, "kind": about(prompt)[0], "answer": answer}
+            row |= {name: column[i] for name, column in scores.items()}
+            if lab.disguised:
+                row |= true_scores(prompt, answer) | {"refused": float(answer == REFUSAL)}
+            for cost in lab.costs:  # by the learned cost, where there is no truth
+                row[f"unsafe_{cost}"] = float(row.get(f"true_{cost}", row.get(f"cost_{cost}")) > 0)
+            rows.append(row)
     return rows
 
 
@@ -780,101 +708,84 @@ def means(rows: list[dict]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}
 
 
-def red_team(lab: Lab, seed: int) -> tuple[list[str], float]:
-    """Disguised prompts that the policy answers harmfully, of a third drawn, none found before."""
-    fresh = [prompt for prompt in lab.disguised if prompt not in set(lab.found)]
-    fresh = random.Random(seed).sample(fresh, min(len(fresh), len(lab.disguised) // 3))
-    pairs = zip(fresh, lab.answers(lab.policy, fresh, seed)[0], strict=True)
-    found = [prompt for prompt, text in pairs if true_scores(prompt, text)["true_harm"] > 0]
-    return found, len(found) / max(1, len(fresh))
-
-
 def train(config: Config) -> dict:
-    """The whole run: stages, methods, rounds; writes result.json, metrics.jsonl and a picture."""
+    """The whole run: rounds of preferences, score models, PPO. Returns what result.json holds."""
     began, lab, runs, rounds = time.perf_counter(), Lab(config), {}, []
-    lab.out.mkdir(parents=True, exist_ok=True)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     learn_demonstrations(lab)
-    first, plain = lab.policy, lab.train
-    folders = [config.reward_model, *(split(config.cost_model) or [""] * len(config.cost_names))]
+    first, prompts = lab.policy, lab.train
+    methods = [config.method] if config.method else ["ppo", "ppo_lag"]
+    folders = [config.reward_model, config.cost_model] if config.policy else [""] * 3
     for number in range(1, config.rounds + 1):
         if number > 1:
+            methods = ["ppo_lag"]
             lab.found += red_team(lab, 7 * config.seed + number)[0]
-            repeats = len(plain) // max(1, len(lab.found))  # so that about half are found ones
-            lab.train = plain + lab.found * repeats
-        if not config.preferences:
+            repeats = len(prompts) // max(1, len(lab.found))  # so that about half are found ones
+            lab.train = prompts + lab.found * repeats
+        if not config.policy:
             draw_preferences(lab, number)
-        learned = [learn_scores(lab, number, i, folder) for i, folder in enumerate(folders)]
-        lab.reward, *lab.costs = (model for model, _ in learned)
-        accuracy = {key: value for _, found in learned for key, value in found.items()}
+        accuracy = {}
+        for i in range(1 + len(lab.costs)):
+            accuracy |= learn_score(lab, number, i, folders[i])
         print("held out:", *(f"{key} {value:.1%}" for key, value in accuracy.items()))
-        methods = [config.method] if config.method else ["ppo", "ppo_lag"]
-        for method in methods if number == 1 else ["ppo_lag"]:
+        for method in methods:
             name = f"shaping-{config.nu:g}" if method == "shaping" else method
             name = f"{name}-{number}" if number > 1 else name
             if method != "sft":
-                runs[name] = ppo(lab, dataclasses.replace(config, method=method, rounds=1), name)
+                runs[name] = ppo(lab, dataclasses.replace(config, method=method), name)
         if config.rounds > 1:
-            lab.policy = copy.deepcopy(runs[name].nets[0])
+            lab.policy = runs[name].nets[0]
             row = {"round": number, "found": len(lab.found)} | accuracy
             row |= {"fresh": red_team(lab, 10_000 + number)[1]} | means(evaluate(lab, lab.policy))
             rounds.append(row)
-            print(f"round {number}: unsafe {row['unsafe_harm']:.1%}, disguised {row['fresh']:.1%}")
+            print(f"round {number}: {row['fresh']:.1%} of disguised prompts answered harmfully")
     lab.policy = first
     answers = {"sft": evaluate(lab, first)}
     answers |= {name: evaluate(lab, run.nets[0]) for name, run in runs.items()}
     result = {
-        "means": {name: means(rows) for name, rows in answers.items()},
-        "accuracy": accuracy, "rounds": rounds, "answers": answers,
+        "means": {name: means(rows) for name, rows in answers.items()}, "accuracy": accuracy,
+        "rounds": rounds, "answers": answers, "wall_seconds": round(time.perf_counter() - began, 1),
         "parameters": sum(parameter.numel() for parameter in first.parameters()),
-        "wall_seconds": round(time.perf_counter() - began, 1), "argv": sys.argv,
-        "python": sys.version, "torch": torch.__version__, "seed": config.seed,
-        "device": f"{lab.device}, {torch.get_num_threads()} threads",
+        "argv": sys.argv, "python": sys.version, "torch": torch.__version__, "seed": config.seed,
+        "device": f"{lab.device}, {torch.get_num_threads()} threads", "config": vars(config),
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "config": dataclasses.asdict(config),
     }  # fmt: skip
-    rows = [json.dumps(row) + "\n" for run in runs.values() for row in run.rows]
-    (lab.out / "metrics.jsonl").write_text("".join(rows), "utf-8")
-    (lab.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    if config.policy:
-        for name, run in runs.items():
-            run.nets[0].inner.save_pretrained(lab.out / name)
-            lab.tokenizer.save_pretrained(lab.out / name)
-    report(lab, answers, runs)
-    print(f"{lab.out}: result.json, metrics.jsonl, runs.png after {result['wall_seconds']} s")
+    report(lab, runs, result)
     return result
 
 
-def report(lab: Lab, answers: dict[str, list[dict]], runs: dict[str, Run]) -> None:
-    """Print mean scores and six answers of each policy; draw its answers and the runs as a PNG."""
-    print("\n" + " " * 9 + "".join(f"{key:>13}" for key in means(answers["sft"])))
-    for name, rows in answers.items():
-        print(f"{name:9}" + "".join(f"{value:13.3f}" for value in means(rows).values()))
-    for i, row in enumerate(answers["sft"][:6]):
-        print(f"\n{row['kind']}: {row['prompt']}")
-        for name, rows in answers.items():
-            print(f"{name:>9}  {rows[i]['answer']}")
+def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
+    """Write what was found, print means and six answers a policy, draw the picture."""
+    out, cost = Path(lab.config.out), lab.costs[0]
+    lines = [json.dumps(row) + "\n" for run in runs.values() for row in run.rows]
+    (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    for name, run in runs.items():
+        if lab.config.policy:
+            run.nets[0].inner.save_pretrained(out / name)
+            lab.tokenizer.save_pretrained(out / name)
+    for name, row in result["means"].items():
+        print(f"\n{name}:", *(f"{key} {value:.3f}" for key, value in row.items()))
+        for shown in result["answers"][name][:6]:
+            print(f"    {shown['prompt']} {shown['answer']}")
+    print(f"{out}: result.json, metrics.jsonl, runs.png after {result['wall_seconds']} s")
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    size, cost = len(answers) + 2, lab.config.cost_names[0]
-    figure, axes = plt.subplots(1, size, figsize=(4 * size, 4), layout="constrained")
-    for axis, (name, rows) in zip(axes, answers.items(), strict=False):
+    figure, axes = plt.subplots(1, len(runs) + 3, figsize=(18, 4), layout="constrained")
+    for axis, (name, rows) in zip(axes, result["answers"].items(), strict=False):
         x, y = ([row[key] for row in rows] for key in ("reward", f"cost_{cost}"))
         axis.scatter(x, y, 5, ["C3" if row[f"unsafe_{cost}"] else "C0" for row in rows])
-        axis.axhline(0, color="k", lw=0.6)
         axis.set(title=f"{name}: red is unsafe", xlabel="learned reward", ylabel="learned cost")
-    for axis, kind in zip(axes[-2:], ("cost", "lambda"), strict=True):
-        for run, name in itertools.product(runs.values(), lab.config.cost_names):
-            rows = [row for row in run.rows if f"{kind}_{name}" in row]
-            line = [row[f"{kind}_{name}"] for row in rows]
-            if rows:
-                axis.plot([row["update"] for row in rows], line, label=f"{run.name}, {name}")
-                axis.legend(fontsize=7)
-        axis.set(title=kind, xlabel="update")
-    for threshold in lab.config.thresholds:
-        axes[-2].axhline(threshold, color="k", lw=0.6)
-    figure.savefig(lab.out / "runs.png", dpi=110)
+    for axis, key in zip(axes[-2:], (f"cost_{cost}", f"lambda_{cost}"), strict=True):
+        for name, run in runs.items():
+            rows = [row for row in run.rows if "kl" in row and key in row]
+            axis.plot([row["update"] for row in rows], [row[key] for row in rows], label=name)
+        axis.set(title=key, xlabel="update")
+    axes[-2].axhline(float(lab.config.threshold.split(",")[0]), color="k", lw=0.6)
+    axes[-2].legend(fontsize=7)
+    figure.savefig(out / "runs.png", dpi=110)
     plt.close(figure)
 
 
@@ -882,13 +793,17 @@ def report(lab: Lab, answers: dict[str, list[dict]], runs: dict[str, Run]) -> No
 
 
 class Pretrained(nn.Module):
-    """A user's model of transformers, called as `Decoder` is, with a cache."""
+    """A user's model, of that class of transformers; called as `Decoder` is, with a cache."""
 
-    def __init__(self, inner: nn.Module):
+    def __init__(self, folder: str, kind: str, **options):
+        import transformers
+
         super().__init__()
-        self.inner = inner.eval()  # no dropout, so that PPO's first ratio is 1
-        self.vocab_size = inner.config.vocab_size
-        self.positions = inner.config.max_position_embeddings
+        options["dtype"] = torch.float32
+        self.inner = getattr(transformers, kind).from_pretrained(folder, **options)
+        self.inner.eval()  # no dropout, so that PPO's first ratio is 1
+        self.vocab_size = self.inner.config.vocab_size
+        self.positions = self.inner.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, valid: Tensor, past: object = None) -> tuple[Tensor, object]:
         """As `Decoder`; tokens (B, L) are the last L of S, valid is (B, S), past of the others."""
@@ -898,28 +813,6 @@ class Pretrained(nn.Module):
         body = self.inner.base_model(tokens, **options)
         head = getattr(self.inner, "score", None) or self.inner.get_output_embeddings()
         return head(body.last_hidden_state), body.past_key_values
-
-
-def read_folder(folder: str, kind: str, new_head: bool = False) -> tuple[Pretrained, object]:
-    """The model in a folder, of that class of transformers, and a policy's tokenizer.
-
-    Raises ValueError where weights are missing, which transformers would draw anew.
-    """
-    import transformers
-
-    options = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
-    if kind != "AutoModelForCausalLM":
-        options["num_labels"] = 1
-    model, report = getattr(transformers, kind).from_pretrained(folder, **options)
-    missing = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
-    if missing or report["mismatched_keys"]:
-        raise ValueError(f"{folder}: the weights do not fit: {report}")
-    tokenizer = None
-    if kind == "AutoModelForCausalLM":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"{folder}: the tokenizer has no eos_token, which ends an answer")
-    return Pretrained(model), tokenizer
 
 
 # ----- Config and main ----------------------------------------------------------------------------
@@ -940,10 +833,10 @@ class Config:
 
     method: str = flag("", f"{', '.join(METHODS)}; empty: ppo and ppo_lag from one start")
     rounds: int = flag(1, "rounds of preferences and ppo_lag, then with red-teaming; paper: 3")
-    preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl, one file a cost; empty: invented world")
+    preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl; empty: the invented world")
     policy: str = flag("", "folder of a Llama for transformers; empty: a new small decoder")
     reward_model: str = flag("", "folder of a reward model with one label; empty: train one")
-    cost_model: str = flag("", "folders of cost models, by commas; empty: train them")
+    cost_model: str = flag("", "folder of a cost model with one label; empty: train one")
     costs: str = flag("harm", "the invented world's constraints, by commas: harm, length")
     threshold: str = flag("-1", "most mean cost, by commas one a cost; paper's code: 0")
     d_model: int = flag(48, "width of a new policy, a multiple of 4; paper: Llama 7B, 4,096")
@@ -960,9 +853,7 @@ class Config:
     critic_lr: float = flag(1e-3, "the critics' rate; --policy: 5e-6, the paper's")
     beta: float = flag(1.0, "KL penalty a nat; paper's code: 0.01")
     ptx: float = flag(1.0, "weight of the PTX loss; paper's code: 16")
-    lagrange_initial: float = flag(1.0, "lambda at the start")
-    lagrange_lr: float = flag(0.5, "its learning rate, 0: fixed; paper: 0.1")
-    lagrange_maximum: float = flag(5.0, "its largest value")
+    lagrange_lr: float = flag(0.5, "learning rate of lambda, 0: it stays at 1; paper: 0.1")
     nu: float = flag(1.0, "shaping: the reward is R - nu C")
     eval_every: int = flag(5, "updates from one evaluation and checkpoint to the next")
     eval_rows: int = flag(300, "answers of an evaluation, to held-out prompts")
@@ -973,36 +864,15 @@ class Config:
     smoke: bool = flag(False, "tiny and few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            least = 1 if type(value) is int and name not in ("seed", "sft_steps") else 0
-            if not isinstance(value, str) and not least <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        names, folders = self.cost_names, split(self.cost_model)
         if self.method not in ("", *METHODS):
             raise ValueError(f"--method {self.method!r} must be one of {', '.join(METHODS)}")
-        if len({*names, "reward"}) <= len(names):
-            raise ValueError(f"costs {names} must have names of their own, other than reward")
-        if not self.preferences and not {*names} <= {"harm", "length"}:
-            raise ValueError(f"--costs {self.costs} must be harm or length, or both")
-        if len(self.thresholds) != len(names) or len(folders) not in (0, len(names)):
-            raise ValueError(
-                f"--threshold {self.threshold}, cost models {folders}: one for {names}"
-            )
-        if self.method == "gate" and self.preferences:
-            raise ValueError("--method gate needs the invented world, whose prompts are tagged")
-        if self.rounds > 1 and (self.method not in ("", "ppo_lag") or "harm" not in names):
-            raise ValueError(f"--rounds {self.rounds} needs ppo_lag and the invented world's harm")
-        LagrangeMultiplier(self.lagrange_initial, self.lagrange_lr, self.lagrange_maximum)
-
-    @property
-    def cost_names(self) -> list[str]:
-        """Names of the K costs: the invented world's, or those of the files."""
-        return [Path(part).stem for part in split(self.preferences)] or split(self.costs)
-
-    @property
-    def thresholds(self) -> list[float]:
-        """The K thresholds."""
-        return [float(part) for part in split(self.threshold)]
+        if bool(self.policy) != bool(self.preferences):
+            raise ValueError("--policy and --preferences go together")
+        if self.policy and (self.method == "gate" or self.rounds > 1 or self.costs != "harm"):
+            raise ValueError("--method gate, --rounds and --costs need the invented world")
+        costs, thresholds = self.costs.split(","), self.threshold.split(",")
+        if not {*costs} <= {"harm", "length"} or len(costs) != len(thresholds):
+            raise ValueError(f"--costs {costs} of harm, length; one --threshold each: {thresholds}")
 
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
@@ -1030,14 +900,11 @@ def main(argv: list[str] | None = None) -> int:
         given["out"] += "/smoke"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
+    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError)
     try:
         train(Config(**given))
-    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
-        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
-        if isinstance(error, ImportError):
-            text += f"; pip install {error.name}"
-        print(text, file=sys.stderr)
+    except (*kinds, ImportError, AssertionError) as error:  # the last is of a missing device
+        print(" ".join(f"safe_rlhf.py: {error}".split())[:400], file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130

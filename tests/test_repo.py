@@ -17,7 +17,7 @@ MOST_LINES = {  # of a script; they may only shrink
     "transformer.py": 1_038,
     "constrained_ppo.py": 844,
     "iclm_sort.py": 798,
-    "safe_rlhf.py": 1048,
+    "safe_rlhf.py": 915,
     "recaption.py": 940,
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

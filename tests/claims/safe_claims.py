@@ -9,9 +9,8 @@ again; --parts and --seeds choose among them. Once all are there, the result fil
 
 import argparse
 import contextlib
+import copy
 import dataclasses
-import io
-import itertools
 import json
 import math
 import statistics
@@ -34,7 +33,7 @@ NUS = (0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 THRESHOLDS = ("0", "-2", "-3")  # beside the default
 T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 KEYS = ("helpfulness", "cost_harm", "true_harm", "unsafe_harm", "refused")
-KEPT = ("update", "lambda_harm", "cost_harm", "batch_harm", "helpfulness", "reward")
+KEPT = ("update", "lambda_harm", "cost_harm", "batch_cost_harm", "helpfulness", "reward")
 ROWS = {  # of the table: the run's name in the result file
     "SFT alone": "sft", "PPO on the reward": "ppo", "**PPO-Lagrangian**": "ppo_lag",
     "its cost model by pairs alone": "no sign terms", "Llama 2's gate": "gate",
@@ -65,33 +64,24 @@ def win_rates(rows: list[dict], baseline: list[dict]) -> dict[str, tuple[int, fl
     return {k: (len(v), float(np.mean(v)) if v else None) for k, v in wins.items()}
 
 
-def elo(games: Sequence[tuple[int, int, float]], draws=0.1, samples=200, seed=0) -> tuple:
-    """Elo ratings (N,) of most likelihood, the first's 1000, and their 95 % bootstrap intervals.
+def elo(games: Sequence[tuple[int, int, float]], draws: float = 0.1) -> np.ndarray:
+    """Elo ratings (N,) of most likelihood, the first's 1000, by Zermelo's iteration.
 
     A game is (i, j, i's score: 1, 1/2 or 0). Virtual draws between each two players keep the rating
-    of one who always wins finite. Maximised by Zermelo's iteration, all resamples at once.
+    of one who always wins finite.
     """
-    i, j, score = (np.array(column) for column in zip(*games, strict=True))
-    if not ((score >= 0) & (score <= 1) & (i != j)).all():
-        raise ValueError("games must be (i, j, score from 0 to 1), i not j")
-    N, r = int(max(i.max(), j.max())) + 1, np.random.default_rng(seed)
-    drawn = r.multinomial(len(i), [1 / len(i)] * len(i), samples)
-    weights = np.concatenate([np.ones((1, len(i))), drawn])
-    wins = np.zeros((samples + 1, N, N)) + draws / 2 * (1 - np.eye(N))
-    for a, b in itertools.permutations(range(N), 2):
-        won = score * ((i == a) & (j == b)) + (1 - score) * ((i == b) & (j == a))
-        wins[:, a, b] += weights @ won
-    met, strength = wins + wins.transpose(0, 2, 1), np.ones((samples + 1, N))
+    N = 1 + max(max(i, j) for i, j, _ in games)
+    wins, strength = draws / 2 * (1 - np.eye(N)), np.ones(N)
+    for i, j, score in games:
+        wins[i, j] += score
+        wins[j, i] += 1 - score
     for _ in range(10_000):
         before = strength
-        rivals = before[:, :, None] + before[:, None]
-        strength = wins.sum(2) / np.maximum((met / rivals).sum(2), 1e-300)
-        strength = np.maximum(strength, 1e-300)  # of one who never wins
-        strength /= np.exp(np.log(strength).mean(1, keepdims=True))
+        strength = wins.sum(1) / ((wins + wins.T) / (before[:, None] + before)).sum(1)
+        strength = strength / strength[0]
         if np.abs(np.log(strength / before)).max() < 1e-10:
             break
-    ratings = 1000 + 400 * np.log10(strength / strength[:, :1])
-    return ratings[0], *np.quantile(ratings[1:], (0.025, 0.975), axis=0)
+    return 1000 + 400 * np.log10(strength)
 
 
 # ----- Runs ---------------------------------------------------------------------------------------
@@ -103,31 +93,29 @@ class Seed:
     def __init__(self, arguments: argparse.Namespace, seed: int):
         smoke = s.SMOKE if arguments.smoke else {}
         self.folder = arguments.out / f"seed_{seed}"
-        self.config = s.Config(**smoke, seed=seed, out=str(self.folder), resume=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lab, self.accuracy = s.Lab(self.config), {}
+        self.config = s.Config(**smoke, seed=seed, out=str(self.folder), resume=True)
+        self.lab = s.Lab(self.config)
         s.learn_demonstrations(self.lab)
         s.draw_preferences(self.lab, 1)
-        self.lab.reward, found = s.learn_scores(self.lab, 1, 0, "")
-        cost, more = s.learn_scores(self.lab, 1, 1, "")
-        self.lab.costs, self.accuracy = [cost], found | more
+        self.accuracy = s.learn_score(self.lab, 1, 0) | s.learn_score(self.lab, 1, 1)
 
     def kept(self, name: str, make: Callable[[], dict]) -> dict:
-        """The result of that name: read, or made and written, with the seconds that it took."""
+        """The result of that name: read, or made and written."""
         path, began = self.folder / f"{name}.json", time.process_time()
         if not path.exists():
-            result = make()
-            result["cpu_seconds"] = round(time.process_time() - began, 1)
-            path.write_text(json.dumps(result), "utf-8")
-            print(f"seed {self.config.seed}, {name}: {result['cpu_seconds']} s", flush=True)
+            path.write_text(json.dumps(make()), "utf-8")
+            print(
+                f"seed {self.config.seed}, {name}: {time.process_time() - began:.0f} s", flush=True
+            )
         return json.loads(path.read_text("utf-8"))
 
-    def run(self, name: str, **changes) -> dict:
+    def run(self, name: str, lab: s.Lab | None = None, **changes) -> dict:
         """A PPO run's rows, its last answers' means, and its wins over the first policy."""
+        lab = lab or self.lab
 
         def make() -> dict:
-            config = dataclasses.replace(self.config, **changes)
-            run = s.ppo(self.lab, config, name.replace(" ", "_"))
+            run = s.ppo(lab, dataclasses.replace(lab.config, **changes), name.replace(" ", "_"))
             rows = [{k: row[k] for k in KEPT if k in row} for row in run.rows]
             return {"rows": rows} | self.answers(run.nets[0])
 
@@ -142,31 +130,23 @@ def frontier(seed: Seed) -> dict:
     """The methods, and shaping over a grid of nu."""
     done = {"sft": seed.kept("sft", lambda: seed.answers(seed.lab.policy))}
     done |= {name: seed.run(name, method=name) for name in ("ppo", "ppo_lag", "gate")}
-    for nu in NUS:
-        done[f"nu {nu:g}"] = seed.run(f"nu {nu:g}", method="shaping", nu=nu)
-    done["fixed lambda"] = seed.run("fixed lambda", method="ppo_lag", lagrange_lr=0.0)
-    return done
+    done |= {f"nu {nu:g}": seed.run(f"nu {nu:g}", method="shaping", nu=nu) for nu in NUS}
+    return done | {"fixed lambda": seed.run("fixed lambda", method="ppo_lag", lagrange_lr=0.0)}
 
 
 def pairs_alone(seed: Seed) -> dict:
     """ppo_lag with a cost model that learned from pairs, without the sign terms."""
-
-    def make() -> dict:
-        cost_loss, costs = s.cost_loss, seed.lab.costs
-        s.cost_loss = lambda safer, unsafer, *signs: s.reward_loss(unsafer, safer)
-        config = dataclasses.replace(seed.config, out=str(seed.folder / "pairs"))
-        Path(config.out).mkdir(exist_ok=True)
-        try:
-            seed.lab.out = Path(config.out)
-            cost, accuracy = s.learn_scores(seed.lab, 1, 1, "")
-            seed.lab.costs = [cost]
-            run = s.ppo(seed.lab, dataclasses.replace(config, method="ppo_lag"), "ppo_lag")
-            seed.lab.costs = costs
-            return {"accuracy": accuracy} | seed.answers(run.nets[0])
-        finally:
-            s.cost_loss, seed.lab.costs, seed.lab.out = cost_loss, costs, seed.folder
-
-    return {"no sign terms": seed.kept("no sign terms", make)}
+    lab, cost_loss = copy.copy(seed.lab), s.cost_loss
+    lab.config = dataclasses.replace(seed.config, out=str(seed.folder / "pairs"))
+    lab.scorers = dict(seed.lab.scorers)
+    Path(lab.config.out).mkdir(exist_ok=True)
+    s.cost_loss = lambda safer, unsafer, *signs: s.reward_loss(unsafer, safer)
+    try:
+        accuracy = s.learn_score(lab, 1, 1)
+    finally:
+        s.cost_loss = cost_loss
+    run = seed.run("no sign terms", lab, method="ppo_lag")
+    return {"no sign terms": run | {"accuracy": accuracy}}
 
 
 def thresholds(seed: Seed) -> dict:
@@ -176,14 +156,9 @@ def thresholds(seed: Seed) -> dict:
 
 def rounds(seed: Seed) -> dict:
     """Three rounds with red-teaming, in a folder of their own."""
-    config = dataclasses.replace(seed.config, rounds=3, method="ppo_lag")
-    config = dataclasses.replace(config, out=str(seed.folder / "rounds"))
-
-    def make() -> dict:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return {"rounds": s.train(config)["rounds"]}
-
-    return {"rounds": seed.kept("rounds", make)}
+    options = {"rounds": 3, "method": "ppo_lag", "out": str(seed.folder / "rounds")}
+    config = dataclasses.replace(seed.config, **options)
+    return {"rounds": seed.kept("rounds", lambda: {"rounds": s.train(config)["rounds"]})}
 
 
 PARTS = {f.__name__: f for f in (frontier, pairs_alone, thresholds, rounds)}
@@ -199,10 +174,9 @@ def claims(seeds: list[dict], threshold: float) -> dict:
         runs = [seed[name] for seed in seeds]
         found["answers"][name] = {k: over([run["means"][k] for run in runs]) for k in KEYS}
         if name.startswith("nu"):
-            best = [seed["ppo_lag"]["means"]["helpfulness"] for seed in seeds]
-            own = [run["means"]["helpfulness"] for run in runs]
-            gain = over([a - b for a, b in zip(best, own, strict=True)])
-            kept = sum(run["means"]["cost_harm"] <= threshold for run in runs)
+            pairs = [(seed["ppo_lag"]["means"], seed[name]["means"]) for seed in seeds]
+            gain = over([best["helpfulness"] - own["helpfulness"] for best, own in pairs])
+            kept = sum(own["cost_harm"] <= threshold for _, own in pairs)
             found["against ppo_lag"][name] = {"gain": gain, "feasible": kept}
         if "lambda_harm" in runs[0].get("rows", [{}])[-1]:
             lams = [[row["lambda_harm"] for row in run["rows"]] for run in runs]
@@ -244,7 +218,7 @@ def draw(result: dict, path: Path) -> None:
     axes[0].set(xlabel="true cost", ylabel="true helpfulness")
     for seed in result["runs"]:
         rows = seed["ppo_lag"]["rows"]
-        for axis, key in zip(axes[1:], ("lambda_harm", "batch_harm"), strict=True):
+        for axis, key in zip(axes[1:], ("lambda_harm", "batch_cost_harm"), strict=True):
             axis.plot([row["update"] for row in rows], [row[key] for row in rows], lw=0.9)
             axis.set(xlabel="update", title=key)
     axes[2].axhline(result["threshold"], color="k", lw=0.6)
@@ -273,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             seeds[-1] |= PARTS[part](seed)
     if set(arguments.parts) != set(PARTS):
         return
-    threshold, accuracy = s.Config().thresholds[0], [seed["accuracy"] for seed in seeds]
+    threshold, accuracy = float(s.Config().threshold), [seed["accuracy"] for seed in seeds]
     result = {
         "command": "python tests/claims/safe_claims.py", "seeds": arguments.seeds,
         "threshold": threshold, "claims": claims(seeds, threshold),
