@@ -805,7 +805,7 @@ class Config:
             raise ValueError("--policy, --data and --module go together")
 
 
-SMOKE = {"batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
+SMOKE = {"supervised": 3, "batch": 8, "updates": 4, "eval_every": 2, "eval_rows": 24}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -818,14 +818,16 @@ def main(argv: list[str] | None = None) -> int:
             kind = {"action": argparse.BooleanOptionalAction}
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    if parser.parse_args(argv).policy:
+    given = parser.parse_args(argv)
+    if given.smoke:
+        parser.set_defaults(**SMOKE)  # flags that are written out come first
+    if given.policy:
         parser.set_defaults(lr=2e-6, supervised=0)
     given = vars(parser.parse_args(argv))
+    if given["smoke"]:
+        given["out"] += "/smoke"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    if given["smoke"]:
-        given |= SMOKE | {"supervised": min(3, given["supervised"])}
-        given["out"] += "/smoke"
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
         experiment(Config(**given))

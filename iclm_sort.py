@@ -772,22 +772,25 @@ def main(argv: list[str] | None = None) -> int:
             kind = {"action": argparse.BooleanOptionalAction}
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**SMOKE)  # flags that are written out come first
     given = vars(parser.parse_args(argv))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     if given["smoke"]:
-        given |= SMOKE | {"out": f"{given['out']}/smoke"}
-    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
+        given["out"] += "/smoke"
     try:
         JOBS[given.pop("job")](Config(**given))
-    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
-        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
-        if isinstance(error, ImportError):
-            text += f"; pip install {error.name}"
-        print(text, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # one line; `python -X dev` shows where it came from
+        if sys.flags.dev_mode:
+            raise
+        known = isinstance(error, ValueError | OSError | ArithmeticError)
+        text = f"{Path(__file__).name}: {error if known else repr(error)}"
+        if isinstance(error, ImportError):
+            text += f"; pip install {error.name}"
+        print(" ".join(text.split())[:400], file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -915,24 +915,26 @@ def main(argv: list[str] | None = None) -> int:
             kind = {"type": type(field.default), "default": field.default}
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, help=field.metadata["help"], **kind)
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**SMOKE)  # flags that are written out come first
     given = vars(parser.parse_args(argv))
     job = given.pop("job")
     if given["smoke"]:
-        given |= SMOKE | {"out": f"{given['out']}/smoke"}
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
-    kinds += (http.client.HTTPException,)
+        given["out"] += "/smoke"
+    sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     try:
         JOBS[job](Config(**given))
-    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
-        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
-        if isinstance(error, ImportError):
-            text += "; pip install pillow"  # all else is imported above
-        print(text, file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # one line; `python -X dev` shows where it came from
+        if sys.flags.dev_mode:
+            raise
+        known = isinstance(error, ValueError | OSError | ArithmeticError)
+        text = f"{Path(__file__).name}: {error if known else repr(error)}"
+        if isinstance(error, ImportError):
+            text += "; pip install pillow"  # all else is imported above
+        print(" ".join(text.split())[:400], file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

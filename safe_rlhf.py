@@ -602,7 +602,7 @@ def new_scorer(lab: Lab, folder: str) -> nn.Module:
     """A score model: a folder's, or one that starts from the policy, with a new head."""
     if lab.config.policy:
         kind = "AutoModelForSequenceClassification"
-        model = Pretrained(folder or lab.config.policy, kind, num_labels=1)
+        model = Pretrained(folder or lab.config.policy, kind, new_head=not folder, num_labels=1)
         if model.vocab_size != lab.policy.vocab_size:
             raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
     else:
@@ -795,12 +795,15 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
 class Pretrained(nn.Module):
     """A user's model, of that class of transformers; called as `Decoder` is, with a cache."""
 
-    def __init__(self, folder: str, kind: str, **options):
+    def __init__(self, folder: str, kind: str, new_head: bool = False, **options):
         import transformers
 
         super().__init__()
-        options["dtype"] = torch.float32
-        self.inner = getattr(transformers, kind).from_pretrained(folder, **options)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        self.inner, report = getattr(transformers, kind).from_pretrained(folder, **options)
+        drawn = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
+        if drawn:  # by transformers, at random
+            raise ValueError(f"{folder} lacks weights: {drawn}")
         self.inner.eval()  # no dropout, so that PPO's first ratio is 1
         self.vocab_size = self.inner.config.vocab_size
         self.positions = self.inner.config.max_position_embeddings
@@ -893,21 +896,27 @@ def main(argv: list[str] | None = None) -> int:
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
     given = parser.parse_args(argv)
-    parser.set_defaults(**SMOKE if given.smoke else {})  # flags that are written out win
-    parser.set_defaults(**OWN_POLICY if given.policy else {})
+    if given.smoke:
+        parser.set_defaults(**SMOKE)  # flags that are written out come first
+    if given.policy:
+        parser.set_defaults(**OWN_POLICY)
     given = vars(parser.parse_args(argv))
     if given["smoke"]:
         given["out"] += "/smoke"
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError)
+    sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     try:
         train(Config(**given))
-    except (*kinds, ImportError, AssertionError) as error:  # the last is of a missing device
-        print(" ".join(f"safe_rlhf.py: {error}".split())[:400], file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # one line; `python -X dev` shows where it came from
+        if sys.flags.dev_mode:
+            raise
+        known = isinstance(error, ValueError | OSError | ArithmeticError)
+        text = f"{Path(__file__).name}: {error if known else repr(error)}"
+        if isinstance(error, ImportError):
+            text += f"; pip install {error.name}"
+        print(" ".join(text.split())[:400], file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

@@ -1011,10 +1011,12 @@ def main(argv: list[str] | None = None) -> int:
             kind = {"action": argparse.BooleanOptionalAction}
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**SMOKE)  # flags that are written out come first
     given = vars(parser.parse_args(argv))
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     if given["smoke"]:
-        given |= SMOKE | {"out": f"{given['out']}/smoke"}
+        given["out"] += "/smoke"
     try:
         JOBS[given.pop("job")](Config(**given))
     except KeyboardInterrupt:

@@ -109,6 +109,9 @@ def test_score_models_of_other_vocabularies_are_refused(tmp_path):
     lab = s.Lab(s.Config(policy=str(tmp_path / "policy"), preferences=rows))
     with pytest.raises(ValueError, match="301 tokens, not 300"):
         s.new_scorer(lab, str(tmp_path / "reward"))
+    with pytest.raises(ValueError, match=r"lacks weights.*score\.weight"):  # a policy is none
+        s.new_scorer(lab, str(tmp_path / "policy"))
+    assert s.new_scorer(lab, "").inner.score.weight.shape == (1, BASE["hidden_size"])
 
 
 @pytest.mark.parametrize("draws", [0.0, 0.1, 2.0])
