@@ -3,7 +3,6 @@
 import base64
 import collections
 import copy
-import functools
 import io
 import itertools
 import json
@@ -18,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import zlib
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -58,10 +58,7 @@ def recurrence(
 def draw(B, L, D, N, seed=0, without=(), positive=False, starts=0.05, scale=1.0, A=1.0):
     """Arguments of `selective_scan`, all but those in `without`."""
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
+    normal = partial(torch.randn, generator=generator)
     x = {"u": normal(B, L, D), "delta": normal(B, L, D) * scale, "A": -A * normal(D, N).exp()}
     x |= {"B": normal(B, L, N), "C": normal(B, L, N), "D": normal(D), "z": normal(B, L, D)}
     x |= {"delta_bias": normal(D), "initial_state": normal(B, D, N), "delta_softplus": not positive}
@@ -81,26 +78,22 @@ def drawn(seed):
     return draw(r.randint(1, 4), L, channels, r.randint(1, 20), seed, without, r.random() < 0.3)
 
 
-def case(*sizes, **changes):
-    return functools.partial(draw, *sizes, **changes)
-
-
 HARD = {
-    "L = 1": case(2, 1, 5, 3),
-    "L prime": case(1, 197, 7, 16),
-    "L 2000": case(1, 2000, 2, 2, starts=0.002, without=["z", "delta_bias"]),
-    "many channels": case(1, 85, 600, 16, without=["D", "z"]),
-    "tiles and blocks, filled": case(2, 32, 64, 3),
-    "tiles and blocks, one too few": case(2, 15, 63, 3),
-    "tiles and blocks, one too many": case(2, 33, 129, 3),
-    "exp(delta A) is 0": case(2, 40, 6, 4, scale=1e5),
-    "exp(delta A) is 0, given": case(2, 40, 6, 4, scale=1e5, positive=True),
-    "delta near 0": case(2, 90, 6, 4, scale=1e-7, positive=True),
-    "A near 0": case(2, 90, 6, 4, A=1e-6),
-    "all starts": case(2, 60, 6, 4, starts=1.1),
-    "A large": case(2, 90, 6, 4, A=1e3),
+    "L = 1": partial(draw, 2, 1, 5, 3),
+    "L prime": partial(draw, 1, 197, 7, 16),
+    "L 2000": partial(draw, 1, 2000, 2, 2, starts=0.002, without=["z", "delta_bias"]),
+    "many channels": partial(draw, 1, 85, 600, 16, without=["D", "z"]),
+    "tiles and blocks, filled": partial(draw, 2, 32, 64, 3),
+    "tiles and blocks, one too few": partial(draw, 2, 15, 63, 3),
+    "tiles and blocks, one too many": partial(draw, 2, 33, 129, 3),
+    "exp(delta A) is 0": partial(draw, 2, 40, 6, 4, scale=1e5),
+    "exp(delta A) is 0, given": partial(draw, 2, 40, 6, 4, scale=1e5, positive=True),
+    "delta near 0": partial(draw, 2, 90, 6, 4, scale=1e-7, positive=True),
+    "A near 0": partial(draw, 2, 90, 6, 4, A=1e-6),
+    "all starts": partial(draw, 2, 60, 6, 4, starts=1.1),
+    "A large": partial(draw, 2, 90, 6, 4, A=1e3),
 }
-CASES = HARD | {f"drawn {seed}": functools.partial(drawn, seed) for seed in range(25)}
+CASES = HARD | {f"drawn {seed}": partial(drawn, seed) for seed in range(25)}
 LAYOUTS = (
     lambda x: x,
     lambda x: F.pad(x, (3, 2))[..., 3:-2],  # a slice of a wider projection
@@ -118,10 +111,8 @@ def differentiate(scan, x, layout=LAYOUTS[0], dtype=None):
     leaves = {k: v.to(dtype or v.dtype) for k, v in x.items() if is_float(v)}
     leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
     outputs = scan(**x | {k: layout(v) for k, v in leaves.items()})
-    generator, upstream = torch.Generator().manual_seed(1), []
-    for output in outputs:
-        gradient = torch.randn(output.shape, generator=generator).bfloat16()
-        upstream.append(gradient.to(output.dtype))
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     return dict(zip(("y", "state", *leaves), (*outputs, *grads), strict=True))
 
@@ -138,10 +129,10 @@ def scan_by(backend):
     """Skips the test, visibly, where there is no compiler."""
     if backend == "fused" and not mamba.can_compile("cpu"):
         pytest.skip("no C compiler")
-    return functools.partial(mamba.selective_scan, return_final_state=True, backend=backend)
+    return partial(mamba.selective_scan, return_final_state=True, backend=backend)
 
 
-@functools.cache
+@cache
 def case_and_truth(name):
     x, layout = CASES[name](), LAYOUTS[list(CASES).index(name) % 4]
     return x, layout, differentiate(recurrence, x, layout, torch.float64)
@@ -183,29 +174,6 @@ def test_float64_gradients_are_the_finite_differences(monkeypatch):
 # ----- Properties of the scan
 
 
-def in_pieces(cuts, backend):
-    """`selective_scan` run piece by piece, the state carried over the cuts."""
-
-    def scan(starts, initial_state, **x):
-        ys, state = [], initial_state
-        for a, b in itertools.pairwise([0, *cuts, x["u"].shape[1]]):
-            piece = {k: x[k][:, a:b] for k in ("u", "delta", "z", "B", "C")}
-            piece |= {"starts": starts[:, a:b], "initial_state": state}
-            y, state = scan_by(backend)(**x | piece)
-            ys.append(y)
-        return torch.cat(ys, 1), state
-
-    return scan
-
-
-@pytest.mark.parametrize("cuts", [[1], [59], [30], [7, 8, 31]])
-@pytest.mark.parametrize("backend", ["chunked", "fused"])
-def test_a_sequence_may_be_cut_anywhere(cuts, backend, monkeypatch):
-    monkeypatch.setattr(mamba.ParallelScan, "CHUNK", 1)
-    x = draw(2, 60, 9, 5)
-    check(differentiate(in_pieces(cuts, backend), x), differentiate(scan_by(backend), x), 1e-5)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_runs_are_bitwise_equal_and_inputs_are_left_alone(backend):
     x = draw(3, 100, 70, 8)
@@ -221,12 +189,11 @@ def test_runs_are_bitwise_equal_and_inputs_are_left_alone(backend):
 
 @pytest.mark.parametrize("backend", ["chunked", "fused"])
 def test_states_are_not_kept(backend):
-    B, L, D, N = 2, 256, 64, 16
-    x, sizes = draw(B, L, D, N), []
+    x, sizes = draw(2, 256, 64, 16), []
     x["u"].requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda v: sizes.append(v.numel()) or v, id):
         scan_by(backend)(**x)
-    assert 0 < sum(sizes) < B * L * D * N / 2  # the inputs of the operations are 12 N-ths of it
+    assert 0 < sum(sizes) < 16 * x["u"].numel() / 2  # most are inputs of the operations
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -238,28 +205,18 @@ def test_what_is_not_finite_stays_so(value):
     assert y[..., 3:].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "starts"]
-)
-def test_tensors_that_do_not_fit_are_named(name):
+def test_arguments_that_do_not_fit_are_named():
     x = draw(2, 4, 6, 3)
-    bad = {"u": x["u"][0], "A": x["A"][:5]}.get(name, x[name][..., :1])
-    with pytest.raises(ValueError, match=rf"\b{name} .*must be"):
-        mamba.selective_scan(**x | {name: bad})
-
-
-IMPOSSIBLE = {
-    "'cuda' must be": draw(2, 4, 6, 3) | {"backend": "cuda"},
-    "torch.float64": draw(2, 4, 6, 3) | {"u": torch.zeros(2, 4, 6).double(), "backend": "fused"},
-    "200 states": draw(2, 4, 6, 200) | {"backend": "fused"},
-    "A negative": draw(2, 4, 6, 3, A=0.0),  # or nothing would be forgotten at a start
-}
-
-
-@pytest.mark.parametrize("words", IMPOSSIBLE)
-def test_what_no_scan_can_do_is_an_error(words):
-    with pytest.raises(ValueError, match=words):
-        mamba.selective_scan(**IMPOSSIBLE[words])
+    narrow = {name: value[..., :1] for name, value in x.items() if torch.is_tensor(value)}
+    narrow |= {"u": x["u"][0], "A": x["A"][:5]}
+    bad = {rf"\b{name} .* must be": {name: value} for name, value in narrow.items()}
+    bad["backend 'cuda' must be"] = {"backend": "cuda"}
+    bad["cannot take torch.float64"] = {"backend": "fused", "u": x["u"].double()}
+    bad["200 states"] = draw(2, 4, 6, 200) | {"backend": "fused"}
+    bad["A negative"] = {"A": 0 * x["A"]}  # or nothing would be forgotten at a start
+    for words, changes in bad.items():
+        with pytest.raises(ValueError, match=words):
+            mamba.selective_scan(**x | changes)
 
 
 @pytest.mark.parametrize("compiler", ["cc", "no-such-compiler", "false", "cc -no-such-flag"])
@@ -271,7 +228,7 @@ def test_the_c_library_is_compiled_or_one_line_says_why_not(
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("c_library", "can_compile"):  # as in a new process
-        monkeypatch.setattr(mamba, name, functools.cache(getattr(mamba, name).__wrapped__))
+        monkeypatch.setattr(mamba, name, cache(getattr(mamba, name).__wrapped__))
     x = draw(2, 50, 70, 4)
     for _ in range(2):
         check(differentiate(scan_by("auto"), x), differentiate(scan_by("sequential"), x), 1e-5)
@@ -298,10 +255,8 @@ def test_the_block_is_figure_3():
     delta = F.linear(delta, block.dt_proj.weight)
     A = -block.A_log.exp()
     y, state = recurrence(branch, delta, A, B, C, block.D, z, block.dt_proj.bias, True)
-    ours, (window, h) = block(x)
-    close(ours, F.linear(y, block.out_proj.weight))
-    close(h, state)
-    close(window, F.linear(x, block.in_proj.weight)[:, -3:, :24])
+    window = F.linear(x, block.in_proj.weight)[:, -3:, :24]
+    close(block(x), (F.linear(y, block.out_proj.weight), (window, state)))
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
@@ -410,8 +365,7 @@ def test_round_trips(name, tmp_path, monkeypatch):
 def test_bpe_joins_the_commonest_pair():
     """Each merge, by recounting every pair of every word."""
     tokenizer, text = mamba.load_tokenizer("bpe:330", [PROSE, MIXED]), PROSE + MIXED
-    words = [word.encode() for word in regex.findall(mamba.CL100K, text)]
-    words = [[bytes([b]) for b in word] for word in words]
+    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(mamba.CL100K, text)]
     ranks = tokenizer.arguments["ranks"]
     for token in sorted(ranks, key=ranks.get)[256:]:
         count = collections.Counter(pair for word in words for pair in itertools.pairwise(word))
@@ -448,8 +402,7 @@ def test_every_twentieth_document_is_for_validation(kind, tmp_path):
     (tmp_path / "folder").mkdir()
     for i, row in enumerate(rows):
         (tmp_path / "folder" / f"{i:02}.txt").write_text(row)
-    lines = [json.dumps({"text": row}) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     corpus = mamba.load_corpus(str(tmp_path / kind), "bpe:262")
     for tokens, held_out in ((corpus.train, False), (corpus.valid, True)):
         text = corpus.tokenizer.decode_bytes(tokens, special=True).decode()
@@ -460,9 +413,7 @@ def test_every_twentieth_document_is_for_validation(kind, tmp_path):
 def write_bin(folder, name, ids, **changes):
     about = {"dtype": "uint16", "vocab_size": 257, "tokenizer": "byte", "document_separator": 256}
     about |= changes
-    np.asarray(ids, {"uint16": "<u2", "uint32": "<u4"}[about["dtype"]]).tofile(
-        folder / f"{name}.bin"
-    )
+    np.asarray(ids, about["dtype"]).tofile(folder / f"{name}.bin")
     (folder / f"{name}.json").write_text(json.dumps(about))
     return str(folder / f"{name}.bin")
 
@@ -496,17 +447,16 @@ def test_an_epoch_reads_each_window_once(size, context):
     epochs = np.concatenate(steps).reshape(6, count)
     assert epochs.min() >= 0 and epochs.max() + 33 <= size
     for epoch in epochs:
-        assert (np.diff(np.sort(epoch)) == 32).all() and (
-            context is None or (epoch % 32 == 0).all()
-        )
+        assert (np.diff(np.sort(epoch)) == 32).all()
+        assert context is None or (epoch % 32 == 0).all()
     assert size < 1024 or len({tuple(epoch) for epoch in epochs}) == 6
 
 
 @pytest.mark.parametrize("clip", [1.9, 0.0])
 def test_a_training_step_is_adamw_written_out(clip):
-    """Windows, starts, loss, clipping, rate and AdamW (1711.05101, algorithm 2), in float64."""
+    """Windows, starts, loss in two pieces, clipping, rate, AdamW (1711.05101, algorithm 2)."""
     tokens = np.random.default_rng(0).choice([256, 7, 8, 9, 10], 900)
-    sizes = {"batch": 4, "accumulate": 2, "length": 16, "steps": 8, "warmup": 0.25, "clip": clip}
+    sizes = {"batch": 4, "accumulate": 2, "length": 260, "steps": 8, "warmup": 0.25, "clip": clip}
     rates = {"lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.3, "beta2": 0.8}
     config = mamba.Config(**sizes, **rates, document_resets=True, seed=3)
     corpus, norms = corpus_of(tokens), []
@@ -514,9 +464,10 @@ def test_a_training_step_is_adamw_written_out(clip):
     model, optimizer = copy.deepcopy(trained), mamba.make_optimizer(trained, config)
     named = list(model.named_parameters())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in named}
-    for step in range(1, 9):
+    cosine = [1e-3 + 9e-3 * math.cos(math.pi * i / 10) ** 2 for i in range(6)]
+    for step, rate in enumerate([5e-3, 1e-2, *cosine], 1):
         offsets = mamba.window_offsets(corpus, config, step - 1)
-        windows = torch.from_numpy(np.stack([tokens[o : o + 17] for o in offsets]))
+        windows = torch.from_numpy(np.stack([tokens[o : o + 261] for o in offsets]))
         before = torch.tensor([[tokens[o - 1] if o else 256] for o in offsets])
         starts = torch.cat([before, windows[:, :-2]], 1) == 256
         logits = model(windows[:, :-1], starts=starts)
@@ -525,9 +476,6 @@ def test_a_training_step_is_adamw_written_out(clip):
         norms.append(math.sqrt(sum(g.square().sum().item() for g in grads)))
         ours = mamba.train_step(trained, optimizer, corpus, config, step - 1)
         assert ours == pytest.approx((loss.item(), norms[-1]), rel=1e-5)
-        rate = (
-            1e-3 + 9e-3 * math.cos(math.pi / 2 * (step - 3) / 5) ** 2 if step > 2 else 5e-3 * step
-        )
         scale = min(1.0, clip / norms[-1]) if clip else 1.0
         for (name, p), g in zip(named, grads, strict=True):
             m, v = moments[name]
@@ -587,13 +535,12 @@ def run(tmp_path, monkeypatch):
     return jobs(mamba, tmp_path, monkeypatch)
 
 
-def losses(out):
-    rows = (out / "metrics.jsonl").read_text().splitlines()
-    return torch.tensor([json.loads(row)["loss"] for row in rows])
-
-
 def saved(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def losses(out):
+    return torch.tensor([row["loss"] for row in saved(out)["history"]])
 
 
 def press_ctrl_c(script, steps, monkeypatch):
@@ -608,23 +555,24 @@ def press_ctrl_c(script, steps, monkeypatch):
     monkeypatch.setattr(script, "learning_rate", pressed)
 
 
-def test_a_run_writes_its_files(tmp_path, monkeypatch):
-    """Also where standard output is not UTF-8, and with the picture."""
+def test_a_run_writes_its_files_and_eval_agrees(tmp_path, monkeypatch):
+    """Also where standard output is not UTF-8."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
     (tmp_path / "text.txt").write_text(sentences(1), "utf-8")
     assert mamba.main([*TINY, "--data=text.txt", "--out=out", "--prompt=日本"]) == 0
+    assert mamba.main(["eval", "--out=out"]) == 0
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert sorted(files) == ["checkpoint.pt", "loss.png", "metrics.jsonl", "result.json"]
+    result = json.loads(files["result.json"].read_text())
+    assert result["config"]["d_model"] == 16 and len(result["script_sha256"]) == 64
+    rows = [json.loads(row) for row in files["metrics.jsonl"].read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, 21)]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [5, 10, 15, 20]
     sys.stdout.seek(0)
     printed = sys.stdout.read()
     assert "step 20 · loss" in printed and "\n??" in printed
-    names = ["checkpoint.pt", "loss.png", "metrics.jsonl", "result.json"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["config"]["d_model"] == 16 and result["seed"] == 0
-    assert result["baselines_bits_a_byte"]["xz"] > 0 and len(result["script_sha256"]) == 64
-    rows = saved(tmp_path / "out")["history"]
-    assert [row["step"] for row in rows] == [*range(1, 21)]
-    assert [row["step"] for row in rows if "valid_loss" in row] == [5, 10, 15, 20]
+    assert printed.count(str(result["validation"])) == 2
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--accumulate 2 --document-resets"])
@@ -635,8 +583,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch, caps
     press_ctrl_c(mamba, (7, 16), monkeypatch)
     assert run("parts", flags) == 130
     assert signal.getsignal(signal.SIGINT) is usual
-    assert len(losses(parts)) == len(saved(parts)["history"]) == 7
-    assert "stopped after step 7; --resume goes on" in capsys.readouterr().out
+    assert len(losses(parts)) == 7 and "stopped after step 7; " in capsys.readouterr().out
     (parts / "metrics.jsonl").unlink()
     assert run("parts", f"{flags} --resume") == 130
     (parts / "metrics.jsonl").write_bytes(b"\0" * 60 + b'{"step": 17, "lo')  # damaged
@@ -650,12 +597,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch, caps
 def test_parts_processes_and_compiled_code_train_alike(run, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [mamba.__file__, *TINY, "--data=text.txt", "--out=two", "--accumulate=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("step 20 · ") == 1, done.stderr
-    eager = functools.partial(torch.compile, backend="aot_eager")  # Inductor takes half a minute
+    two = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    eager = partial(torch.compile, backend="aot_eager")  # Inductor takes half a minute
     monkeypatch.setattr(torch, "compile", eager)
     monkeypatch.setattr(mamba, "SCANS", dict(mamba.SCANS))
     assert [run("one"), run("parts", "--accumulate 4"), run("compiled", "--compile")] == [0, 0, 0]
+    output, errors = two.communicate()
+    assert two.returncode == 0 and output.count("step 20 · ") == 1, errors  # one process speaks
     for name in ("two", "parts", "compiled"):
         ours, truth = losses(tmp_path / name), losses(tmp_path / "one")
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=0)
@@ -686,12 +634,11 @@ def test_numbers_that_are_not_finite_end_a_job(run, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_beats_xz_where_copying_does_not_help(run, tmp_path, seed):
     """Of letters drawn independently: their entropy is the floor, which matches do not reach."""
-    letters = random.Random(seed).choices("abcdefgh", [30, 20, 15, 12, 10, 6, 4, 3], k=20_000)
-    (tmp_path / "text.txt").write_text("".join(letters))
+    letters = random.Random(seed).choices(b"abcdefgh", [30, 20, 15, 12, 10, 6, 4, 3], k=20_000)
+    (tmp_path / "text.txt").write_bytes(bytes(letters))
     assert run("out", f"--seed {seed} --d-model 32 --steps 60 --length 64") == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    train, valid = "".join(letters[:19_000]).encode(), "".join(letters[19_000:]).encode()
-    grown = len(lzma.compress(train + valid)) - len(lzma.compress(train))
+    grown = len(lzma.compress(bytes(letters))) - len(lzma.compress(bytes(letters[:19_000])))
     assert result["baselines_bits_a_byte"]["xz"] == pytest.approx(8 * grown / 1000)
     assert result["validation"]["bits_a_byte"] < 8 * grown / 1000 - 0.1
 
@@ -699,11 +646,9 @@ def test_training_beats_xz_where_copying_does_not_help(run, tmp_path, seed):
 BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--data nowhere.txt": "",
     "--data empty.txt": "too few",
-    "--data latin.txt": "",
     "--data rows.jsonl": "",
     "--data beyond.bin": "beyond the model's 257",
     "--data packed.bin": "must divide",
-    "--data nulls.bin": "",
     "--data bare.bin --document-resets": "needs a document_separator",
     "--data grown.txt --out grown --resume": "data have changed",
     "--out good --resume --lr 0.5": "lr was 0.01 and is 0.5",
@@ -716,7 +661,6 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--device tpu": "",
     "sample --checkpoint junk/checkpoint.pt": "",
     "sample --checkpoint zero.pt": "",
-    "sample --checkpoint list.pt": "",
     "sample --checkpoint junk": "",
     "sample --out bare": "--tokenizer",
     "sample --out good --prompt ''": "prompt is empty",
@@ -727,20 +671,16 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
 
 @pytest.fixture(scope="module")
 def bad_inputs(tmp_path_factory):
-    folder, usual = tmp_path_factory.mktemp("bad"), [1] * 1000
-    for name, content in {"text": sentences(1), "grown": sentences(1), "empty": ""}.items():
-        (folder / f"{name}.txt").write_text(content, "utf-8")
-    (folder / "latin.txt").write_bytes(b"caf\xe9" * 100)
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": 3}\n')
-    write_bin(folder, "bare", usual, tokenizer=None, document_separator=None)
-    write_bin(folder, "nulls", usual, vocab_size=None)
-    write_bin(folder, "beyond", [300] * 1000)
-    write_bin(folder, "packed", usual, context_length=48)
+    folder = tmp_path_factory.mktemp("bad")
+    files = {"text.txt": sentences(1), "grown.txt": sentences(1), "empty.txt": "", "zero.pt": ""}
+    files |= {"rows.jsonl": '{"text": "a"}\n\n{"text": 3}\n', "tokenizer.json": "{}"}
+    files |= {"junk/checkpoint.pt": "not tensors at all"}
     (folder / "junk").mkdir()
-    (folder / "junk" / "checkpoint.pt").write_bytes(b"not tensors at all")
-    (folder / "zero.pt").write_bytes(b"")
-    torch.save([1, 2], folder / "list.pt")
+    for name, content in files.items():
+        (folder / name).write_text(content, "utf-8")
+    write_bin(folder, "beyond", [300] * 1000)
+    write_bin(folder, "bare", [1] * 1000, tokenizer=None, document_separator=None)
+    write_bin(folder, "packed", [1] * 1000, context_length=48)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(mamba, "plot", lambda *_: None)
