@@ -654,7 +654,6 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--out good --resume --lr 0.5": "lr was 0.01 and is 0.5",
     "--out text.txt": "",
     "--tokenizer tokenizer.json": "; pip install tokenizers",
-    "--tokenizer wordpiece": "",
     "--tokenizer bpe:9999999": "N must be from 257",
     "--lr nan": "--lr nan must be at least 0",
     "--batch 3 --accumulate 2": "",
