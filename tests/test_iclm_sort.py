@@ -61,7 +61,7 @@ def corpus(tmp_path):
     return write_lines(tmp_path / "corpus.jsonl", rows)
 
 
-# ----- Embeddings ---------------------------------------------------------------------------------
+# ----- Embeddings and neighbours ------------------------------------------------------------------
 
 TEXTS = ["The cat sat on the mat; the cat slept.", "def read_file(path):\n    return open(path)"]
 TEXTS += ["naïve café déjà vu 日本語 text", "!!! ??? ...", "____"]
@@ -92,9 +92,6 @@ def test_embeddings_are_projected_tf_idf():
         iclm_sort.embed_documents(["fine", "  \n"])
 
 
-# ----- Neighbours ---------------------------------------------------------------------------------
-
-
 def slow_neighbours(x, k):
     """In float64: falling similarity, then rising index, never itself."""
     similarities = x.astype(np.float64) @ x.T
@@ -111,8 +108,6 @@ def test_neighbours_by_loops(n, d, k, method):
     truth, numbers = slow_neighbours(x, k)
     np.testing.assert_allclose(similarities, truth, atol=1e-6)
     np.testing.assert_array_equal(ids, numbers)
-    part = nearest_neighbours(x, k, method, recall=1.0, rows=np.arange(1, n, 3))[1]
-    np.testing.assert_array_equal(part, numbers[1::3])
 
 
 def test_lists_shorter_than_k_are_filled_by_exact_search():
@@ -208,7 +203,7 @@ def test_graph_by_loops(case):
     assert graph.row(0).tolist() == [j for j, _ in falling]
 
 
-# ----- Orders -------------------------------------------------------------------------------------
+# ----- Orders, contexts and what they are worth ---------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["paper", "edge", "random", "file"])
@@ -279,9 +274,6 @@ def test_knn_repeats_each_document_before_its_best_neighbours():
     assert traverse(graph, "knn", seed=1, repeats=3).tolist() == expected
 
 
-# ----- Contexts, and what an order is worth -------------------------------------------------------
-
-
 @pytest.mark.parametrize("separator", [99, None])
 @pytest.mark.parametrize("length", [1, 4, 7, 1000])
 def test_pack_by_loops(separator, length):
@@ -322,7 +314,6 @@ def test_report_by_loops(k):
         }
         assert ordering_report(x, order, graph, labels) == pytest.approx(expected, abs=1e-6)
         assert expected["share_of_bound"] <= 1
-    assert not ordering_report(x, order[:-1], graph)["each_once"]
     assert not ordering_report(x, np.append(order[:-1], order[0]), graph)["each_once"]
 
 
@@ -379,9 +370,7 @@ TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
 
 @pytest.fixture
 def here(capsys, corpus, tmp_path):
-    """The command line in this process, on the corpus: what it prints."""
-
-    def run_here(*words, status=0):
+    def run_here(*words, status=0):  # what the command line prints, in this process
         flags = ("--input", corpus, "--out", tmp_path / "out", *SORT, *words)
         found = iclm_sort.main([*map(str, flags)])
         printed = capsys.readouterr()
@@ -389,12 +378,6 @@ def here(capsys, corpus, tmp_path):
         return printed.err if status else printed.out
 
     return run_here
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Drawing takes longer than all else."""
-    monkeypatch.setattr(iclm_sort, "plot", lambda *_: None)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "json"])
@@ -411,9 +394,7 @@ def test_whole_contexts_are_trained_on(tmp_path, here, corpus, tokenizer):
         name = save_tokenizer(tmp_path / "some.json", texts, **settings)
     here("--tokenizer", name)
     about, order = json.loads((out / "train.json").read_text()), np.load(out / "order.npy")
-    report = json.loads((out / "report.json").read_text())
-    assert report["orders"]["paper"]["each_once"] and len(order) == report["kept"]
-    assert (out / "report.png").stat().st_size > 10_000
+    assert sorted(order) == list(range(60)) and (out / "report.png").stat().st_size > 10_000
     plain = mamba.load_tokenizer(str(plain), [])
     assert (about["vocab_size"], about["document_separator"]) == (plain.vocab_size, plain.separator)
     expected = [x for i in order for x in (*plain.encode(texts[i]), plain.separator)]
@@ -437,8 +418,9 @@ def test_copies_alone_are_reported(tmp_path, here):
     assert (tmp_path / "out" / "train.bin").is_file()
 
 
-def test_stages_are_kept_where_nothing_changed(tmp_path, here, corpus, no_picture):
+def test_stages_are_kept_where_nothing_changed(tmp_path, here, corpus, monkeypatch):
     order = tmp_path / "out" / "order.npy"
+    monkeypatch.setattr(iclm_sort, "plot", lambda *_: None)  # drawing takes longer than all else
     here()
     before = order.read_bytes()
     printed = here("--resume")
@@ -452,7 +434,7 @@ def test_stages_are_kept_where_nothing_changed(tmp_path, here, corpus, no_pictur
     assert ": kept" not in here("--resume")
 
 
-def test_two_processes_find_the_same(tmp_path, no_picture):
+def test_two_processes_find_the_same(tmp_path):
     """So many documents that exact search takes them in two parts, one for each process."""
     x = unit(4200, 16, 1, 60)
     assert iclm_sort.exact_search(torch.from_numpy(x), 5)[1] < len(x)
@@ -465,8 +447,6 @@ def test_two_processes_find_the_same(tmp_path, no_picture):
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for name in ("order.npy", "train.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    one, two = (np.load(tmp_path / name / "stages" / "neighbours.npz") for name in ("one", "two"))
-    assert all(np.array_equal(one[part], two[part]) for part in ("similarities", "ids", "keep"))
     ours = np.load(tmp_path / "two" / "stages" / "embed.npz")["x"]
     np.testing.assert_allclose(ours, x, atol=1e-6)
 
@@ -474,7 +454,6 @@ def test_two_processes_find_the_same(tmp_path, no_picture):
 X = unit(60, 4)
 BAD_EMBEDDINGS = {
     r"\(50, 4\) must be numbers of shape \(60, d\)": X[:50],
-    "complex64.* must be numbers": X * 1j,
     "row 9 is zero or not finite": np.where(np.arange(60)[:, None] == 9, np.nan, X),
     "row 4 is zero or not finite": X * (np.arange(60) != 4)[:, None],
     "allow_pickle": np.array([None] * 60, object),
