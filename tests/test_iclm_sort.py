@@ -486,18 +486,16 @@ def claims(monkeypatch):
     return importlib.import_module("in_context_pretraining")
 
 
-def test_documents_are_apart_in_training_only(claims):
+def test_documents_do_not_see_one_another_under_the_mask(claims):
     torch.manual_seed(1)
-    model = claims.WithinDocuments(claims.Settings(d_model=16, n_head=2), 30).double()
-    model.separator, plain = 29, claims.CausalLM.forward
+    model = claims.CausalLM(claims.Settings(d_model=16, n_head=2), 30).double()
     first, second = torch.randint(29, (2, 5)), torch.randint(29, (2, 6))
     first[:, -1] = 29
     both = torch.cat([first, second], 1)
-    apart = model.train()(both)
-    torch.testing.assert_close(apart[:, :5], plain(model, first))
-    torch.testing.assert_close(apart[:, 5:], plain(model, second))  # rotary positions are relative
-    torch.testing.assert_close(model.eval()(both), plain(model, both))
-    assert not torch.allclose(plain(model, both)[:, 5:], apart[:, 5:])
+    apart = model(both, claims.same_document(both, 29))
+    torch.testing.assert_close(apart[:, :5], model(first))
+    torch.testing.assert_close(apart[:, 5:], model(second))  # rotary positions are relative
+    assert not torch.allclose(model(both)[:, 5:], apart[:, 5:])
 
 
 def test_whole_labels_are_held_out_or_else_documents(claims):
@@ -558,3 +556,5 @@ def test_a_model_learns(claims):
     settings = claims.Settings(d_model=16, n_layer=1, n_head=2, steps=150, lr=1e-2)
     losses = claims.train(claims.CausalLM(settings, 30), contexts, settings, seed=0)
     assert losses[-1] < 0.1 < 3 < losses[0]
+    apart = claims.train(claims.CausalLM(settings, 30), contexts, settings, seed=0, within=5)
+    assert apart[-1] < 0.1 and apart != losses

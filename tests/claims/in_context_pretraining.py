@@ -104,22 +104,18 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 
-class WithinDocuments(CausalLM):
-    """In training no document sees another one; a document ends with a separator."""
-
-    separator = 0
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(tokens)
-        ends = tokens == self.separator
-        document = ends.cumsum(1) - ends.long()  # a separator belongs to the document it ends
-        same = document[:, None, :, None] == document[:, None, None, :]
-        return super().forward(tokens, same.tril())
+def same_document(tokens: Tensor, separator: int) -> Tensor:
+    """A causal mask (B, 1, L, L), in which no document of tokens (B, L) sees another one."""
+    ends = tokens == separator
+    document = ends.cumsum(1) - ends.long()  # a separator belongs to the document it ends
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
 
 
-def train(model: CausalLM, contexts: np.ndarray, settings: Settings, seed: int) -> list[float]:
-    """Train on contexts (m, L), shuffled anew each epoch. Returns the loss of each step."""
+def train(model, contexts: np.ndarray, settings: Settings, seed: int, within=None) -> list[float]:
+    """Train on contexts (m, L), shuffled anew each epoch. Returns the loss of each step.
+
+    within: the separator, where no document is to see another one.
+    """
     rng, losses = np.random.default_rng(seed), []
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}]
     groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -129,7 +125,9 @@ def train(model: CausalLM, contexts: np.ndarray, settings: Settings, seed: int) 
     for step in iclm_sort.progress("train", range(settings.steps), settings.steps):
         batch = contexts[rows[step * settings.batch :][: settings.batch]]
         tokens = torch.from_numpy(batch.astype(np.int64))
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        mask = None if within is None else same_document(x, within)
+        loss = F.cross_entropy(model(x, mask).flatten(0, 1), y.flatten())
         if not loss.isfinite():
             raise FloatingPointError(f"training diverged at step {step + 1}: loss {loss}")
         optimizer.zero_grad()
@@ -234,8 +232,8 @@ def read_corpus(settings: Settings) -> SimpleNamespace:
     documents = list(iclm_sort.python_functions())[: settings.documents or None]
     texts, labels = [text for text, _ in documents], np.array([label for _, label in documents])
     tokenizer = mamba.load_tokenizer(settings.vocabulary, texts)
-    corpus = SimpleNamespace(labels=labels, vocab_size=tokenizer.vocab_size)
-    corpus.separator = tokenizer.separator
+    sizes = {"vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator}
+    corpus = SimpleNamespace(labels=labels, **sizes)
     corpus.tokens = [np.array(tokenizer.encode(text), np.uint16) for text in texts]
     corpus.x = iclm_sort.embed_documents(texts)
     corpus.lists = iclm_sort.distinct_neighbours(corpus.x, 10, 0.95)
@@ -267,10 +265,11 @@ def run_arm(name: str, seed: int, corpus: SimpleNamespace, settings: Settings) -
     began, order = time.perf_counter(), order_of(name, corpus, seed)
     contexts = iclm_sort.pack(corpus.tokens, order, settings.length, corpus.separator)
     torch.manual_seed(seed)
-    model = (WithinDocuments if name == WITHIN else CausalLM)(settings, corpus.vocab_size)
-    model.separator = corpus.separator
-    losses = train(model, contexts, settings, seed)
-    scores = judge(model.eval(), corpus.tasks)
+    model, within = CausalLM(settings, corpus.vocab_size), None
+    if name == WITHIN:
+        within = corpus.separator
+    losses = train(model, contexts, settings, seed, within)
+    scores = judge(model, corpus.tasks)
     scores["training_loss"] = statistics.mean(losses[-max(1, settings.steps // 10) :])
     scores["naming_accuracy"] = naming(model, corpus)
     seconds = round(time.perf_counter() - began, 1)
@@ -335,14 +334,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--larger", action="store_true", help="four times the model and the steps")
     parser.add_argument("--smoke", action="store_true", help="tiny, to out/claims: does it run?")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
-    asked = parser.parse_args(argv)
-    settings, name = Settings(), "in_context_pretraining"
+    asked, settings, name = parser.parse_args(argv), Settings(), "in_context_pretraining"
     if asked.larger:
-        settings, name = LARGER, "in_context_pretraining_larger"
+        settings, name = LARGER, f"{name}_larger"
     if asked.smoke:
         settings, asked.results = SMOKE, Path("out/claims")
+    asked.results.mkdir(parents=True, exist_ok=True)
     path = asked.results / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     script = hashlib.sha256(Path(iclm_sort.__file__).read_bytes()).hexdigest()
     result = {"script_sha256": script, "settings": dataclasses.asdict(settings), "runs": []}
     if path.is_file():
@@ -351,10 +349,9 @@ def main(argv: list[str] | None = None) -> None:
             result = before
     corpus, rows = read_corpus(settings), result["runs"]
     keep, held = corpus.lists[2], corpus.held
-    counts = {"training": (keep & ~held).sum(), "held_out": (keep & held).sum()}
-    counts["duplicates_dropped"] = (~keep).sum()
     result["command"] = "python tests/claims/in_context_pretraining.py"
-    result["documents"] = {key: int(count) for key, count in counts.items()}
+    counts = {"training": keep & ~held, "held_out": keep & held, "duplicates_dropped": ~keep}
+    result["documents"] = {key: int(found.sum()) for key, found in counts.items()}
     result["tokens_a_run"] = settings.steps * settings.batch * settings.length
     result["torch"], result["threads"] = torch.__version__, torch.get_num_threads()
     for seed, arm in itertools.product(asked.seeds, asked.arms):
