@@ -382,10 +382,7 @@ def here(capsys, corpus, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["byte", "json"])
 def test_whole_contexts_are_trained_on(tmp_path, here, corpus, tokenizer):
-    """From documents to both language models: each window of theirs is one context.
-
-    A tokenizer's saved truncation and padding are not used.
-    """
+    """Each window of both language models is one; saved truncation and padding are not used."""
     out, texts = tmp_path / "out", [text for text, _ in read(corpus)]
     plain = name = tokenizer
     if tokenizer == "json":
@@ -398,9 +395,10 @@ def test_whole_contexts_are_trained_on(tmp_path, here, corpus, tokenizer):
     plain = mamba.load_tokenizer(str(plain), [])
     assert (about["vocab_size"], about["document_separator"]) == (plain.vocab_size, plain.separator)
     expected = [x for i in order for x in (*plain.encode(texts[i]), plain.separator)]
-    contexts = Counter(itertools.zip_longest(*[iter(expected)] * 64, fillvalue=plain.separator))
-    tokens = np.fromfile(out / "train.bin", "<u2").reshape(-1, 64)
-    assert Counter(map(tuple, tokens.tolist())) == contexts  # the same, in another order
+    expected += [plain.separator] * (-len(expected) % 64)
+    contexts = list(zip(*[iter(expected)] * 64, strict=True))
+    rows = [tuple(row) for row in np.fromfile(out / "train.bin", "<u2").reshape(-1, 64).tolist()]
+    assert Counter(rows) == Counter(contexts) and rows != contexts  # the same, in another order
     for script in (mamba, transformer):
         data, config = script.load_corpus(str(out / "train.bin"), "byte"), script.Config(length=64)
         for step in range(len(contexts)):  # of several epochs
