@@ -39,9 +39,6 @@ CASES = {  # (B, L, D, N), share of document starts, dtype, largest relative err
 QUICK_CASES = {name: ((2, 9, 5, 3), *CASES[name][1:]) for name in ("odd sizes", "float16")}
 
 
-# ----- Right?
-
-
 def draw(shape, starts: float, dtype: torch.dtype) -> dict:
     """Arguments of `selective_scan`; u, z, B and C are slices, as the model's are."""
     B, L, D, N = shape
@@ -111,9 +108,6 @@ def check(cases: dict) -> list[dict]:
     return rows
 
 
-# ----- Fast?
-
-
 def seconds(run, repeats: int = 10) -> float:
     """Median of one call's seconds, after two to warm up."""
     times = []
@@ -176,7 +170,6 @@ def time_model(config, batch: int, length: int, new: int, prompts: tuple) -> dic
         first = seconds(functools.partial(model.generate, prompt, 1), 3)  # mostly the prompt's time
         took = seconds(functools.partial(model.generate, prompt, new + 1), 3) - first
         row[f"writing, batch {count}"] = count * new / took
-    print(row, flush=True)
     return row
 
 
@@ -199,7 +192,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     wrong = [row["case"] for row in result["checks"] if not row["right"]]
-    print("wrong:", wrong, args.out / "result.json")
+    print(result["models"], "wrong:", wrong, args.out / "result.json")
     return 1 if wrong else 0
 
 
