@@ -2,7 +2,6 @@
 
     python tests/bench/versus.py                     # an hour on two cores, most of it the loss
     python tests/bench/versus.py --parts time text   # the others stay as the result file has them
-    python tests/bench/versus.py --out tests/bench/results
 
 Writes OUT/versus.json and OUT/versus.png. One process, float32; both train by mamba.py's recipe on
 the same data in the same order. A Transformer of n layers stands beside a Mamba of 2 n blocks of
@@ -10,36 +9,34 @@ the same width, as in the paper, its MLP widened until the parameters are equal.
 is chosen among three on seed 0 at the smaller size, a run not reported.
 """
 
-import argparse
-import json
+import functools
+import itertools
 import statistics
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import _common  # first: torch's threads read what it sets
-from _common import interleave, median, number, table
+from _common import count, interleave, median, print_rows
 
 # isort: split
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mamba
 import transformer
 
-LOSS = {"widths": (96, 192), "batch": 8, "steps": 360, "every": 60, "seeds": (1, 2, 3)}
-LOSS["rates"] = (1e-3, 2e-3, 4e-3)
-TIME = {"width": 256, "tokens": 16_384, "lengths": (256, 512, 1024, 2048, 4096, 8192, 16_384)}
-TEXT = {"width": 256, "contexts": (128, 512, 2048, 8192, 32_768), "batches": (1, 16), "new": 32}
-QUICK_LOSS = {"widths": (16,), "batch": 2, "steps": 4, "every": 2, "seeds": (1, 2)}
-QUICK_LOSS["rates"] = (1e-3,)
-QUICK_TIME = {"width": 16, "tokens": 512, "lengths": (64, 256)}
-QUICK_TEXT = {"width": 16, "contexts": (16, 64), "batches": (1, 2), "new": 4}
+FULL = {
+    "loss": {"widths": (96, 192), "batch": 8, "steps": 360, "every": 60, "seeds": (1, 2, 3)},
+    "time": {"width": 256, "tokens": 16_384, "lengths": [2**k for k in range(8, 15)]},
+    "text": {"width": 256, "batches": (1, 16), "contexts": (128, 512, 2048, 8192, 32_768)},
+}
+SMOKE = {
+    "loss": {"widths": (16,), "batch": 2, "steps": 4, "every": 2, "seeds": (1, 2)},
+    "time": {"width": 16, "tokens": 512, "lengths": (64, 256)},
+    "text": {"width": 16, "batches": (1, 2), "contexts": (16, 64)},
+}
+RATES, NEW_TOKENS = (1e-3, 2e-3, 4e-3), 32
 NAMES = {"mamba": "Mamba", "transformer": "Transformer++"}
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def make(script: str, width: int, vocab: int = 4096) -> nn.Module:
@@ -52,7 +49,7 @@ def make(script: str, width: int, vocab: int = 4096) -> nn.Module:
     def widened(d_ff: int) -> nn.Module:
         return transformer.Transformer(transformer.TransformerConfig(**sizes, d_ff=d_ff))
 
-    missing = parameters(ours) - parameters(widened(1))
+    missing = count(ours) - count(widened(1))
     return widened(1 + round(missing / (2 * 3 * width)))  # three matrices in each of two layers
 
 
@@ -80,214 +77,144 @@ def measure_loss(settings: dict) -> list[dict]:
     corpus, rows = mamba.load_corpus("", "bpe:1024"), []
     for script in NAMES:
         first, tried = settings["widths"][0], {}
-        for lr in settings["rates"]:
+        for lr in RATES:
             tried[lr] = train(script, corpus, settings, first, lr)[-1][1]
         best = min(tried, key=tried.get)
-        text = ", ".join(f"{bits:.3f} at {lr:g}" for lr, bits in tried.items())
-        print(f"{NAMES[script]}: {text}", flush=True)
         for width in settings["widths"]:
             curves = [train(script, corpus, settings, width, best, k) for k in settings["seeds"]]
             ends = [curve[-1][1] for curve in curves]
             row = {"script": script, "sizes": {"d_model": width}, "seeds": settings["seeds"]}
             row |= {"lr": best, "tried_on_seed_0": tried}
-            row["parameters"] = parameters(make(script, width, corpus.vocab_size))
+            row["parameters"] = count(make(script, width, corpus.vocab_size))
             row |= {"bits_a_byte": statistics.mean(ends), "sd": statistics.stdev(ends)}
             rows.append(row | {"curves": curves})
-            score = f"{row['bits_a_byte']:.3f} ± {row['sd']:.3f}"
-            print(f"{NAMES[script]} {row['parameters']:,}: {score}", flush=True)
+            print_rows(rows[-1:])
     return rows
 
 
 # ----- 2. Time of a training pass against length, at equal tokens
 
 
-def training_pass(model: nn.Module, batch: int, length: int) -> Callable[[], None]:
-    tokens = torch.randint(0, 4096, (batch, length + 1))
-
-    def run() -> None:
-        model(tokens[:, :-1], targets=tokens[:, 1:]).backward()
-        model.zero_grad()
-
-    return run
+def training_pass(model: nn.Module, tokens: Tensor) -> None:
+    model(tokens[:, :-1], targets=tokens[:, 1:]).backward()
+    model.zero_grad()
 
 
-def measure_time(settings: dict, rounds: int) -> dict:
-    """Microseconds a token, forward and backward, by length; from where on Mamba is faster."""
+def measure_time(settings: dict) -> dict:
+    """Microseconds a token, forward and backward, by length."""
     models, rows = {script: make(script, settings["width"]) for script in NAMES}, []
-    first = None
     for length in settings["lengths"]:
         batch = settings["tokens"] // length
-        runs = {script: training_pass(model, batch, length) for script, model in models.items()}
-        seconds = interleave(runs, rounds, budget=60.0)
+        tokens = torch.randint(0, 4096, (batch, length + 1))
+        runs = {k: functools.partial(training_pass, m, tokens) for k, m in models.items()}
+        seconds = interleave(runs, settings["rounds"], budget=60.0)
         micro = {k: median(times) / settings["tokens"] * 1e6 for k, times in seconds.items()}
-        rows.append({"length": length, "batch": batch, "microseconds_a_token": micro})
-        rows[-1]["seconds"] = seconds
-        text = ", ".join(f"{NAMES[k]} {number(v)} µs a token" for k, v in micro.items())
-        print(f"L {length:,}: {text}", flush=True)
-        first = (first or length) if micro["mamba"] < micro["transformer"] else None
-    print(f"Mamba is faster from length {first} on (None: at none of these)")
-    sizes = {k: parameters(m) for k, m in models.items()}
-    return {"rows": rows, "crossing": first, "parameters": sizes}
+        row = {"length": length, "batch": batch, "microseconds_a_token": micro}
+        rows.append(row | {"seconds": seconds})
+    print_rows(rows)
+    return {"rows": rows, "parameters": {k: count(m) for k, m in models.items()}}
 
 
 # ----- 3. Generation against context
 
 
-def writer(script: str, model, batch: int, context: int, new: int) -> tuple[Callable, int]:
-    """A call that writes `new` tokens after `context` others, and the bytes that it keeps of these.
-
-    What the state or the cache holds does not matter to the time: it is not computed but set.
-    """
-    token = torch.randint(0, 4096, (batch, 1))
-    if script == "mamba":
-        first = model.hidden(token)[1]
-
-        def run() -> None:
-            state = first
-            for _ in range(new):
-                _, state = model.step(token[:, 0], state)
-
-        return run, sum(x.nbytes for layer in first for x in layer)
-    cache = model.init_cache(batch, context + new)
-    for tensor in cache.layers:
-        tensor.normal_()
-
-    def run() -> None:
-        cache.length = context
-        for _ in range(new):
-            model(token, cache)
-
-    kept = sum(x.nbytes for x in cache.layers)
-    return run, kept * context // (context + new)
+def write(model: nn.Module, token: Tensor, kept, context: int) -> None:
+    """A token (B, 1) again and again, after `context` others, of which a state or cache is kept."""
+    if isinstance(model, mamba.Mamba):
+        for _ in range(NEW_TOKENS):
+            _, kept = model.step(token[:, 0], kept)
+    else:
+        kept.length = context
+        for _ in range(NEW_TOKENS):
+            model(token, kept)
 
 
 @torch.inference_mode()
-def measure_text(settings: dict, rounds: int) -> list[dict]:
+def measure_text(settings: dict) -> list[dict]:
     """Tokens a second, all rows together, and bytes of state or cache."""
     models, rows = {script: make(script, settings["width"]).eval() for script in NAMES}, []
-    for batch in settings["batches"]:
-        for context in settings["contexts"]:
-            new, made, kept = settings["new"], {}, {}
-            for k, model in models.items():
-                made[k], kept[k] = writer(k, model, batch, context, new)
-            seconds = interleave(made, rounds, budget=30.0)
-            rate = {k: batch * new / median(times) for k, times in seconds.items()}
-            row = {"batch": batch, "context": context, "tokens_a_second": rate, "bytes": kept}
-            rows.append(row | {"seconds": seconds})
-            text = [f"{k} {number(rate[k])} tokens/s {number(kept[k] / 1e6)} MB" for k in NAMES]
-            print(f"batch {batch}, context {context:,}: {', '.join(text)}", flush=True)
+    for batch, context in itertools.product(settings["batches"], settings["contexts"]):
+        token, runs = torch.randint(0, 4096, (batch, 1)), {}
+        # What state and cache hold does not matter to the time.
+        state = models["mamba"].hidden(token)[1]
+        cache = models["transformer"].init_cache(batch, context + NEW_TOKENS)
+        size = sum(x.normal_()[..., :context, :].nbytes for x in cache.layers)
+        sizes = {"mamba": sum(x.nbytes for layer in state for x in layer), "transformer": size}
+        for script, kept in (("mamba", state), ("transformer", cache)):
+            runs[script] = functools.partial(write, models[script], token, kept, context)
+        seconds = interleave(runs, settings["rounds"], budget=30.0)
+        rate = {script: batch * NEW_TOKENS / median(times) for script, times in seconds.items()}
+        row = {"batch": batch, "context": context, "tokens_a_second": rate, "bytes": sizes}
+        rows.append(row | {"seconds": seconds})
+    print_rows(rows)
     return rows
 
 
-# ----- The sheet
-
+# ----- The picture
 
 STYLES = {"mamba": {"color": "C0", "ls": "-", "marker": "o"}}
 STYLES["transformer"] = {"color": "C1", "ls": "--", "marker": "s"}
+SMALL = {"mfc": "white"}  # markers of the smaller model, or of batch 1
 
 
 def draw(parts: dict, path: Path) -> None:
     """Four pictures: loss by tokens, time by length, tokens a second and memory by context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    figure, ((loss, time), (speed, memory)) = plt.subplots(
-        2, 2, figsize=(10, 7.6), layout="constrained"
-    )
-    for row in parts.get("loss", []):
-        tokens = [count / 1000 for count, _ in row["curves"][0]]
-        bits = [[curve[i][1] for curve in row["curves"]] for i in range(len(tokens))]
-        smaller = row["sizes"]["d_model"] == min(r["sizes"]["d_model"] for r in parts["loss"])
-        style = STYLES[row["script"]] | ({"mfc": "white"} if smaller else {})
-        loss.plot(tokens, [statistics.mean(b) for b in bits], **style)
-        band = [min(b) for b in bits], [max(b) for b in bits]
-        loss.fill_between(tokens, *band, color=style["color"], alpha=0.2, lw=0)
-    loss.set(xlabel="thousand tokens", ylabel="validation bits a byte")
-    loss.set_title("Loss, mean and range over the seeds")
-    for script in NAMES:
-        rows = parts.get("time", {}).get("rows", [])
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    loss, time, speed, memory = axes.flat
+    smaller = min(row["sizes"]["d_model"] for row in parts["loss"])
+    for row in parts["loss"]:
+        style = STYLES[row["script"]] | (SMALL if row["sizes"]["d_model"] == smaller else {})
+        tokens = [seen / 1000 for seen, _ in row["curves"][0]]
+        bits = np.array(row["curves"])[:, :, 1]  # (seeds, evaluations)
+        loss.plot(tokens, bits.mean(0), **style)
+        loss.fill_between(tokens, bits.min(0), bits.max(0), color=style["color"], alpha=0.2, lw=0)
+    for script, name in NAMES.items():
+        rows, style = parts["time"]["rows"], STYLES[script]
         micro = [row["microseconds_a_token"][script] for row in rows]
-        time.plot([row["length"] for row in rows], micro, **STYLES[script])
-        for row in parts.get("text", []):
-            style = STYLES[script] | ({"mfc": "white"} if row["batch"] == 1 else {})
-            rows = [other for other in parts["text"] if other["batch"] == row["batch"]]
-            contexts = [other["context"] for other in rows]
-            speed.plot(contexts, [other["tokens_a_second"][script] for other in rows], **style)
-            memory.plot(contexts, [other["bytes"][script] / 1e6 for other in rows], **style)
+        time.plot([row["length"] for row in rows], micro, **style)
+        loss.plot([], [], label=f"{name}: larger model, or batch 16", **style)
+        loss.plot([], [], label=f"{name}: smaller, or batch 1", **style | SMALL)
+        for batch in {row["batch"] for row in parts["text"]}:
+            style = STYLES[script] | (SMALL if batch == 1 else {})
+            rows = [row for row in parts["text"] if row["batch"] == batch]
+            contexts = [row["context"] for row in rows]
+            speed.plot(contexts, [row["tokens_a_second"][script] for row in rows], **style)
+            memory.plot(contexts, [row["bytes"][script] / 1e6 for row in rows], **style)
+    loss.set(
+        xlabel="thousand tokens", ylabel="validation bits a byte", title="Loss, mean and range"
+    )
     time.set(xlabel="length", ylabel="µs a token", title="Forward and backward, equal tokens")
     speed.set(xlabel="context", ylabel="tokens a second", title="Writing")
     memory.set(xlabel="context", ylabel="MB", title="State or cache")
-    for axes in (time, speed, memory):
-        axes.set(xscale="log", yscale="log")
-        ticks = sorted({x for line in axes.lines for x in line.get_xdata()})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:,g}")
-        axes.minorticks_off()
-    for script, name in NAMES.items():
-        loss.plot([], [], label=f"{name}: larger model, or batch 16", **STYLES[script])
-        loss.plot([], [], mfc="white", label=f"{name}: smaller, or batch 1", **STYLES[script])
+    for ax in (time, speed, memory):
+        ax.set(xscale="log", yscale="log")
+        ticks = sorted({x for line in ax.lines for x in line.get_xdata()})
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:,g}")
+        ax.minorticks_off()
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def tables(parts: dict) -> str:
-    """The README's tables."""
-    texts = []
-    if loss := parts.get("loss"):
-        rows = [["model", "parameters", "peak rate", "validation bits a byte"]]
-        for row in loss:
-            score = f"{row['bits_a_byte']:.3f} ± {row['sd']:.3f}"
-            rows.append([NAMES[row["script"]], f"{row['parameters']:,}", f"{row['lr']:g}", score])
-        texts.append(table(rows))
-    if time := parts.get("time"):
-        head = [f"{name}, µs a token" for name in NAMES.values()]
-        rows = [["length", *head, "Transformer++ / Mamba"]]
-        for row in time["rows"]:
-            micro = row["microseconds_a_token"]
-            rows.append([f"{row['length']:,}", *(number(micro[k]) for k in NAMES)])
-            rows[-1].append(number(micro["transformer"] / micro["mamba"]))
-        texts.append(table(rows))
-    if text := parts.get("text"):
-        head = [f"{name}, {unit}" for unit in ("tokens/s", "MB") for name in NAMES.values()]
-        rows = [["batch, context", *head]]
-        for row in text:
-            rates, sizes = ([row[key][k] for k in NAMES] for key in ("tokens_a_second", "bytes"))
-            numbers = [*map(number, rates), *(number(size / 1e6) for size in sizes)]
-            rows.append([f"{row['batch']}, {row['context']:,}", *numbers])
-        texts.append(table(rows))
-    return "\n\n".join(texts)
+PARTS = {"loss": measure_loss, "time": measure_time, "text": measure_text}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    _common.add_common_flags(parser)
-    names = ("loss", "time", "text")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="what to measure")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each; the median counts")
-    args = parser.parse_args(argv)
-    _common.prepare(args)
-    path, parts = Path(args.out) / "versus.json", {}
-    if path.exists() and not args.quick:
-        parts = json.loads(path.read_text("utf-8"))["parts"]
-    rounds = 2 if args.quick else args.rounds
-    measures = {
-        "loss": lambda: measure_loss(QUICK_LOSS if args.quick else LOSS),
-        "time": lambda: measure_time(QUICK_TIME if args.quick else TIME, rounds),
-        "text": lambda: measure_text(QUICK_TEXT if args.quick else TEXT, rounds),
-    }
-    for name in names:
-        if name in args.parts:
-            parts[name] = measures[name]()
-            _common.write_result(args, "versus", parts=parts)
-    draw(parts, path.with_suffix(".png"))
-    print(tables(parts))
-    return 0
+def main() -> None:
+    choice = {"nargs": "+", "choices": tuple(PARTS), "default": tuple(PARTS)}
+    args = _common.parse(__doc__, rounds=5, parts=choice | {"help": "what to measure"})
+    parts = _common.read_result(args, "versus").get("parts", {})
+    for name in args.parts:
+        settings = SMOKE[name] if args.smoke else FULL[name]
+        parts[name] = PARTS[name](settings | {"rounds": args.rounds})
+        _common.write_result(args, "versus", parts=parts)
+    if parts.keys() == PARTS.keys():
+        draw(parts, Path(args.out, "versus.png"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

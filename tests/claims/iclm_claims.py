@@ -8,8 +8,8 @@ The documents are the functions of Python's standard library, without near-dupli
 modules, a tenth of the documents, are held out. Arms: standard (shuffled), knn (each document
 before its ten nearest, with repeats), cluster, sorted (the paper's walk), sorted with duplicates
 kept, and standard with attention kept within documents. All start from equal weights. Settings were
-chosen on seed 0. Runs are kept in --runs, so that a stopped program goes on; the result file holds
-all of them. --larger: four times the parameters and the steps, in a result file of its own.
+chosen on seed 0. Runs that the result file has, of this iclm_sort.py and these settings, are not
+made again. --larger: four times the parameters and the steps, in a result file of its own.
 
 Naming: six functions of two held-out modules, each followed by an arbitrary word for its module,
 and one more function: how often is the right word the likelier one of the two? Chance is a half.
@@ -19,26 +19,25 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _claims import HERE, compact, markdown, mean_sd
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-import iclm_sort  # noqa: E402
-import mamba  # noqa: E402
+import iclm_sort
+import mamba
 
-ARMS = ("standard", "knn", "cluster", "sorted", "sorted, duplicates kept")
-ARMS += ("standard, within documents",)
+DUPLICATES, WITHIN = "sorted, duplicates kept", "standard, within documents"
+ARMS = ("standard", "knn", "cluster", "sorted", DUPLICATES, WITHIN)
 SCORES = {
     "training_loss": "training loss, last tenth",
     "random_order_loss": "held out, random order (the paper's protocol)",
@@ -105,43 +104,32 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 
-class WithinDocuments(CausalLM):
-    """In training no document sees another one; a document ends with a separator."""
-
-    separator = 0
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(tokens)
-        ends = tokens == self.separator
-        document = ends.cumsum(1) - ends.long()  # a separator belongs to the document it ends
-        same = document[:, None, :, None] == document[:, None, None, :]
-        return super().forward(tokens, same.tril())
+def same_document(tokens: Tensor, separator: int) -> Tensor:
+    """A causal mask (B, 1, L, L), in which no document of tokens (B, L) sees another one."""
+    ends = tokens == separator
+    document = ends.cumsum(1) - ends.long()  # a separator belongs to the document it ends
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
 
 
-def train_arm(
-    name: str, contexts: np.ndarray, settings: Settings, seed: int, vocab_size: int, kind=CausalLM
-) -> tuple[CausalLM, list[float]]:
-    """A model trained on contexts (m, L), shuffled anew each epoch, and the loss of each step.
+def train(model, contexts: np.ndarray, settings: Settings, seed: int, within=None) -> list[float]:
+    """Train on contexts (m, L), shuffled anew each epoch. Returns the loss of each step.
 
-    Every arm of a seed starts alike. Raises FloatingPointError for a loss that is not finite.
+    within: the separator, where no document is to see another one.
     """
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    model, losses = kind(settings, vocab_size), []
-    groups = [
-        {"params": [p for p in model.parameters() if (p.ndim > 1) == whole], "weight_decay": decay}
-        for whole, decay in ((True, 0.1), (False, 0.0))
-    ]
+    rng, losses = np.random.default_rng(seed), []
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, 0.95))
     epochs = math.ceil(settings.steps * settings.batch / len(contexts))
     rows = np.concatenate([rng.permutation(len(contexts)) for _ in range(epochs)])
-    for step in iclm_sort.progress(f"{name}, seed {seed}", range(settings.steps), settings.steps):
+    for step in iclm_sort.progress("train", range(settings.steps), settings.steps):
         batch = contexts[rows[step * settings.batch :][: settings.batch]]
         tokens = torch.from_numpy(batch.astype(np.int64))
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        mask = None if within is None else same_document(x, within)
+        loss = F.cross_entropy(model(x, mask).flatten(0, 1), y.flatten())
         if not loss.isfinite():
-            raise FloatingPointError(f"{name} diverged at step {step + 1}: loss {loss}; lower --lr")
+            raise FloatingPointError(f"training diverged at step {step + 1}: loss {loss}")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,7 +139,7 @@ def train_arm(
             group["lr"] = settings.lr * min(warm, cosine)
         optimizer.step()
         losses.append(loss.item())
-    return model.eval(), losses
+    return losses
 
 
 def hold_out(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -170,21 +158,16 @@ def hold_out(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return held[label]
 
 
-def make_tasks(
-    tokens, graph: iclm_sort.Graph, separator: int, length: int, seed: int, most=400
-) -> dict:
+def make_tasks(tokens, graph, separator: int, length: int, most=400) -> dict[str, np.ndarray]:
     """What models are judged by: token ids of the held-out documents, whose graph is given.
 
     random_order (m, L): contexts of documents in random order, the paper's protocol. no_context
     (t, 1 + T): a separator and the first T tokens of a document. related_context and
     unrelated_context (t, L): the same after other documents, the most similar last, or any.
     """
-    rng, target = np.random.default_rng(seed), min(64, length // 4)
+    rng, target = np.random.default_rng(0), min(64, length // 4)
     documents = rng.permutation(np.flatnonzero(graph.keep))
-    chosen = [i for i in documents if len(graph.row(i)) and len(tokens[i]) >= target > 0]
-    if separator is None or not chosen:
-        rule = f"a separator, and one of {target} tokens or more that has a neighbour"
-        raise ValueError(f"cannot judge by {len(documents)} held-out documents; it takes {rule}")
+    chosen = [i for i in documents if len(graph.row(i)) and len(tokens[i]) >= target]
     tasks = {"no_context": [], "related_context": [], "unrelated_context": []}
     for i in chosen[:most]:
         wanted, near = [separator, *tokens[i][:target]], graph.row(i)
@@ -196,20 +179,19 @@ def make_tasks(
                 if len(row) < length:
                     row = [separator, *tokens[j], *row]
             tasks[f"{name}_context"].append(([separator] * length + row)[-length:])
-    tasks["random_order"] = iclm_sort.pack(tokens, documents, length, separator)[
-        : 1 + 65536 // length
-    ]
+    contexts = iclm_sort.pack(tokens, documents, length, separator)
+    tasks["random_order"] = contexts[: 1 + 65536 // length]
     return {name: np.array(rows, np.int64) for name, rows in tasks.items()}
 
 
 @torch.inference_mode()
 def judge(model: CausalLM, tasks: dict[str, np.ndarray]) -> dict[str, float]:
     """Nats a token of each task; a context gain is what the documents before take off the loss."""
-    scores, device = {}, model.norm.weight.device
+    scores = {}
     for name, rows in tasks.items():
         last = rows.shape[1] - 1 if name == "random_order" else tasks["no_context"].shape[1] - 1
         nats = []
-        for tokens in torch.from_numpy(rows).to(device).split(8):
+        for tokens in torch.from_numpy(rows).split(8):
             logits = model(tokens[:, :-1])[:, -last:]
             nats.append(F.cross_entropy(logits.mT, tokens[:, -last:], reduction="none"))
         scores[f"{name}_loss"] = torch.cat(nats).mean().item()
@@ -219,12 +201,12 @@ def judge(model: CausalLM, tasks: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def naming(model, tokens, labels, held, separator, shots=3, body=48, tasks=200) -> float:
+def naming(model: CausalLM, corpus: SimpleNamespace, shots=3, body=48, tasks=200) -> float:
     """Share of tasks in which the right one of two words is the likelier; see the top."""
-    rng, by_label = np.random.default_rng(0), {}
-    for i in np.flatnonzero(held):
-        if len(tokens[i]) >= body:
-            by_label.setdefault(labels[i], []).append(i)
+    rng, by_label, separator = np.random.default_rng(0), {}, corpus.separator
+    for i in np.flatnonzero(corpus.held & corpus.lists[2]):
+        if len(corpus.tokens[i]) >= body:
+            by_label.setdefault(corpus.labels[i], []).append(i)
     names = sorted(label for label, found in by_label.items() if len(found) > shots)
     if len(names) < 2:
         return 0.5
@@ -235,114 +217,88 @@ def naming(model, tokens, labels, held, separator, shots=3, body=48, tasks=200) 
         examples = [(side, chosen[side][shot]) for side in (0, 1) for shot in range(shots)]
         row = []
         for side, i in [examples[j] for j in rng.permutation(len(examples))]:
-            row += [*tokens[i][:body], separator, words[side], separator]
+            row += [*corpus.tokens[i][:body], separator, words[side], separator]
         right.append(int(rng.integers(2)))
-        rows.append([*row, *tokens[chosen[right[-1]][shots]][:body], separator])
+        rows.append([*row, *corpus.tokens[chosen[right[-1]][shots]][:body], separator])
     logits = model(torch.from_numpy(np.array(rows, np.int64)))[:, -1, list(words)]
     return float((logits.argmax(1) == torch.tensor(right)).float().mean())
 
 
-@dataclasses.dataclass
-class Corpus:
-    """The documents, their neighbours without near-duplicates and with them, and the tasks."""
+def read_corpus(settings: Settings) -> SimpleNamespace:
+    """Documents, their neighbours with and without near-duplicates, and the tasks, for all seeds.
 
-    tokens: list[np.ndarray]
-    x: np.ndarray  # (n, d)
-    labels: np.ndarray  # (n,)
-    vocab_size: int
-    separator: int
-    lists: tuple  # similarities, ids (n, k), keep (n,)
-    all_lists: tuple
-    held: np.ndarray  # (n,) bool
-    tasks: dict
-
-
-def read_corpus(settings: Settings) -> Corpus:
-    """All that does not depend on the seed."""
+    lists and all_lists are similarities, ids (n, k) and keep (n,); held (n,): what is held out.
+    """
     documents = list(iclm_sort.python_functions())[: settings.documents or None]
     texts, labels = [text for text, _ in documents], np.array([label for _, label in documents])
     tokenizer = mamba.load_tokenizer(settings.vocabulary, texts)
-    tokens = [np.array(tokenizer.encode(text), np.uint16) for text in texts]
-    x = iclm_sort.embed_documents(texts)
-    lists = iclm_sort.distinct_neighbours(x, 10, 0.95)
-    all_lists = iclm_sort.distinct_neighbours(x, 10, 2.0)
-    held = hold_out(labels, lists[2])
-    graph = iclm_sort.build_graph(*lists[:2], lists[2] & held)
-    tasks = make_tasks(tokens, graph, tokenizer.separator, settings.length, seed=0)
-    rest = (lists, all_lists, held, tasks)
-    return Corpus(tokens, x, labels, tokenizer.vocab_size, tokenizer.separator, *rest)
+    sizes = {"vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator}
+    corpus = SimpleNamespace(labels=labels, **sizes)
+    corpus.tokens = [np.array(tokenizer.encode(text), np.uint16) for text in texts]
+    corpus.x = iclm_sort.embed_documents(texts)
+    corpus.lists = iclm_sort.distinct_neighbours(corpus.x, 10, 0.95)
+    corpus.all_lists = iclm_sort.distinct_neighbours(corpus.x, 10, 2.0)
+    similarities, ids, keep = corpus.lists
+    corpus.held = hold_out(labels, keep)
+    graph = iclm_sort.build_graph(similarities, ids, keep & corpus.held)
+    corpus.tasks = make_tasks(corpus.tokens, graph, corpus.separator, settings.length)
+    return corpus
 
 
-def order_of(name: str, corpus: Corpus, seed: int) -> np.ndarray:
+def order_of(name: str, corpus: SimpleNamespace, seed: int) -> np.ndarray:
     """The order of the training documents in an arm."""
-    lists = corpus.all_lists if name == "sorted, duplicates kept" else corpus.lists
-    graph = iclm_sort.build_graph(*lists[:2], lists[2] & ~corpus.held)
-    if name == "cluster":
-        return clustered(corpus.x, np.flatnonzero(graph.keep), seed)
-    order = {"knn": "knn", "sorted": "paper", "sorted, duplicates kept": "paper"}.get(
-        name, "random"
-    )
-    return iclm_sort.traverse(graph, order, seed)
+    similarities, ids, keep = corpus.all_lists if name == DUPLICATES else corpus.lists
+    graph = iclm_sort.build_graph(similarities, ids, keep & ~corpus.held)
+    if name == "cluster":  # groups of about 32 by k-means, in random order, each shuffled
+        documents, rng = np.flatnonzero(graph.keep), np.random.default_rng(seed)
+        part = torch.from_numpy(corpus.x[documents])
+        centres = iclm_sort.k_means(part, math.ceil(len(documents) / 32), seed)
+        group = iclm_sort.nearest_centre(part, centres).numpy()
+        place = rng.permutation(len(centres))[group]
+        return documents[np.lexsort((rng.permutation(len(documents)), place))]
+    orders = {"knn": "knn", "sorted": "paper", DUPLICATES: "paper"}
+    return iclm_sort.traverse(graph, orders.get(name, "random"), seed)
 
 
-def clustered(x: np.ndarray, documents: np.ndarray, seed: int) -> np.ndarray:
-    """Groups of about 32 by k-means, in random order, each shuffled."""
-    rng, part = np.random.default_rng(seed), torch.from_numpy(x[documents])
-    centres = iclm_sort.k_means(part, math.ceil(len(documents) / 32), seed)
-    group = iclm_sort.nearest_centre(part, centres).numpy()
-    place = rng.permutation(len(centres))[group]
-    return documents[np.lexsort((rng.permutation(len(documents)), place))]
-
-
-def run_arm(name: str, seed: int, corpus: Corpus, settings: Settings) -> dict:
-    """All scores of one arm and seed."""
+def run_arm(name: str, seed: int, corpus: SimpleNamespace, settings: Settings) -> dict:
+    """All scores of one arm and seed; every arm of a seed starts alike."""
     began, order = time.perf_counter(), order_of(name, corpus, seed)
     contexts = iclm_sort.pack(corpus.tokens, order, settings.length, corpus.separator)
-    WithinDocuments.separator = corpus.separator
-    kind = WithinDocuments if name == "standard, within documents" else CausalLM
-    model, losses = train_arm(name, contexts, settings, seed, corpus.vocab_size, kind)
+    torch.manual_seed(seed)
+    model, within = CausalLM(settings, corpus.vocab_size), None
+    if name == WITHIN:
+        within = corpus.separator
+    losses = train(model, contexts, settings, seed, within)
     scores = judge(model, corpus.tasks)
     scores["training_loss"] = statistics.mean(losses[-max(1, settings.steps // 10) :])
-    held = corpus.held & corpus.lists[2]
-    scores["naming_accuracy"] = naming(model, corpus.tokens, corpus.labels, held, corpus.separator)
+    scores["naming_accuracy"] = naming(model, corpus)
     seconds = round(time.perf_counter() - began, 1)
     return {"arm": name, "seed": seed, "contexts": len(contexts), "seconds": seconds} | scores
 
 
 def summary(rows: list[dict]) -> dict:
     """Mean and deviation of each score of each arm, and of its difference from standard's seed."""
-    found = {}
+    runs, found = {(row["arm"], row["seed"]): row for row in rows}, {}
     for name in ARMS:
-        mine = {row["seed"]: row for row in rows if row["arm"] == name}
-        standard = {row["seed"]: row for row in rows if row["arm"] == "standard"}
-        if not mine:
-            continue
-        found[name] = {"seeds": sorted(mine)}
-        for score in SCORES:
-            values = [row[score] for row in mine.values()]
-            apart = [
-                row[score] - standard[seed][score] for seed, row in mine.items() if seed in standard
-            ]
-            found[name][score] = {
-                "mean": statistics.mean(values),
-                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-            }
-            if apart:
-                spread = statistics.stdev(apart) if len(apart) > 1 else 0.0
-                found[name][score] |= {
-                    "minus_standard": statistics.mean(apart),
-                    "sd_of_difference": spread,
-                }
+        seeds = sorted(seed for arm, seed in runs if arm == name)
+        paired = [seed for seed in seeds if ("standard", seed) in runs]
+        for score in SCORES if seeds else ():
+            arm = found.setdefault(name, {"seeds": seeds})
+            arm[score] = mean_sd([runs[name, seed][score] for seed in seeds])
+            if paired:
+                apart = [runs[name, i][score] - runs["standard", i][score] for i in paired]
+                arm[score]["minus_standard"] = statistics.mean(apart)
+                arm[score]["sd_of_difference"] = mean_sd(apart)["sd"]
     return found
 
 
 def table(found: dict) -> str:
     """The README's table: nats a token."""
-    lines = ["| nats a token | " + " | ".join(found) + " |", "| --- |" + " ---: |" * len(found)]
+    rows = []
     for score, label in SCORES.items():
         cells = [f"{arm[score]['mean']:.3f} ± {arm[score]['sd']:.3f}" for arm in found.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([label, *cells])
+    return markdown(["nats a token", *found], rows)
 
 
 def draw(found: dict, path: Path) -> None:
@@ -350,22 +306,16 @@ def draw(found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    parts = (
-        ("random_order_loss", "no_context_loss"),
-        ("related_context_gain", "unrelated_context_gain"),
-    )
-    for ax, scores in zip(axes, parts, strict=True):
+    losses = ("random_order_loss", "no_context_loss")
+    gains = ("related_context_gain", "unrelated_context_gain")
+    arms = {name: arm for name, arm in found.items() if name != "standard"}
+    for ax, scores in zip(axes, (losses, gains), strict=True):
         for i, score in enumerate(scores):
-            names = [
-                name
-                for name in found
-                if name != "standard" and "minus_standard" in found[name][score]
-            ]
-            at = np.arange(len(names)) + 0.38 * i
-            values = [found[name][score]["minus_standard"] for name in names]
-            spread = [found[name][score]["sd_of_difference"] for name in names]
+            values = [arm[score]["minus_standard"] for arm in arms.values()]
+            spread = [arm[score]["sd_of_difference"] for arm in arms.values()]
+            at = np.arange(len(arms)) + 0.38 * i
             ax.barh(at, values, 0.36, xerr=spread, label=score.replace("_", " "))
-        ax.set_yticks(np.arange(len(names)) + 0.19, names)
+        ax.set_yticks(np.arange(len(arms)) + 0.19, list(arms))
         ax.axvline(0, color="0.4", lw=0.8)
         ax.legend(fontsize=8)
     axes[0].set(xlabel="loss minus standard's, nats (left is better)")
@@ -378,58 +328,40 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, write the result file and the picture, print the table."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    text = "default: 1 2 3 4 5"
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help=text)
+    seeds = {"nargs": "+", "default": [1, 2, 3, 4, 5], "help": "default: 1 2 3 4 5"}
+    parser.add_argument("--seeds", type=int, **seeds)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="default: all")
-    parser.add_argument("--lr", type=float, default=0.0, help="peak rate; 0: that of the settings")
     parser.add_argument("--larger", action="store_true", help="four times the model and the steps")
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it works")
-    runs = Path("out/in_context_pretraining")
-    parser.add_argument("--runs", type=Path, default=runs, help="folder of single runs")
-    text = "folder for result and picture"
-    parser.add_argument("--results", type=Path, default=HERE / "results", help=text)
-    arguments = parser.parse_args(argv)
-    settings = SMOKE if arguments.smoke else LARGER if arguments.larger else Settings()
-    if arguments.lr:
-        settings = dataclasses.replace(settings, lr=arguments.lr)
-    corpus = read_corpus(settings)
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
-    path = arguments.runs / f"runs-{key}.jsonl"
-    rows = []
+    parser.add_argument("--smoke", action="store_true", help="tiny, to out/claims: does it run?")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
+    asked, settings, name = parser.parse_args(argv), Settings(), "in_context_pretraining"
+    if asked.larger:
+        settings, name = LARGER, f"{name}_larger"
+    if asked.smoke:
+        settings, asked.results = SMOKE, Path("out/claims")
+    asked.results.mkdir(parents=True, exist_ok=True)
+    path = asked.results / f"{name}.json"
+    script = hashlib.sha256(Path(iclm_sort.__file__).read_bytes()).hexdigest()
+    result = {"script_sha256": script, "settings": dataclasses.asdict(settings), "runs": []}
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    for seed in arguments.seeds:
-        for name in arguments.arms:
-            if not any((row["arm"], row["seed"]) == (name, seed) for row in rows):
-                rows.append(run_arm(name, seed, corpus, settings))
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(json.dumps(rows[-1]), flush=True)
-    rows = [row for row in rows if row["seed"] in arguments.seeds]
-    found, keep = summary(rows), corpus.lists[2]
-    result = {
-        "command": "python tests/claims/iclm_claims.py",
-        "argv": sys.argv,
-        "summary": found,
-        "documents": {
-            "training": int((keep & ~corpus.held).sum()),
-            "held_out": int((keep & corpus.held).sum()),
-            "duplicates_dropped": int((~keep).sum()),
-        },
-        "tokens_a_run": settings.steps * settings.batch * settings.length,
-        "settings": dataclasses.asdict(settings),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "script_sha256": hashlib.sha256(Path(iclm_sort.__file__).read_bytes()).hexdigest(),
-        "runs": rows,
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    name = "in_context_pretraining_larger" if arguments.larger else "in_context_pretraining"
-    (arguments.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    draw(found, arguments.results / f"{name}.png")
-    print(table(found))
+        before = json.loads(path.read_text("utf-8"))
+        if all(before[key] == result[key] for key in ("script_sha256", "settings")):
+            result = before
+    corpus, rows = read_corpus(settings), result["runs"]
+    keep, held = corpus.lists[2], corpus.held
+    result["command"] = "python tests/claims/iclm_claims.py"
+    counts = {"training": keep & ~held, "held_out": keep & held, "duplicates_dropped": ~keep}
+    result["documents"] = {key: int(found.sum()) for key, found in counts.items()}
+    result["tokens_a_run"] = settings.steps * settings.batch * settings.length
+    result["torch"], result["threads"] = torch.__version__, torch.get_num_threads()
+    for seed, arm in itertools.product(asked.seeds, asked.arms):
+        if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
+            rows.append(run_arm(arm, seed, corpus, settings))
+            print(rows[-1], flush=True)
+        result["summary"] = summary(rows)
+        path.write_text(compact(result) + "\n", "utf-8")
+    draw(result["summary"], path.with_suffix(".png"))
+    print(table(result["summary"]))
 
 
 if __name__ == "__main__":

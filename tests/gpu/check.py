@@ -1,21 +1,18 @@
 """The CUDA path of mamba.py on a real GPU: right against float64, and how fast; some minutes:
 
-    python tests/gpu/check.py [--sweep] [--out DIR]
+    python tests/gpu/check.py [--out DIR]
 
-It needs torch, triton and numpy, prints tables, and writes OUT/result.json. The exit status is 1
-where a result is wrong. Where the `mamba_ssm` package is installed its kernels run beside ours.
---sweep tries other tiles of the kernel. Without a GPU, `TRITON_INTERPRET=1 python
-tests/gpu/check.py --quick` only proves that the program runs.
+It needs torch, triton and numpy, prints what it finds, and writes OUT/result.json. The exit status
+is 1 where a result is wrong. Where the `mamba_ssm` package is installed its kernels run beside
+ours. Without a GPU, `TRITON_INTERPRET=1 python tests/gpu/check.py --quick` only proves that the
+program runs.
 """
 
 import argparse
-import contextlib
 import functools
-import importlib
-import itertools
+import importlib.util
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -25,44 +22,32 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-try:
-    importlib.import_module("tiktoken")
-except ImportError:  # only tokenizers need it
-    sys.modules["tiktoken"] = types.ModuleType("tiktoken")
-import mamba
-import transformer
+sys.modules["tiktoken"] = types.ModuleType("tiktoken")  # only tokenizers need it
+import mamba  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+LEAVES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+BF16, F16 = torch.bfloat16, torch.float16
 CASES = {  # (B, L, D, N), share of document starts, dtype, largest relative error
     "float32": ((2, 200, 96, 16), 0.02, torch.float32, 1e-5),
     "odd sizes": ((3, 67, 65, 5), 0.1, torch.float32, 1e-5),
     "one position": ((2, 1, 130, 16), 0.0, torch.float32, 1e-5),
-    "one state": ((2, 40, 33, 1), 0.0, torch.float32, 1e-5),
     "many segments": ((1, 3001, 70, 16), 0.001, torch.float32, 1e-5),
-    "bfloat16": ((2, 200, 96, 16), 0.02, torch.bfloat16, 2 * torch.finfo(torch.bfloat16).eps),
-    "float16": ((2, 200, 96, 16), 0.02, torch.float16, 2 * torch.finfo(torch.float16).eps),
+    "bfloat16": ((2, 200, 96, 16), 0.02, BF16, 2 * torch.finfo(BF16).eps),
+    "float16": ((2, 200, 96, 16), 0.02, F16, 2 * torch.finfo(F16).eps),
 }
+QUICK_CASES = {name: ((2, 9, 5, 3), *CASES[name][1:]) for name in ("odd sizes", "float16")}
 
 
 def draw(shape, starts: float, dtype: torch.dtype) -> dict:
     """Arguments of `selective_scan`; u, z, B and C are slices, as the model's are."""
     B, L, D, N = shape
     torch.manual_seed(0)
-    u, z = torch.randn(B, L, 2 * D, device=DEVICE, dtype=dtype).chunk(2, dim=-1)
-    Bs, Cs = torch.randn(B, L, 2 * N, device=DEVICE, dtype=dtype).chunk(2, dim=-1)
-    x = {
-        "u": u,
-        "delta": torch.randn(B, L, D, device=DEVICE, dtype=dtype),
-        "B": Bs,
-        "C": Cs,
-        "z": z,
-    }
-    x |= {"A": -torch.rand(D, N, device=DEVICE) * 4, "D": torch.randn(D, device=DEVICE)}
-    x |= {
-        "delta_bias": torch.randn(D, device=DEVICE) - 1,
-        "initial_state": torch.randn(B, D, N, device=DEVICE),
-    }
+    normal = functools.partial(torch.randn, device=DEVICE)
+    wide, narrow = normal(B, L, 2 * D, dtype=dtype), normal(B, L, 2 * N, dtype=dtype)
+    x = {"u": wide[..., :D], "z": wide[..., D:], "B": narrow[..., :N], "C": narrow[..., N:]}
+    x |= {"delta": normal(B, L, D, dtype=dtype), "delta_bias": normal(D) - 1, "D": normal(D)}
+    x |= {"A": -4 * torch.rand(D, N, device=DEVICE), "initial_state": normal(B, D, N)}
     return x | {"starts": torch.rand(B, L, device=DEVICE) < starts, "delta_softplus": True}
 
 
@@ -79,277 +64,135 @@ def recurrence(u, delta, A, B, C, D, z, delta_bias, initial_state, starts, delta
 
 def differentiate(scan, x: dict, dtype: torch.dtype | None = None) -> dict:
     """y, the last state and every gradient."""
-    leaves = {
-        k: (v if dtype is None else v.to(dtype)).detach().requires_grad_()
-        for k, v in x.items()
-        if k in NAMES
-    }
-    outputs = scan(**x | leaves)
+    leaves = {name: x[name].to(dtype or x[name].dtype).detach() for name in LEAVES}
+    outputs = scan(**x | {name: leaf.requires_grad_() for name, leaf in leaves.items()})
     torch.manual_seed(1)
     upstream = [torch.randn(o.shape, device=DEVICE).bfloat16().to(o.dtype) for o in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     return dict(zip(("y", "state", *leaves), (*outputs, *grads), strict=True))
 
 
-def check_scan() -> list[dict]:
-    """The fused scan against the recurrence, and twice against itself."""
-    scan, rows = (
-        functools.partial(mamba.selective_scan, return_final_state=True, backend="fused"),
-        [],
-    )
-    for name, (shape, starts, dtype, allowed) in CASES.items():
-        x = draw(shape, starts, dtype)
-        ours, again, truth = (
-            differentiate(scan, x),
-            differentiate(scan, x),
-            differentiate(recurrence, x, torch.float64),
-        )
-        errors = {
-            k: ((ours[k].double() - v).norm() / v.norm().clamp(min=1e-30)).item()
-            for k, v in truth.items()
-        }
-        worst, same = max(errors, key=errors.get), all(torch.equal(ours[k], again[k]) for k in ours)
-        right = errors[worst] <= allowed and same
-        rows.append(
-            {
-                "case": name,
-                "error": errors[worst],
-                "of": worst,
-                "allowed": allowed,
-                "same twice": same,
-            }
-        )
-        rows[-1]["right"] = right
-        found = f"worst {errors[worst]:.1e} ({worst}), allowed {allowed:.0e}, same {same}"
-        print(f"{name:16} {shape!s:20} {found}")
-    return rows
+def scan_outputs(shape, starts: float, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Of the fused scan, and of the recurrence in float64."""
+    scan = functools.partial(mamba.selective_scan, return_final_state=True, backend="fused")
+    x = draw(shape, starts, dtype)
+    return differentiate(scan, x), differentiate(recurrence, x, torch.float64)
 
 
-def check_decoding() -> dict:
-    """Logits by steps against those of the whole sequence."""
+@torch.no_grad()
+def decoding_outputs() -> tuple[dict, dict]:
+    """Logits by steps, and of the whole sequence."""
     torch.manual_seed(0)
-    model = mamba.Mamba(mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=99))
-    model = model.to(DEVICE).requires_grad_(False)
-    tokens = torch.randint(99, (3, 40), device=DEVICE)
+    model = mamba.Mamba(mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=99)).to(DEVICE)
+    tokens, steps = torch.randint(99, (3, 40), device=DEVICE), {}
     logits, (_, state) = model(tokens), model(tokens[:, :20], return_state=True)
-    errors = []
     for t in range(20, 40):
-        step, state = model.step(tokens[:, t], state)
-        errors.append((step - logits[:, t]).norm().item())
-    error = max(errors) / logits[:, 0].norm().item()
-    print(f"decoding by steps: worst {error:.1e}, allowed 1e-4")
-    return {"case": "decoding", "error": error, "allowed": 1e-4, "right": error <= 1e-4}
+        steps[t], state = model.step(tokens[:, t], state)
+    return steps, {t: logits[:, t] for t in steps}
+
+
+def check(cases: dict) -> list[dict]:
+    """A row for each check: its largest relative error, and whether two runs are equal."""
+    runs = {"decoding": (decoding_outputs, 1e-4)}
+    for name, (*case, allowed) in cases.items():
+        runs[name] = functools.partial(scan_outputs, *case), allowed
+    rows = []
+    for name, (run, allowed) in runs.items():
+        (ours, truth), (again, _), errors = run(), run(), {}
+        for k, x in truth.items():
+            errors[k] = ((ours[k].double() - x).norm() / x.norm().clamp(min=1e-30)).item()
+        worst, same = max(errors, key=errors.get), all(torch.equal(ours[k], again[k]) for k in ours)
+        row = {"case": name, "error": errors[worst], "of": worst, "same twice": same}
+        rows.append(row | {"right": same and errors[worst] <= allowed})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def seconds(run, repeats: int = 10) -> float:
-    """Median of one call's seconds, after two to warm up; on a GPU by its own clock."""
+    """Median of one call's seconds, after two to warm up."""
     times = []
-    for i in range(repeats + 2):
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        run()
         if DEVICE.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
             torch.cuda.synchronize()
-            took = begin.elapsed_time(end) / 1e3
-        else:
-            began = time.perf_counter()
-            run()
-            took = time.perf_counter() - began
-        times += [took] if i >= 2 else []
-    return statistics.median(times)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
 
 
-def peak_bytes(run) -> int:
-    """Memory that a call takes, its results included; 0 without a GPU."""
-    if DEVICE.type != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def exponentials_a_second() -> float:
-    """This GPU's rate, measured on a tensor that stays in registers."""
-    triton = importlib.import_module("triton")
-    global tl
-    tl = importlib.import_module("triton.language")
-
-    def many(x, N: tl.constexpr):
-        at = tl.program_id(0) * 256 + tl.arange(0, 256)
-        a, b = tl.load(x + at), tl.load(x + at) + 0.5
-        for _ in range(N):
-            a, b = tl.exp2(-a), tl.exp2(-b)
-        tl.store(x + at, a + b)
-
-    kernel, programs = triton.jit(many), 132 * 64
-    x = torch.rand(programs * 256, device=DEVICE)
-    return 2 * 2000 * len(x) / seconds(lambda: kernel[(programs,)](x, 2000, num_warps=8))
-
-
-def floor(shape, dtype: torch.dtype, bandwidth: float, exponentials: float) -> dict:
-    """The least seconds: of memory at `bandwidth`, or of B L D N exponentials at their rate."""
+def time_scan(shape) -> dict:
+    """Seconds forward and backward of each implementation that is there, and the memory's floor."""
     B, L, D, N = shape
-    size, rows, weights = dtype.itemsize, B * L * D, B * L * N
-    least = {
-        "forward": 4 * rows + 2 * weights,
-        "backward": 7 * rows + 4 * weights,
-    }  # u delta z y; and dy du ddelta dz
-    return {k: max(size * n / bandwidth, rows * N / exponentials) for k, n in least.items()}
-
-
-def time_scan(shape, args) -> dict:
-    """Forward and backward of one shape by each implementation that is there, beside the floor."""
-    x = draw(shape, 0, torch.bfloat16) | {"starts": None, "initial_state": None}
-    leaves = {k: x[k].detach().requires_grad_() for k in NAMES if x[k] is not None}
-    bound = floor(shape, torch.bfloat16, args.bandwidth * 1e12, args.exponentials)
-    runs = {
-        b: functools.partial(mamba.selective_scan, **x | leaves, backend=b)
-        for b in ("fused", "chunked")
-    }
-    with contextlib.suppress(ImportError):  # (B, D, L) is the layout of the official kernels
-        official = importlib.import_module(
-            "mamba_ssm.ops.selective_scan_interface"
-        ).selective_scan_fn
-        turned = {
-            k: v.detach().mT.contiguous().requires_grad_() for k, v in leaves.items() if v.ndim == 3
-        }
-        turned |= {k: leaves[k] for k in ("A", "D", "delta_bias")}
-        runs["official CUDA"] = functools.partial(official, **turned, delta_softplus=True)
-    table = {"shape": shape, "floor": bound}
-    inputs = sum(v.numel() * v.element_size() for v in leaves.values())
-    for name, run in runs.items():
-        y = run()
-        upstream = torch.randn_like(y)
-        wanted = list((turned if name == "official CUDA" else leaves).values())
-        back = functools.partial(torch.autograd.grad, y, wanted, upstream, retain_graph=True)
-        row = {"forward": seconds(run), "backward": seconds(back)}
-        row["peak"] = peak_bytes(
-            lambda run=run, of=wanted, g=upstream: torch.autograd.grad(run(), of, g)
-        )
-        row["floors"] = {k: row[k] / bound[k] for k in bound}
-        row["memory over inputs and outputs"] = row["peak"] / (
-            2 * inputs + 2 * y.numel() * y.element_size()
-        )
-        table[name] = row
-        times = "".join(
-            f", {k} {1e3 * row[k]:8.3f} ms ({row['floors'][k]:.1f} floors)" for k in bound
-        )
-        print(f"{shape!s:22} {name:14}{times}, peak {row['peak'] / 2**20:.0f} MiB")
-        del y
+    x = draw(shape, 0, BF16) | {"starts": None, "initial_state": None}
+    leaves = {name: x[name].detach().requires_grad_() for name in LEAVES if x[name] is not None}
+    runs = {}
+    for name in ("fused", "chunked"):
+        scan = functools.partial(mamba.selective_scan, **x | leaves, backend=name)
+        runs[name] = scan, list(leaves.values())
+    if importlib.util.find_spec("mamba_ssm"):
+        official = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        turned = dict(leaves)  # their layout is (B, D, L)
+        for name in ("u", "delta", "B", "C", "z"):
+            turned[name] = leaves[name].detach().mT.contiguous().requires_grad_()
+        scan = functools.partial(official.selective_scan_fn, **turned, delta_softplus=True)
+        runs["official CUDA"] = scan, list(turned.values())
+    memory = torch.ones(2**26, device=DEVICE)
+    rate = 2 * memory.nbytes / seconds(memory.clone)
+    wide, narrow = BF16.itemsize * B * L * D / rate, BF16.itemsize * B * L * N / rate
+    # Forward reads u, delta, z, B, C and writes y; backward reads dy for y, and writes gradients.
+    floor = {"forward": 4 * wide + 2 * narrow, "backward": 7 * wide + 4 * narrow}
+    table = {"shape": shape, "floor": floor}
+    for name, (scan, of) in runs.items():
+        y = scan()
+        back = functools.partial(torch.autograd.grad, y, of, torch.ones_like(y), retain_graph=True)
+        table[name] = {"forward": seconds(scan), "backward": seconds(back)}
+    print(table, flush=True)
     return table
 
 
-def sweep(shape) -> list[dict]:
-    """The fused scan by other tiles and blocks, best first."""
-    x, rows = draw(shape, 0, torch.bfloat16) | {"starts": None, "initial_state": None}, []
-    leaves = {k: x[k].detach().requires_grad_() for k in NAMES if x[k] is not None}
-    run = functools.partial(mamba.selective_scan, **x | leaves, backend="fused")
-    kept = mamba.FusedScan.TILE, mamba.FusedScan.BLOCK
-    for tile, block in itertools.product((32, 64, 128), (8, 16, 32)):
-        mamba.FusedScan.TILE, mamba.FusedScan.BLOCK = tile, block
-        y = run()
-        of = [*leaves.values()], torch.ones_like(y)
-        back = functools.partial(torch.autograd.grad, y, *of, retain_graph=True)
-        rows.append({"tile": tile, "block": block})
-        rows[-1] |= {"forward": seconds(run, 5), "backward": seconds(back, 5)}
-    mamba.FusedScan.TILE, mamba.FusedScan.BLOCK = kept
-    rows.sort(key=lambda row: row["forward"] + row["backward"])
-    for row in rows:
-        times = f"forward {1e3 * row['forward']:.3f} ms, backward {1e3 * row['backward']:.3f} ms"
-        print(f"tile {row['tile']}, block {row['block']}: {times}")
-    return rows
+def time_model(config, batch: int, length: int, new: int, prompts: tuple) -> dict:
+    """Tokens a second: training under bfloat16, and writing, so many prompts at a time."""
+    model = mamba.Mamba(config).to(DEVICE)
+    tokens = torch.randint(100, (batch, length + 1), device=DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=DEVICE.type == "cuda")
 
+    def train() -> None:
+        with torch.autocast(DEVICE.type, BF16):
+            loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-def models(quick: bool) -> dict:
-    """Mamba-130M, or a tiny one, and a Transformer++ of its size."""
-    if quick:
-        ours, theirs = (
-            mamba.MambaConfig(32, 2, 100),
-            transformer.TransformerConfig(32, 2, 2, vocab_size=100),
-        )
-    else:
-        ours = mamba.MambaConfig(768, 24, 50280)
-        theirs = transformer.TransformerConfig(768, 12, 12, vocab_size=50277, tie_embeddings=True)
-    return {
-        "mamba.py": mamba.Mamba(ours).to(DEVICE),
-        "transformer.py": transformer.Transformer(theirs).to(DEVICE),
-    }
-
-
-def time_models(args) -> dict:
-    """Tokens a second of training at 8 x 2048 under bfloat16, and of writing by batch."""
-    rows, (batch, length) = {}, (2, 16) if args.quick else (8, 2048)
-    for name, model in models(args.quick).items():
-        tokens = torch.randint(100, (batch, length + 1), device=DEVICE)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=DEVICE.type == "cuda")
-
-        def train(model=model, optimizer=optimizer, tokens=tokens) -> None:
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                loss = model(tokens[:, :-1], targets=tokens[:, 1:])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        row = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "training": batch * length / seconds(train, 5),
-        }
-        model.to(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
-        new = 4 if args.quick else 128
-        for rows_ in (1, 2) if args.quick else (1, 16, 128):
-            prompt = torch.randint(100, (rows_, 8 if args.quick else 2048), device=DEVICE)
-            both = [seconds(functools.partial(model.generate, prompt, n), 3) for n in (1, new + 1)]
-            row[f"writing, batch {rows_}"] = (
-                rows_ * new / (both[1] - both[0])
-            )  # the prompt's time taken off
-        rows[name] = row
-        print(name, ", ".join(f"{k} {v:,.0f}" for k, v in row.items()))
-        del model, optimizer
-    return rows
+    row = {"training": batch * length / seconds(train, 5)}
+    model.to(BF16 if DEVICE.type == "cuda" else torch.float32)
+    for count in prompts:
+        prompt = torch.randint(100, (count, length), device=DEVICE)
+        first = seconds(functools.partial(model.generate, prompt, 1), 3)  # mostly the prompt's time
+        took = seconds(functools.partial(model.generate, prompt, new + 1), 3) - first
+        row[f"writing, batch {count}"] = count * new / took
+    return row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--sweep", action="store_true", help="try other tile sizes of the kernels")
-    parser.add_argument(
-        "--bandwidth", type=float, default=4.3, help="memory, TB/s (an H200's copy: 4.3)"
-    )
-    parser.add_argument("--out", default="out/gpu", help="folder of result.json")
+    parser.add_argument("--out", type=Path, default="out/gpu", help="folder of result.json")
     args = parser.parse_args()
-    if DEVICE.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error(
-            "no CUDA device here; only a trial run is possible, by TRITON_INTERPRET=1 and --quick"
-        )
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "Triton's interpreter"
-    result = {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "argv": sys.argv[1:],
-    }
+    cases, shapes = CASES, [(8, 4096, 2048, 16), (1, 65536, 1024, 16)]
+    model = mamba.MambaConfig(), 8, 2048, 128, (1, 16, 128)
     if args.quick:
-        small = {"odd sizes": CASES["odd sizes"], "float16": CASES["float16"]}
-        shrunk = {k: ((2, 9, 5, 3), *rest) for k, (_, *rest) in small.items()}
-        CASES.clear(), CASES.update(shrunk)
-    result["checks"] = [*check_scan(), check_decoding()]
-    args.exponentials = exponentials_a_second() if DEVICE.type == "cuda" else 1e9
-    result["exponentials a second"] = args.exponentials
-    print(f"{name}: {args.exponentials / 1e12:.2f}e12 exponentials a second")
-    shapes = [(1, 9, 5, 3)] if args.quick else [(8, 4096, 2048, 16), (1, 65536, 1024, 16)]
-    result["scan"] = [time_scan(shape, args) for shape in shapes]
-    if args.sweep:
-        result["sweep"] = sweep(shapes[0])
-    result["models"] = time_models(args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+        cases, shapes = QUICK_CASES, [(1, 9, 5, 3)]
+        model = mamba.MambaConfig(32, 2, 100), 2, 8, 4, (1, 2)
+    if DEVICE.type != "cuda" and not (args.quick and os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("CUDA is not available; only TRITON_INTERPRET=1 with --quick runs without")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "Triton's interpreter"
+    result = {"device": name, "torch": torch.__version__, "checks": check(cases)}
+    result["scan"] = [time_scan(shape) for shape in shapes]
+    result["models"] = {"mamba.py": time_model(*model)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     wrong = [row["case"] for row in result["checks"] if not row["right"]]
-    print(f"WRONG: {', '.join(wrong)}" if wrong else "all right", f"({out / 'result.json'})")
+    print(result["models"], "wrong:", wrong, args.out / "result.json")
     return 1 if wrong else 0
 
 
