@@ -758,14 +758,12 @@ class Config:
 
 
 SMOKE = {"k": 5, "context_length": 128}
-JOBS = {"sort": sort}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a job. Returns 0; 2 for bad input, 130 after Ctrl-C."""
+    """Sort. Returns 0; 2 for bad input, 130 after Ctrl-C."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("job", nargs="?", default="sort", choices=JOBS, help="what to do")
     for field in dataclasses.fields(Config):
         kind = {"type": type(field.default)}
         if isinstance(field.default, bool):
@@ -779,7 +777,7 @@ def main(argv: list[str] | None = None) -> int:
     if given["smoke"]:
         given["out"] += "/smoke"
     try:
-        JOBS[given.pop("job")](Config(**given))
+        sort(Config(**given))
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # one line; `python -X dev` shows where it came from

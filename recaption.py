@@ -772,6 +772,9 @@ def train_own(config: Config) -> None:
             images.append(read_image(path.parent / row["file"], config.size))
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from error
+    texts = [text for style in captions.values() for text in style.values()]
+    cut = sum(len(Tokenizer.split(text)) > LENGTH - 2 for text in texts)
+    print(f"{len(texts):,} captions, of which {cut} are cut to {LENGTH - 2} words")
     train_captioners(config, Pictures(torch.from_numpy(np.stack(images)), captions, []))
 
 
