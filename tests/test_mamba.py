@@ -377,7 +377,9 @@ def test_bpe_joins_the_commonest_pair():
                     word[i : i + 2] = [token]
     ids = tokenizer.encode(text)
     assert [tokenizer.bytes_of[i] for i in ids] == [part for word in words for part in word]
-    assert zlib.crc32(repr(ranks).encode()) == 1861304770  # in every process: ties have an order
+    letters = "".join(random.Random(0).choices("abcdefgh ", k=2000))  # many ties, in an order
+    ids = mamba.load_tokenizer("bpe:400", [letters]).bytes_of
+    assert zlib.crc32(repr(ids).encode()) == 1259100156  # that each process finds
 
 
 def test_bpe_cuts_long_words():
@@ -644,7 +646,6 @@ def test_training_beats_xz_where_copying_does_not_help(run, tmp_path, seed):
 
 
 BAD = {  # flags after the usual ones; a word of the line, where it is our own
-    "--data nowhere.txt": "",
     "--data empty.txt": "too few",
     "--data rows.jsonl": "",
     "--data beyond.bin": "beyond the model's 257",
@@ -657,7 +658,6 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--tokenizer bpe:9999999": "N must be from 257",
     "--lr nan": "--lr nan must be at least 0",
     "--batch 3 --accumulate 2": "",
-    "--device tpu": "",
     "sample --checkpoint junk/checkpoint.pt": "",
     "sample --checkpoint zero.pt": "",
     "sample --checkpoint junk": "",
