@@ -450,7 +450,7 @@ class Corpus:
     context_length: int | None = None  # of packed contexts: no window joins two
 
 
-def load_corpus(path: str, tokenizer: Tokenizer | str, split: bool = True) -> Corpus:
+def load_corpus(path: str, tokenizer: Tokenizer | str | None, split: bool = True) -> Corpus:
     """The corpus of a text file, a folder of .txt, a .jsonl of `text`, a .bin, or Python's prose.
 
     Without `split` all is for validation. A tokenizer trained here never sees validation text.
@@ -780,7 +780,9 @@ def evaluate_checkpoint(config: Config) -> dict:
     data, length = config.data or trained["data"], config.length or trained["length"]
     resets = config.document_resets or trained["document_resets"]
     config = dataclasses.replace(config, length=length, document_resets=resets)
-    corpus = load_corpus(data, tokenizer or config.tokenizer, split=not config.data)
+    if tokenizer is None and not data.endswith(".bin"):
+        tokenizer = load_tokenizer(config.tokenizer, [])  # never one that is trained on this text
+    corpus = load_corpus(data, tokenizer, split=not config.data)
     corpus.vocab_size = model.config.vocab_size
     if len(corpus.valid) < 2:
         raise ValueError(f"{data} has {len(corpus.valid)} tokens, and so none to predict")
@@ -1129,6 +1131,8 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     if name.endswith(".tiktoken"):
         rows = [line.split() for line in Path(name).read_text("utf-8").splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        if sum(len(token) == 1 for token in ranks) < 256 or len(set(ranks.values())) < len(rows):
+            raise ValueError(f"{name} must rank every single byte, and nothing twice")
         return Tokenizer(ranks, CL100K, {ENDS[0]: max(ranks.values()) + 1})
     encoding = tiktoken.get_encoding(name)  # downloads it once
     return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
@@ -1281,9 +1285,11 @@ class Config:
     smoke: bool = flag(False, "a tiny model for a few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
+        positive = ("d_model", "n_layer", "d_state", "steps", "batch", "accumulate", "eval_every")
         for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, str) and not value >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0")
+            least = 1 if name in positive else 0
+            if not isinstance(value, str) and not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 DEFAULT_LENGTH = 512

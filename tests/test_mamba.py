@@ -656,6 +656,8 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--out text.txt": "",
     "--tokenizer tokenizer.json": "; pip install tokenizers",
     "--tokenizer bpe:9999999": "N must be from 257",
+    "--tokenizer two.tiktoken": "every single byte",
+    "--d-state 0": "--d-state 0 must be at least 1",
     "--lr nan": "--lr nan must be at least 0",
     "--batch 3 --accumulate 2": "",
     "sample --checkpoint junk/checkpoint.pt": "",
@@ -665,6 +667,7 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "sample --out good --prompt ''": "prompt is empty",
     "sample --out good --top-p 7": "top_p",
     "eval --out good --data empty.txt": "1 tokens, and so none",
+    "eval --checkpoint plain": "--tokenizer",  # none is trained on the text that it scores
 }
 
 
@@ -673,8 +676,14 @@ def bad_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     files = {"text.txt": sentences(1), "grown.txt": sentences(1), "empty.txt": "", "zero.pt": ""}
     files |= {"rows.jsonl": '{"text": "a"}\n\n{"text": 3}\n', "tokenizer.json": "{}"}
-    files |= {"junk/checkpoint.pt": "not tensors at all"}
+    files |= {"junk/checkpoint.pt": "not tensors at all", "two.tiktoken": "YQ== 0\nYg== 1\n"}
     (folder / "junk").mkdir()
+    (folder / "plain").mkdir()
+    sizes = {"d_model": 12, "n_layer": 1, "vocab_size": 29}
+    weights = mamba.Mamba(mamba.MambaConfig(**sizes)).state_dict()
+    weights["backbone.embedding.weight"] = weights.pop("backbone.embeddings.weight")
+    torch.save(weights, folder / "plain" / "pytorch_model.bin")
+    (folder / "plain" / "config.json").write_text(json.dumps(sizes))
     for name, content in files.items():
         (folder / name).write_text(content, "utf-8")
     write_bin(folder, "beyond", [300] * 1000)
