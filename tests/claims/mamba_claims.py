@@ -332,8 +332,6 @@ COPYING = {
 ARMS = {  # name: what is selective, and the paper's nearest figure
     "delta, B and C (Mamba)": ("delta,B,C", "99.8"),
     "nothing: time-invariant": ("", "18.3 (S4), 30.1 (Hyena)"),
-    "delta": ("delta", ""),
-    "B and C": ("B,C", ""),
 }
 
 
