@@ -24,7 +24,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+
+from _claims import compact  # noqa: E402
 
 import constrained_ppo as c  # noqa: E402
 
@@ -218,9 +220,9 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": sum(seed["seconds"] for seed in seeds),
     }
     result["script_sha256"] = c.hashlib.sha256(Path(c.__file__).read_bytes()).hexdigest()
-    result |= {"torch": torch.__version__, "command": " ".join(sys.argv)}
+    result |= {"torch": torch.__version__, "command": " ".join(["python", *sys.argv])}
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "constrained_rlhf.json").write_text(json.dumps(result) + "\n", "utf-8")
+    (arguments.results / "constrained_rlhf.json").write_text(compact(result) + "\n", "utf-8")
     draw(seeds, result["claims"], arguments.results / "constrained_rlhf.png")
     print("\n\n".join(tables(result["claims"]).values()))
 
