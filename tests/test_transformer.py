@@ -371,10 +371,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch, flag
         close(saved(parts)[name], saved(whole)[name], 0)
 
 
-def test_smoke_leaves_a_run_alone(run, tmp_path):
-    assert run("out", "--smoke --d-model 7") == 0
+def test_smoke_leaves_a_run_alone_and_heeds_other_flags(run, tmp_path):
+    words = ["--smoke", "--d-model", "24", "--data", str(tmp_path / "text.txt")]
+    assert transformer.main([*words, "--out", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["smoke"]
-    assert len(saved(tmp_path / "out" / "smoke")["history"]) == 4
+    content = saved(tmp_path / "out" / "smoke")
+    assert len(content["history"]) == 4 and content["model_config"]["d_model"] == 24
 
 
 @pytest.mark.parametrize("data", ["text.txt", "x.bin", "bare.bin"])
