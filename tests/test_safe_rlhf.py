@@ -456,7 +456,6 @@ POLICY = ["--policy", "x", "--preferences", "no.jsonl"]
     (["--threshold", "x"], "'x'"),
     (["--costs", "charm"], "charm"),
     (POLICY[2:], "go together"),
-    (POLICY, "no.jsonl"),
     ([*POLICY, "--rounds", "2"], "--rounds"),
     ([*POLICY, "--method", "gate"], "--method gate"),
     (["--device", "cuda:99"], "safe_rlhf.py"),
