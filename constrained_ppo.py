@@ -826,8 +826,7 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     if given["smoke"]:
         given["out"] += "/smoke"
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
         experiment(Config(**given))

@@ -33,7 +33,6 @@ import dataclasses
 import functools
 import hashlib
 import http.client
-import importlib.util
 import itertools
 import json
 import math
@@ -43,6 +42,7 @@ import re
 import sys
 import textwrap
 import time
+import urllib.parse
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -133,7 +133,9 @@ class MultiHead(nn.Module):
 
     def forward(self, x, memory=None, mask=None, causal=False, cache=None) -> Tensor:
         """x (B, L, D), memory (B, S, D) or None for x itself, mask (B, 1, 1, S) False at padding.
-        The dict cache keeps keys and values: x's are added, a memory's are computed once."""
+
+        The dict cache keeps keys and values: x's are added, a memory's are computed once.
+        """
         B, L, D = x.shape  # batch, length, width
         cache = {} if cache is None else cache
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
@@ -280,8 +282,7 @@ def run_all(config: Config) -> None:
         for arm, images in drawn.items():
             result["models"][arm][style] = score_images(judge, images, prompts)
     finish(config, result | {"wall_seconds": round(time.perf_counter() - began, 1)})
-    if importlib.util.find_spec("matplotlib"):
-        draw_samples(Path(config.out) / "samples.png", drawn, prompts)
+    draw_samples(Path(config.out) / "samples.png", drawn, prompts)
 
 
 def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
@@ -352,7 +353,10 @@ def stage(config: Config, name: str, make: Callable[[], object]):
 
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
     """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the weights' average.
-    Stages with the same `draws` have the same initialisation and random numbers."""
+
+    Stages with the same `draws` have the same initialisation and random numbers. Raises
+    FloatingPointError on divergence.
+    """
     torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
     model = make_model().to(config.device).requires_grad_()
 
@@ -525,7 +529,9 @@ def classify(images: Tensor) -> list[Scene]:
 
 def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float | None]:
     """By attribute, the share of what texts say that is so in scenes; None where nothing is said.
-    binding is colour and shape of one object. Objects are matched so that most agrees."""
+
+    binding is colour and shape of one object. Objects are matched so that most agrees.
+    """
     rows = []
     for text, scene in zip(texts, scenes, strict=True):
         said = parse_caption(text)
@@ -569,8 +575,10 @@ def finish(config: Config, result: dict) -> None:
 
 def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -> None:
     """What the models draw for the first eight prompts, a column each, beside the real images."""
-    import matplotlib.pyplot as plt
-
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("no picture: matplotlib is not installed; pip install matplotlib")
     columns = [F.pad(x[:8], (0, 0, 1, 1, 1, 1)).flatten(0, 1) for x in drawn.values()]
     side, names = columns[0].shape[1], [textwrap.fill(prompt, 60) for prompt in prompts[:8]]
     figure, axes = plt.subplots(figsize=(len(drawn), 8))
@@ -824,13 +832,13 @@ def upsample_by_chat(config: Config, prompt: str) -> str:
     messages.append({"role": "user", "content": f"New subject: {prompt}"})
     body = json.dumps({"model": config.chat_model, "messages": messages})
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    url = re.fullmatch(r"(https?)://([^/]+)(.*?)/?", config.chat_url)
-    if url is None or not (key.isascii() and key.isprintable()):
+    url = urllib.parse.urlsplit(config.chat_url)
+    if url.scheme not in ("http", "https") or not (key.isascii() and key.isprintable()):
         raise ValueError("--chat-url must be http(s)://, and OPENAI_API_KEY printable ASCII")
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    connection = kinds[url[1]](url[2], timeout=60)  # it follows no redirect
+    connection = kinds[url.scheme](url.netloc, timeout=60)  # it follows no redirect
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    connection.request("POST", f"{url[3]}/chat/completions", body, headers)
+    connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
     answer = connection.getresponse()
     text = answer.read().decode("utf-8", "replace").replace(key or "no key", "***")
     if answer.status != 200:
@@ -890,6 +898,10 @@ class Config:
     smoke: bool = flag(False, "tiny models for a few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            least = 0 if name in ("seed", "guidance") else 1
+            if not isinstance(value, str | bool) and not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         for arm in self.arms.split(","):
             if not re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", arm):
                 raise ValueError(f"--arms {arm} must be ground_truth, short:% or descriptive:%")
@@ -913,11 +925,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.add_argument("job", nargs="?", default="all", choices=JOBS, help="what to do")
     for field in dataclasses.fields(Config):
-        kind = {"action": "store_true"}
-        if not isinstance(field.default, bool):
-            kind = {"type": type(field.default), "default": field.default}
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, help=field.metadata["help"], **kind)
+        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
     if parser.parse_args(argv).smoke:
         parser.set_defaults(**SMOKE)  # flags that are written out come first
     given = vars(parser.parse_args(argv))

@@ -22,6 +22,7 @@ threshold                                -d of J_C = E[C] + d <= 0
 
 Where the constraint is slack lambda fades, and harm is traded for reward up to the threshold. It
 bounds a mean: safe answers pay for harmful ones. `score(model, rollout) > 0` is a classifier.
+
 Differences from the paper: a small decoder in an invented world, where a ground truth stands for
 people: labels are drawn from the Bradley-Terry model of its scores, and red-teaming finds what it
 calls harmful. --help has the paper's settings. Gate: Llama 2's rule, with C as its safety model.
@@ -84,7 +85,10 @@ def ptx_loss(policy: nn.Module, shown: Rollout) -> Tensor:
 
 
 class LagrangeMultiplier:
-    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold)."""
+    """lambda >= 0, by gradient ascent on log lambda: its gradient is lambda (J_C - threshold).
+
+    J_C is the mean of the last `window` episode costs, raw, without KL; lambda is at most maximum.
+    """
 
     def __init__(self, initial=1.0, lr=0.1, maximum=5.0, threshold=0.0, window=128):
         self.log, self.lr, self.maximum = math.log(initial), lr, maximum
@@ -97,7 +101,7 @@ class LagrangeMultiplier:
 
     def update(self, costs: Iterable[float]) -> float:
         """One step with the costs of new episodes, before the policy's. Returns lambda."""
-        self.costs = [*self.costs, *costs][-self.window :]  # raw, without KL
+        self.costs = [*self.costs, *costs][-self.window :]
         J_C = sum(self.costs) / len(self.costs)
         self.log += self.lr * self.value * (J_C - self.threshold)
         self.log = min(self.log, math.log(self.maximum))
@@ -182,7 +186,10 @@ def objective(config: Config, R: Tensor, C: Tensor, tagged: Tensor) -> list[Tens
 
 
 def update(run: Run) -> dict:
-    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn."""
+    """One step of PPO-Lagrangian, or of a baseline: answer prompts, score, move lambda, learn.
+
+    Returns what to log. Raises FloatingPointError in place of a step that is not finite.
+    """
     lab, config, (policy, *critics) = run.lab, run.config, run.nets
     prompts = draw(lab.train, config.batch, run.generator)
     rollout = write_answers(lab, policy, prompts, run.generator)
