@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "tiktoken==0.14.0"]
-# ///
 """Mamba: a language model on selective state spaces. Train, sample, evaluate.
 
 Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
@@ -40,7 +36,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -294,7 +289,7 @@ class Mamba(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None
+        self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None
     ) -> Tensor:
         """tokens (B, L) -> (B, L + max_new_tokens): one parallel prefill, then step by step.
 
@@ -307,25 +302,19 @@ class Mamba(nn.Module):
         for i in range(max_new_tokens):
             if not logits.isfinite().all():
                 raise FloatingPointError(f"the logits of new token {i + 1} are not finite")
-            token = sample_token(logits, temperature, top_k, top_p, generator)
+            token = sample_token(logits, temperature, top_k, generator)
             tokens = torch.cat([tokens, token.unsqueeze(1)], dim=1)
             logits, state = self.step(token, state)
         return tokens
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
-    """Draw a token (B,) from logits (B, V): temperature 0 is greedy; top_k, top_p cut the tail."""
-    if not (temperature >= 0 and (top_k or 0) >= 0 and 0 < (top_p or 1) <= 1):
-        raise ValueError(f"{temperature=} must be at least 0, {top_k=} too, {top_p=} in (0, 1]")
+def sample_token(logits, temperature=1.0, top_k=None, generator=None) -> Tensor:
+    """Draw a token (B,) from logits (B, V), of the top_k likeliest; temperature 0 is greedy."""
     if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p:  # the fewest tokens whose probabilities reach top_p
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
@@ -450,7 +439,7 @@ class Corpus:
     context_length: int | None = None  # of packed contexts: no window joins two
 
 
-def load_corpus(path: str, tokenizer: Tokenizer | str | None, split: bool = True) -> Corpus:
+def load_corpus(path: str, tokenizer: Tokenizer | str, split: bool = True) -> Corpus:
     """The corpus of a text file, a folder of .txt, a .jsonl of `text`, a .bin, or Python's prose.
 
     Without `split` all is for validation. A tokenizer trained here never sees validation text.
@@ -611,12 +600,12 @@ def evaluate(model: Mamba, corpus: Corpus, config: Config, limit: int = 0) -> di
 def train(config: Config) -> dict:
     """The job `train`: writes checkpoint.pt, metrics.jsonl, result.json and loss.png to config.out.
 
-    Ctrl-C ends it after the step, with a checkpoint; --resume goes on from there, bit for bit.
+    It saves at each evaluation, and --resume goes on from there, bit for bit.
     """
     began, out, device = time.perf_counter(), Path(config.out), start_process(config.device)
     config = dataclasses.replace(config, length=config.length or DEFAULT_LENGTH)
     if config.resume:
-        model, tokenizer, saved = load_model(out / "checkpoint.pt")
+        model, tokenizer, saved = load_model(config)
         corpus = load_corpus(config.data, tokenizer)
     else:
         saved, corpus = {"config": {}, "history": []}, load_corpus(config.data, config.tokenizer)
@@ -638,31 +627,23 @@ def train(config: Config) -> dict:
     print(f"{len(corpus.valid):,} held out; xz, given the training text: {xz} bits a byte")
 
     out.mkdir(parents=True, exist_ok=True)
-    pressed: list[bool] = []
-    usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     first = len(history) + 1
-    try:
-        for step in range(first, config.steps + 1):
-            if step <= first + 1:
-                start = time.perf_counter()  # again after the first step, which warms up
-            loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
-            history.append({"step": step, "loss": loss, "norm": norm})
-            due = step % config.eval_every == 0 or step == config.steps
-            if due:
-                scores = evaluate(model, corpus, config, config.eval_tokens)
-                history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
-            if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
-                pace = (time.perf_counter() - start) / max(1, step - first)
-                parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
-                left = f"{pace * 1e3:.0f} ms · {(config.steps - step) * pace / 60:.1f} minutes left"
-                print(" · ".join([*parts, left]), flush=True)
-            if RANK == 0 and (due or pressed):
-                save(out, model, optimizer, corpus, config, history)
-            if pressed:
-                print(f"stopped after step {step}; --resume goes on")
-                raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    for step in range(first, config.steps + 1):
+        if step <= first + 1:
+            start = time.perf_counter()  # again after the first step, which warms up
+        loss, norm = train_step(forward, optimizer, corpus, config, step - 1)
+        history.append({"step": step, "loss": loss, "norm": norm})
+        due = step % config.eval_every == 0 or step == config.steps
+        if due:
+            scores = evaluate(model, corpus, config, config.eval_tokens)
+            history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
+        if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
+            pace = (time.perf_counter() - start) / max(1, step - first)
+            parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
+            left = f"{pace * 1e3:.0f} ms · {(config.steps - step) * pace / 60:.1f} minutes left"
+            print(" · ".join([*parts, left]), flush=True)
+        if RANK == 0 and due:
+            save(out, model, optimizer, corpus, config, history)
 
     scores = evaluate(model, corpus, config)
     result = {
@@ -686,9 +667,9 @@ def save(out: Path, model, optimizer, corpus: Corpus, config: Config, history: l
     """Write checkpoint.pt, never half of one, and metrics.jsonl, a line a step."""
     saved = {
         "model": model.state_dict(), "model_config": dataclasses.asdict(model.config),
-        "optimizer": optimizer.state_dict(), "config": dataclasses.asdict(config),
+        "optimizer": optimizer.state_dict(), "history": history,
+        "config": dataclasses.asdict(config) | {"size of the data": len(corpus.train)},
         "tokenizer": corpus.tokenizer and corpus.tokenizer.arguments,
-        "history": history, "size": len(corpus.train),
     }  # fmt: skip
     torch.save(saved, out / "checkpoint.tmp")
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
@@ -720,12 +701,11 @@ def check_run(config: Config, corpus: Corpus, saved: dict) -> None:
     if config.document_resets and corpus.separator is None:
         raise ValueError("--document-resets needs a document_separator, and the data have none")
     free = ("accumulate", "compile", "device", "out", "resume", "smoke", "checkpoint", "prompt")
-    free += ("tokens", "temperature", "top_k", "top_p")
+    free += ("tokens", "temperature", "top_k")
+    now = dataclasses.asdict(config) | {"size of the data": len(corpus.train)}
     for name, value in saved["config"].items():
-        if name not in free and value != getattr(config, name):
-            raise ValueError(f"--resume: {name} was {value!r} and is {getattr(config, name)!r}")
-    if config.resume and saved["size"] != len(corpus.train):
-        raise ValueError("--resume: the data have changed")
+        if name not in free and value != now[name]:
+            raise ValueError(f"--resume: {name} was {value!r} and is {now[name]!r}")
 
 
 def plot(history: list[dict], xz: float | None, path: Path) -> None:
@@ -746,42 +726,49 @@ def plot(history: list[dict], xz: float | None, path: Path) -> None:
     plt.close(figure)
 
 
-def load_model(path: Path) -> tuple[Mamba, Tokenizer | None, dict]:
-    """The model and tokenizer in a checkpoint or a model folder, and all that the former holds."""
+def load_model(config: Config) -> tuple[Mamba, Tokenizer | str, dict]:
+    """The model in config.checkpoint, else OUT/checkpoint.pt, a tokenizer, and what else is saved.
+
+    The checkpoint may be a model folder. Where it has no tokenizer, it is config's, by its name.
+    """
+    path = Path(config.checkpoint or f"{config.out}/checkpoint.pt")
     if path.is_dir():
         own = path / "tokenizer.json"
-        return read_folder(path), load_tokenizer(str(own), []) if own.is_file() else None, {}
+        tokenizer = load_tokenizer(str(own), []) if own.is_file() else config.tokenizer
+        return read_folder(path), tokenizer, {}
     saved = torch.load(path, "cpu", weights_only=True)  # data only, never code
     model = Mamba(MambaConfig(**saved["model_config"]))
     model.load_state_dict(saved["model"])
-    return model, Tokenizer(**saved["tokenizer"]) if saved["tokenizer"] else None, saved
+    tokenizer = Tokenizer(**saved["tokenizer"]) if saved["tokenizer"] else config.tokenizer
+    return model, tokenizer, saved
 
 
 def sample(config: Config) -> str:
     """The job `sample`: print the prompt and what the model writes after it. Returns the text."""
-    model, tokenizer, _ = load_model(Path(config.checkpoint or f"{config.out}/checkpoint.pt"))
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer, [])
+    model, tokenizer, _ = load_model(config)
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, [])
     device, size = start_process(config.device), model.config.vocab_size
     ids = tokenizer.encode(config.prompt, special=True)
     if max(ids, default=0) >= size:
         raise ValueError(f"--prompt: token {max(ids)} is beyond the model's {size}")
     generator = torch.Generator(device).manual_seed(config.seed)
-    options = (config.tokens, config.temperature, config.top_k, config.top_p, generator)
+    options = (config.tokens, config.temperature, config.top_k, generator)
     ids = model.to(device).generate(torch.tensor([ids], device=device).long(), *options)[0]
-    text = tokenizer.decode_bytes(ids, special=True).decode("utf-8", "replace")
+    text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
     print(text)
     return text
 
 
 def evaluate_checkpoint(config: Config) -> dict:
     """The job `eval`: the loss on all of --data, or else on the text that training held out."""
-    model, tokenizer, saved = load_model(Path(config.checkpoint or f"{config.out}/checkpoint.pt"))
+    model, tokenizer, saved = load_model(config)
     trained = saved.get("config", {"data": "", "length": DEFAULT_LENGTH, "document_resets": False})
     data, length = config.data or trained["data"], config.length or trained["length"]
     resets = config.document_resets or trained["document_resets"]
     config = dataclasses.replace(config, length=length, document_resets=resets)
-    if tokenizer is None and not data.endswith(".bin"):
-        tokenizer = load_tokenizer(config.tokenizer, [])  # never one that is trained on this text
+    if isinstance(tokenizer, str) and not data.endswith(".bin"):
+        tokenizer = load_tokenizer(tokenizer, [])  # never one that is trained on this text
     corpus = load_corpus(data, tokenizer, split=not config.data)
     corpus.vocab_size = model.config.vocab_size
     if len(corpus.valid) < 2:
@@ -1086,8 +1073,7 @@ class Tokenizer:
                 "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
             self.bytes_of = {i: token for token, i in ranks.items()}
-            self.special, known = {i: text.encode() for text, i in special.items()}, special
-            self.vocab_size = self.bpe.n_vocab
+            known, self.vocab_size = special, self.bpe.n_vocab
         else:
             import tokenizers
 
@@ -1108,13 +1094,12 @@ class Tokenizer:
             ids += self.bpe.encode(piece, allowed_special=allowed, disallowed_special=())
         return ids
 
-    def decode_bytes(self, ids, special: bool = False) -> bytes:
-        """Bytes of ids, of special tokens only if `special`; unknown ids yield none."""
+    def decode_bytes(self, ids) -> bytes:
+        """Bytes of ids; special tokens and ids that are unknown yield none."""
         ids = [int(i) for i in ids]
         if self.arguments["file"]:
-            return self.file.decode(ids, skip_special_tokens=not special).encode()
-        table = self.bytes_of | self.special if special else self.bytes_of
-        return b"".join(table.get(i, b"") for i in ids)
+            return self.file.decode(ids).encode()
+        return b"".join(self.bytes_of.get(i, b"") for i in ids)
 
 
 def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
@@ -1129,30 +1114,22 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     if name.endswith(".json"):
         return Tokenizer(file=Path(name).read_text("utf-8"))
     if name.endswith(".tiktoken"):
-        rows = [line.split() for line in Path(name).read_text("utf-8").splitlines()]
+        rows = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        if sum(len(token) == 1 for token in ranks) < 256 or len(set(ranks.values())) < len(rows):
-            raise ValueError(f"{name} must rank every single byte, and nothing twice")
         return Tokenizer(ranks, CL100K, {ENDS[0]: max(ranks.values()) + 1})
     encoding = tiktoken.get_encoding(name)  # downloads it once
     return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
 
 
 def train_bpe(name: str, documents: list[str]) -> Tokenizer:
-    """Byte-level BPE `bpe:N` of N ids: over and over, join the commonest pair of neighbours.
-
-    Words are cut to 32 characters, or text without spaces would take minutes.
-    """
+    """Byte-level BPE `bpe:N` of N ids: over and over, join the commonest pair of neighbours."""
     import regex  # tiktoken brings it
 
-    size, words = int(name.removeprefix("bpe:")), collections.Counter()
+    words = collections.Counter()
     for text in documents:
-        for word in regex.findall(CL100K, text):
+        for word in regex.findall(CL100K, text):  # at most 32 characters, or some take minutes
             words.update(word[i : i + 32].encode() for i in range(0, len(word), 32))
     parts = {word: [bytes([b]) for b in word] for word in words}
-    most = 257 + sum(len(word) - 1 for word in words)  # each merge shortens a word
-    if not 257 <= size <= most:
-        raise ValueError(f"--tokenizer {name}: for this text N must be from 257 to at most {most}")
     total = collections.Counter()  # of each pair
     places = collections.defaultdict(dict)  # its words; not a set, whose order differs by process
 
@@ -1163,11 +1140,11 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
 
     for word in words:
         count_pairs(word, 1)
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < size - 1:
+    ranks, size = {bytes([b]): b for b in range(256)}, int(name.removeprefix("bpe:"))
+    while len(ranks) != size - 1:
         pair = max(total, key=total.get, default=None)
-        if pair is None or total[pair] < 1:
-            raise ValueError(f"--tokenizer {name}: this text yields only {len(ranks) + 1} ids")
+        if size < 257 or pair is None or total[pair] < 1:
+            raise ValueError(f"--tokenizer {name}: N may be 257 to {len(ranks) + 1} for this text")
         ranks.setdefault(b"".join(pair), len(ranks))
         for word in places.pop(pair):
             count_pairs(word, -1)
@@ -1277,7 +1254,6 @@ class Config:
     tokens: int = flag(300, "sample: tokens to write")
     temperature: float = flag(0.8, "sample: 0 takes the likeliest token")
     top_k: int = flag(0, "sample: draw from the k likeliest tokens; 0: from all")
-    top_p: float = flag(1.0, "sample: draw from the fewest tokens that together are this likely")
     seed: int = flag(0, "seed of initialisation, data order and samples")
     device: str = flag("auto", "auto (cuda, mps or cpu, the first there is) or a torch device")
     out: str = flag("out/mamba", "folder of checkpoint, metrics, result and picture")

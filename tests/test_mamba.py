@@ -11,7 +11,6 @@ import math
 import random
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -297,7 +296,7 @@ def test_greedy_text_is_the_likeliest_token_by_full_recomputation():
     longer = prompt
     for _ in range(12):
         longer = torch.cat([longer, model(longer)[:, -1:].argmax(-1)], 1)
-    for options in ({"temperature": 0}, {"top_k": 1}, {"temperature": 1.5, "top_p": 1e-6}):
+    for options in ({"temperature": 0}, {"top_k": 1}):
         assert torch.equal(model.generate(prompt, 12, **options), longer)
     assert torch.equal(model.generate(prompt[:1], 12, temperature=0), longer[:1])
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
@@ -311,9 +310,7 @@ def test_greedy_text_is_the_likeliest_token_by_full_recomputation():
         ({}, [0.5, 0.3, 0.15, 0.05]),
         ({"temperature": 0.5}, [0.6849, 0.2466, 0.0616, 0.0068]),
         ({"top_k": 2}, [0.625, 0.375, 0.0, 0.0]),
-        ({"top_p": 0.79}, [0.625, 0.375, 0.0, 0.0]),
-        ({"top_p": 0.81}, [0.5263, 0.3158, 0.1579, 0]),
-        ({"top_k": 3, "top_p": 0.5}, [1.0, 0.0, 0.0, 0.0]),
+        ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05]),
         ({"temperature": 1e-7}, [1.0, 0.0, 0.0, 0.0]),
     ],
 )
@@ -358,7 +355,6 @@ def test_round_trips(name, tmp_path, monkeypatch):
         assert name == "byte" or learnt.encode(words) == ids
     parsed = tokenizer.encode(MIXED, special=True)
     assert parsed.count(end) == 1 and tokenizer.decode_bytes([end + 4]) == b""  # of a padded model
-    assert tokenizer.decode_bytes(parsed, special=True) == MIXED.encode()
     assert tokenizer.decode_bytes(parsed) == MIXED.replace("<|endoftext|>", "").encode()
 
 
@@ -385,7 +381,7 @@ def test_bpe_joins_the_commonest_pair():
 def test_bpe_cuts_long_words():
     """Of text without spaces, whose one word would take minutes, tokens are at most 32 bytes."""
     assert max(map(len, mamba.load_tokenizer("bpe:263", ["ACGT" * 500]).bytes_of.values())) == 32
-    with pytest.raises(ValueError, match="yields only 263 ids"):
+    with pytest.raises(ValueError, match="N may be 257 to 263 for"):
         mamba.load_tokenizer("bpe:264", ["ACGT" * 500])
 
 
@@ -407,8 +403,9 @@ def test_every_twentieth_document_is_for_validation(kind, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     corpus = mamba.load_corpus(str(tmp_path / kind), "bpe:262")
     for tokens, held_out in ((corpus.train, False), (corpus.valid, True)):
-        text = corpus.tokenizer.decode_bytes(tokens, special=True).decode()
-        assert text == "".join(f"{row}<|endoftext|>" for row in rows if ("zq" in row) == held_out)
+        ends = np.flatnonzero(tokens == corpus.separator)
+        texts = [corpus.tokenizer.decode_bytes(ids).decode() for ids in np.split(tokens, ends + 1)]
+        assert texts == [row for row in rows if ("zq" in row) == held_out] + [""]
     assert not any(b"q" in token for token in corpus.tokenizer.bytes_of.values() if len(token) > 1)
 
 
@@ -546,12 +543,13 @@ def losses(out):
 
 
 def press_ctrl_c(script, steps, monkeypatch):
-    """During these steps."""
-    usual = script.learning_rate
+    """During these steps, once each."""
+    usual, left = script.learning_rate, list(steps)
 
     def pressed(step, config):
-        if step + 1 in steps:
-            signal.raise_signal(signal.SIGINT)
+        if step + 1 in left:
+            left.remove(step + 1)
+            raise KeyboardInterrupt
         return usual(step, config)
 
     monkeypatch.setattr(script, "learning_rate", pressed)
@@ -578,16 +576,13 @@ def test_a_run_writes_its_files_and_eval_agrees(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--accumulate 2 --document-resets"])
-def test_an_interrupted_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch, capsys, flags):
+def test_an_interrupted_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    usual = signal.getsignal(signal.SIGINT)
     assert run("whole", flags) == 0
-    press_ctrl_c(mamba, (7, 16), monkeypatch)
-    assert run("parts", flags) == 130
-    assert signal.getsignal(signal.SIGINT) is usual
-    assert len(losses(parts)) == 7 and "stopped after step 7; " in capsys.readouterr().out
-    (parts / "metrics.jsonl").unlink()
-    assert run("parts", f"{flags} --resume") == 130
+    press_ctrl_c(mamba, (7, 17), monkeypatch)
+    for kept, resume in ((5, ""), (15, " --resume")):
+        assert run("parts", flags + resume) == 130
+        assert len(losses(parts)) == kept
     (parts / "metrics.jsonl").write_bytes(b"\0" * 60 + b'{"step": 17, "lo')  # damaged
     assert run("parts", f"{flags} --resume --temperature 0") == 0
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
@@ -651,12 +646,11 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--data beyond.bin": "beyond the model's 257",
     "--data packed.bin": "must divide",
     "--data bare.bin --document-resets": "needs a document_separator",
-    "--data grown.txt --out grown --resume": "data have changed",
+    "--data grown.txt --out grown --resume": "size of the data was",
     "--out good --resume --lr 0.5": "lr was 0.01 and is 0.5",
     "--out text.txt": "",
     "--tokenizer tokenizer.json": "; pip install tokenizers",
-    "--tokenizer bpe:9999999": "N must be from 257",
-    "--tokenizer two.tiktoken": "every single byte",
+    "--tokenizer bpe:9999999": "N may be 257 to",
     "--d-state 0": "--d-state 0 must be at least 1",
     "--lr nan": "--lr nan must be at least 0",
     "--batch 3 --accumulate 2": "",
@@ -665,7 +659,6 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "sample --checkpoint junk": "",
     "sample --out bare": "--tokenizer",
     "sample --out good --prompt ''": "prompt is empty",
-    "sample --out good --top-p 7": "top_p",
     "eval --out good --data empty.txt": "1 tokens, and so none",
     "eval --checkpoint plain": "--tokenizer",  # none is trained on the text that it scores
 }
@@ -676,7 +669,7 @@ def bad_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     files = {"text.txt": sentences(1), "grown.txt": sentences(1), "empty.txt": "", "zero.pt": ""}
     files |= {"rows.jsonl": '{"text": "a"}\n\n{"text": 3}\n', "tokenizer.json": "{}"}
-    files |= {"junk/checkpoint.pt": "not tensors at all", "two.tiktoken": "YQ== 0\nYg== 1\n"}
+    files |= {"junk/checkpoint.pt": "not tensors at all"}
     (folder / "junk").mkdir()
     (folder / "plain").mkdir()
     sizes = {"d_model": 12, "n_layer": 1, "vocab_size": 29}

@@ -13,8 +13,8 @@ from tests.claims import report
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MOST_LINES = {  # of a script; they may only shrink
-    "mamba.py": 1337,
-    "transformer.py": 1046,
+    "mamba.py": 1313,
+    "transformer.py": 1022,
     "constrained_ppo.py": 845,
     "iclm_sort.py": 799,
     "safe_rlhf.py": 931,
