@@ -7,9 +7,10 @@
 The documents are the functions of Python's standard library, without near-duplicates; whole
 modules, a tenth of the documents, are held out. Arms: standard (shuffled), knn (each document
 before its ten nearest, with repeats), cluster, sorted (the paper's walk), sorted with duplicates
-kept, and standard with attention kept within documents. All start from equal weights. Settings were
-chosen on seed 0. Runs that the result file has, of this iclm_sort.py and these settings, are not
-made again. --larger: four times the parameters and the steps, in a result file of its own.
+kept, and standard with attention kept within documents. The model is transformer.py's, trained by
+its steps, and all arms start from equal weights. Settings were chosen on seed 0. Runs that the
+result file has, of this iclm_sort.py and these settings, are not made again. --larger: four times
+the parameters and the steps, in a result file of its own.
 
 Naming: six functions of two held-out modules, each followed by an arbitrary word for its module,
 and one more function: how often is the right word the likelier one of the two? Chance is a half.
@@ -17,7 +18,6 @@ and one more function: how often is the right word the likelier one of the two? 
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -31,10 +31,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _claims import HERE, compact, markdown, mean_sd
-from torch import Tensor, nn
+from torch import nn
 
 import iclm_sort
-import mamba
+import transformer
 
 DUPLICATES, WITHIN = "sorted, duplicates kept", "standard, within documents"
 ARMS = ("standard", "knn", "cluster", "sorted", DUPLICATES, WITHIN)
@@ -48,98 +48,10 @@ SCORES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Of every run."""
-
-    documents: int = 0  # 0: all
-    vocabulary: str = "bpe:1024"
-    length: int = 512
-    steps: int = 600
-    batch: int = 4
-    d_model: int = 96
-    n_layer: int = 2
-    n_head: int = 4
-    lr: float = 4e-3
-
-
-SMOKE = Settings(300, "byte", length=128, steps=4, d_model=16)
-LARGER = Settings(steps=2400, d_model=192, n_head=8, lr=2e-3)
-
-
-class CausalLM(nn.Module):
-    """A small language model like LLaMA: RMSNorm, rotary positions, attention, GELU, tied head."""
-
-    def __init__(self, settings: Settings, vocab_size: int):
-        super().__init__()
-        d, self.heads = settings.d_model, settings.n_head
-        linear = functools.partial(nn.Linear, bias=False)
-        self.embedding, self.norm = nn.Embedding(vocab_size, d), nn.RMSNorm(d)
-        self.layers = nn.ModuleList()
-        for _ in range(settings.n_layer):
-            mlp = nn.Sequential(nn.RMSNorm(d), linear(d, 4 * d), nn.GELU(), linear(4 * d, d))
-            parts = [nn.RMSNorm(d), linear(d, 3 * d), linear(d, d), mlp]
-            self.layers.append(nn.ModuleList(parts))
-        nn.init.normal_(self.embedding.weight, std=0.02)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) of tokens (B, L); mask (B, 1, L, L) bool, by default the causal one."""
-        x, (B, L) = self.embedding(tokens), tokens.shape
-        half = x.shape[-1] // self.heads // 2
-        frequencies = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-        angles = torch.arange(L, device=x.device)[:, None] * frequencies
-        turns = torch.polar(torch.ones_like(angles), angles)  # (L, d / 2) complex
-        for norm, qkv, out, mlp in self.layers:
-            q, k, v = qkv(norm(x)).view(B, L, 3, self.heads, 2 * half).permute(2, 0, 3, 1, 4)
-            q, k = rotate(q, turns), rotate(k, turns)  # (B, H, L, d)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-            x = x + out(y.transpose(1, 2).flatten(2))
-            x = x + mlp(x)
-        return self.norm(x) @ self.embedding.weight.T
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary positions: each pair of components of x (B, H, L, d) times a complex number."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns).flatten(-2)
-
-
-def same_document(tokens: Tensor, separator: int) -> Tensor:
-    """A causal mask (B, 1, L, L), in which no document of tokens (B, L) sees another one."""
-    ends = tokens == separator
-    document = ends.cumsum(1) - ends.long()  # a separator belongs to the document it ends
-    return (document[:, None, :, None] == document[:, None, None, :]).tril()
-
-
-def train(model, contexts: np.ndarray, settings: Settings, seed: int, within=None) -> list[float]:
-    """Train on contexts (m, L), shuffled anew each epoch. Returns the loss of each step.
-
-    within: the separator, where no document is to see another one.
-    """
-    rng, losses = np.random.default_rng(seed), []
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}]
-    groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, 0.95))
-    epochs = math.ceil(settings.steps * settings.batch / len(contexts))
-    rows = np.concatenate([rng.permutation(len(contexts)) for _ in range(epochs)])
-    for step in iclm_sort.progress("train", range(settings.steps), settings.steps):
-        batch = contexts[rows[step * settings.batch :][: settings.batch]]
-        tokens = torch.from_numpy(batch.astype(np.int64))
-        x, y = tokens[:, :-1], tokens[:, 1:]
-        mask = None if within is None else same_document(x, within)
-        loss = F.cross_entropy(model(x, mask).flatten(0, 1), y.flatten())
-        if not loss.isfinite():
-            raise FloatingPointError(f"training diverged at step {step + 1}: loss {loss}")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        warm = (step + 1) / max(1, settings.steps // 20)
-        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.steps))  # from 1 to 0.1
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(warm, cosine)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+SIZES = {"d_model": 96, "n_layer": 2, "n_head": 4, "length": 512, "steps": 600, "batch": 4}
+SETTINGS = transformer.Config(**SIZES, lr=4e-3, min_lr=4e-4, warmup=0.05)
+LARGER = dataclasses.replace(SETTINGS, steps=2400, d_model=192, n_head=8, lr=2e-3, min_lr=2e-4)
+SMOKE = dataclasses.replace(SETTINGS, tokenizer="byte", length=128, steps=4, d_model=16)
 
 
 def hold_out(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -185,7 +97,7 @@ def make_tasks(tokens, graph, separator: int, length: int, most=400) -> dict[str
 
 
 @torch.inference_mode()
-def judge(model: CausalLM, tasks: dict[str, np.ndarray]) -> dict[str, float]:
+def judge(model: nn.Module, tasks: dict[str, np.ndarray]) -> dict[str, float]:
     """Nats a token of each task; a context gain is what the documents before take off the loss."""
     scores = {}
     for name, rows in tasks.items():
@@ -201,7 +113,7 @@ def judge(model: CausalLM, tasks: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def naming(model: CausalLM, corpus: SimpleNamespace, shots=3, body=48, tasks=200) -> float:
+def naming(model: nn.Module, corpus: SimpleNamespace, shots=3, body=48, tasks=200) -> float:
     """Share of tasks in which the right one of two words is the likelier; see the top."""
     rng, by_label, separator = np.random.default_rng(0), {}, corpus.separator
     for i in np.flatnonzero(corpus.held & corpus.lists[2]):
@@ -224,14 +136,14 @@ def naming(model: CausalLM, corpus: SimpleNamespace, shots=3, body=48, tasks=200
     return float((logits.argmax(1) == torch.tensor(right)).float().mean())
 
 
-def read_corpus(settings: Settings) -> SimpleNamespace:
+def read_corpus(config: transformer.Config) -> SimpleNamespace:
     """Documents, their neighbours with and without near-duplicates, and the tasks, for all seeds.
 
     lists and all_lists are similarities, ids (n, k) and keep (n,); held (n,): what is held out.
     """
-    documents = list(iclm_sort.python_functions())[: settings.documents or None]
+    documents = list(iclm_sort.python_functions())[: 300 if config is SMOKE else None]
     texts, labels = [text for text, _ in documents], np.array([label for _, label in documents])
-    tokenizer = mamba.load_tokenizer(settings.vocabulary, texts)
+    tokenizer = transformer.load_tokenizer(config.tokenizer, texts)
     sizes = {"vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator}
     corpus = SimpleNamespace(labels=labels, **sizes)
     corpus.tokens = [np.array(tokenizer.encode(text), np.uint16) for text in texts]
@@ -241,7 +153,7 @@ def read_corpus(settings: Settings) -> SimpleNamespace:
     similarities, ids, keep = corpus.lists
     corpus.held = hold_out(labels, keep)
     graph = iclm_sort.build_graph(similarities, ids, keep & corpus.held)
-    corpus.tasks = make_tasks(corpus.tokens, graph, corpus.separator, settings.length)
+    corpus.tasks = make_tasks(corpus.tokens, graph, corpus.separator, config.length)
     return corpus
 
 
@@ -260,17 +172,23 @@ def order_of(name: str, corpus: SimpleNamespace, seed: int) -> np.ndarray:
     return iclm_sort.traverse(graph, orders.get(name, "random"), seed)
 
 
-def run_arm(name: str, seed: int, corpus: SimpleNamespace, settings: Settings) -> dict:
+def run_arm(name: str, seed: int, corpus: SimpleNamespace, config: transformer.Config) -> dict:
     """All scores of one arm and seed; every arm of a seed starts alike."""
     began, order = time.perf_counter(), order_of(name, corpus, seed)
-    contexts = iclm_sort.pack(corpus.tokens, order, settings.length, corpus.separator)
+    contexts = iclm_sort.pack(corpus.tokens, order, config.length, corpus.separator)
+    tokens = np.append(contexts, np.uint16(corpus.separator))  # what the last one's end predicts
+    about = corpus.vocab_size, corpus.separator, config.length
+    packed = transformer.Corpus(tokens, tokens, None, *about)
+    config = dataclasses.replace(config, seed=seed, document_resets=name == WITHIN)
+    sizes = config.d_model, config.n_layer, config.n_head
+    shape = transformer.TransformerConfig(*sizes, vocab_size=corpus.vocab_size)
     torch.manual_seed(seed)
-    model, within = CausalLM(settings, corpus.vocab_size), None
-    if name == WITHIN:
-        within = corpus.separator
-    losses = train(model, contexts, settings, seed, within)
+    model = transformer.Transformer(shape)
+    optimizer, losses = transformer.make_optimizer(model, config), []
+    for step in iclm_sort.progress("train", range(config.steps), config.steps):
+        losses.append(transformer.train_step(model, optimizer, packed, config, step)[0])
     scores = judge(model, corpus.tasks)
-    scores["training_loss"] = statistics.mean(losses[-max(1, settings.steps // 10) :])
+    scores["training_loss"] = statistics.mean(losses[-max(1, config.steps // 10) :])
     scores["naming_accuracy"] = naming(model, corpus)
     seconds = round(time.perf_counter() - began, 1)
     return {"arm": name, "seed": seed, "contexts": len(contexts), "seconds": seconds} | scores
@@ -334,29 +252,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--larger", action="store_true", help="four times the model and the steps")
     parser.add_argument("--smoke", action="store_true", help="tiny, to out/claims: does it run?")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
-    asked, settings, name = parser.parse_args(argv), Settings(), "in_context_pretraining"
+    asked, config, name = parser.parse_args(argv), SETTINGS, "in_context_pretraining"
     if asked.larger:
-        settings, name = LARGER, f"{name}_larger"
+        config, name = LARGER, f"{name}_larger"
     if asked.smoke:
-        settings, asked.results = SMOKE, Path("out/claims")
+        config, asked.results = SMOKE, Path("out/claims")
     asked.results.mkdir(parents=True, exist_ok=True)
     path = asked.results / f"{name}.json"
+    settings = {key: getattr(config, key) for key in (*SIZES, "tokenizer", "lr", "min_lr")}
     script = hashlib.sha256(Path(iclm_sort.__file__).read_bytes()).hexdigest()
-    result = {"script_sha256": script, "settings": dataclasses.asdict(settings), "runs": []}
+    result = {"script_sha256": script, "settings": settings, "runs": []}
     if path.is_file():
         before = json.loads(path.read_text("utf-8"))
         if all(before[key] == result[key] for key in ("script_sha256", "settings")):
             result = before
-    corpus, rows = read_corpus(settings), result["runs"]
+    corpus, rows = read_corpus(config), result["runs"]
     keep, held = corpus.lists[2], corpus.held
     result["command"] = "python tests/claims/iclm_claims.py"
     counts = {"training": keep & ~held, "held_out": keep & held, "duplicates_dropped": ~keep}
     result["documents"] = {key: int(found.sum()) for key, found in counts.items()}
-    result["tokens_a_run"] = settings.steps * settings.batch * settings.length
+    result["tokens_a_run"] = config.steps * config.batch * config.length
     result["torch"], result["threads"] = torch.__version__, torch.get_num_threads()
     for seed, arm in itertools.product(asked.seeds, asked.arms):
         if not any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
-            rows.append(run_arm(arm, seed, corpus, settings))
+            rows.append(run_arm(arm, seed, corpus, config))
             print(rows[-1], flush=True)
         result["summary"] = summary(rows)
         path.write_text(compact(result) + "\n", "utf-8")
