@@ -7,14 +7,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mamba
 import transformer
-from tests._helpers import close, corpus_of, far_from_zero, sentences
+from tests._helpers import close, far_from_zero, sentences
 
 CLAIMS = Path(__file__).resolve().parent / "claims"
 sys.path.insert(0, str(CLAIMS))
@@ -161,45 +160,6 @@ def test_only_an_ablated_model_has_ablated_blocks() -> None:
     for selective, kind in ("delta,B,C", mamba.MambaBlock), ("delta", claims.AblatedBlock):
         model = claims.make_mamba(mamba.MambaConfig(8, 2, 20), selective)
         assert [type(layer.mixer) for layer in model.backbone.layers] == [kind, kind]
-
-
-@pytest.mark.parametrize("carry", [True, False])
-def test_loss_by_position_from_the_text_so_far(carry: bool) -> None:
-    model, config = small(vocab=256), mamba.Config(batch=2, length=5)
-    corpus = corpus_of(mamba, list(sentences(0, 61).encode()[:61]))
-    tokens, losses = torch.tensor(np.array(corpus.valid)).long(), [[] for _ in range(5)]
-    for row in tokens[:31], tokens[30:]:  # two stretches of six windows of five
-        for i in range(30):
-            begin = 0 if carry else i // 5 * 5
-            logits = model(row[None, begin : i + 1])[0, -1]
-            losses[i % 5].append(F.cross_entropy(logits, row[i + 1]).item())
-    shown = claims.loss_by_position(model, corpus, config, carry)
-    assert shown == pytest.approx([sum(at) / 12 for at in losses], abs=1e-4)
-
-
-@pytest.mark.parametrize("carry", [True, False])
-def test_training_in_order_by_hand(carry: bool) -> None:
-    """Two rounds through a text of six windows: the weights are the same."""
-    corpus = corpus_of(mamba, list(sentences(0, 61).encode()[:61]))
-    config = mamba.Config(steps=12, batch=2, length=5, lr=0.01, clip=1e9)
-    ours, model = small(vocab=257).requires_grad_(True), small(vocab=257).requires_grad_(True)
-    model.load_state_dict(ours.state_dict())
-    claims.train_windows(ours, corpus, config, True, carry)
-    optimizer, tokens = mamba.make_optimizer(model, config), torch.tensor(np.array(corpus.train))
-    for step in range(12):
-        first = step % 6 * 5
-        rows = torch.stack([tokens[first : first + 6], tokens[30 + first : 36 + first]]).long()
-        if not carry or first == 0:
-            state = None
-        logits, state = model(rows[:, :-1], state, return_state=True)
-        state = [tuple(tensor.detach() for tensor in layer) for layer in state]
-        F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = mamba.learning_rate(step, config)
-        optimizer.step()
-        optimizer.zero_grad()
-    for mine, theirs in zip(ours.parameters(), model.parameters(), strict=True):
-        close(mine, theirs, 1e-3)
 
 
 def test_the_arms_differ_in_their_parts_and_not_in_size() -> None:

@@ -9,9 +9,6 @@ copying    To copy tokens that stand at random places in noise a model has to ch
 ablation   In language modelling delta is the most important selective parameter, and a larger state
            helps only where B and C are selective (section 4.6.2, tables 7 and 10). The paper's
            models have about 350M parameters; that --paper has just their sizes was not checked.
-carried    The state at the end of a window can be where the next one starts, its gradient cut; the
-           paper has no figure. A batch must then read the text in its order, so a third model, in
-           that order and yet from nothing, tells one from the other.
 default    mamba.py's default run.
 
 In the first two tasks training begins with shorter sequences, which teach sooner. What was tuned
@@ -23,7 +20,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import _claims
-import numpy as np
 import torch
 import torch.nn.functional as F
 from _claims import Claim, Setting, device, mean_sd, new_model, plus_minus
@@ -455,103 +451,11 @@ def ablation_table(result: dict) -> str:
     return _claims.markdown([*head, "paper, perplexity"], rows, left=3)
 
 
-# ----- Carrying the state from window to window ---------------------------------------------------
-
-CARRIED = {
-    "data": Setting("", "as mamba.py's: text, or the documentation that ships with Python"),
-    "tokenizer": Setting("bpe:1024", "as mamba.py's", smoke="byte"),
-    "d_model": Setting(96, "width", 16),
-    "n_layer": Setting(2, "layers"),
-    "steps": Setting(500, "steps", 4),
-    "batch": Setting(16, "sequences a step", 4),
-    "length": Setting(64, "tokens a window, more than 16", 20),
-    "lr": Setting(4e-3, "peak learning rate"),
-    "eval_tokens": Setting(0, "validation tokens, 0 for all", 300),
-}
-WAYS = {"from nothing": False, "carried": True}  # of evaluating: is the state carried?
-TRAINED = {  # how: are the windows in the text's order, and is the state carried?
-    "from nothing, shuffled": (False, False),
-    "from nothing, in order": (True, False),
-    "carried, in order": (True, True),
-}
-
-
-def in_order(tokens: np.ndarray, batch: int, length: int) -> np.ndarray:
-    """Where windows begin, (windows, batch): each row reads its own stretch."""
-    windows = (len(tokens) - 1) // batch // length
-    return (np.arange(windows)[:, None] + windows * np.arange(batch)) * length
-
-
-def train_windows(model: mamba.Mamba, corpus: mamba.Corpus, config, ordered, carried) -> None:
-    """mamba.py's recipe, on shuffled windows or in the text's order; there a state may go on."""
-    optimizer, state = mamba.make_optimizer(model, config), None
-    order = in_order(corpus.train, config.batch, config.length)
-    for step in range(config.steps):
-        row = step % len(order)
-        offsets = order[row] if ordered else mamba.window_offsets(corpus, config, step)
-        x, y, _ = mamba.read_windows(corpus, corpus.train, offsets, config, device())
-        before = state if carried and row > 0 else None
-        loss, state = model(x, before, return_state=True, targets=y)
-        state = [(window.detach(), h.detach()) for window, h in state]
-        update(model, optimizer, mamba.learning_rate(step, config), loss, config.clip)
-
-
-@torch.no_grad()
-def loss_by_position(model, corpus: mamba.Corpus, config: mamba.Config, carry: bool) -> list:
-    """Mean loss (nats a token) at each position of a window, over the validation text.
-
-    It is read in config.batch contiguous stretches, with the state carried on or not.
-    """
-    total, state = torch.zeros(config.length, dtype=torch.float64), None
-    order = in_order(corpus.valid, config.batch, config.length)
-    for offsets in order:
-        x, y, _ = mamba.read_windows(corpus, corpus.valid, offsets, config, device())
-        logits, state = model(x, state if carry else None, return_state=True)
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        total += losses.view(y.shape).sum(0).double().cpu()
-    return (total / order.size).tolist()
-
-
-def measure_carried(s: SimpleNamespace, seeds: list[int], progress: Callable) -> dict:
-    """Each way of training, evaluated in each way on the same windows, at equal tokens."""
-    spans = {"1": slice(0, 1), "2–4": slice(1, 4), "5–16": slice(4, 16)}
-    spans |= {f"17–{s.length}": slice(16, None), "all": slice(None)}
-    arms, corpus = {}, mamba.load_corpus(s.data, s.tokenizer)
-    corpus.valid = corpus.valid[: s.eval_tokens or None]
-    for trained, (ordered, carried) in TRAINED.items():
-        curves = {way: [] for way in WAYS}
-        for seed in seeds:
-            model, config = model_of(s, corpus, seed)
-            train_windows(model, corpus, config, ordered, carried)
-            for way, carry in WAYS.items():
-                curves[way].append(loss_by_position(model, corpus, config, carry))
-        arms[trained] = {}
-        for way in WAYS:
-            loss = {}
-            for name, span in spans.items():
-                loss[name] = mean_sd([float(np.mean(curve[span])) for curve in curves[way]])
-            arms[trained][way] = {"loss": loss, "by_position": curves[way]}
-            progress(f"trained {trained}, evaluated {way}: {loss['all']['mean']:.3f}")
-    tokens_seen = s.steps * s.batch * s.length
-    return {"unit": "nats a token", "tokens_seen": tokens_seen, "trained": arms}
-
-
-def carried_table(result: dict) -> str:
-    """Loss by position in the window."""
-    rows = []
-    for trained, arm in result["trained"].items():
-        for way, found in arm.items():
-            rows.append([trained, way, *(plus_minus(score, 3) for score in found["loss"].values())])
-    head = [f"position {name}" if name != "all" else "all" for name in found["loss"]]
-    return _claims.markdown(["trained", "evaluated", *head], rows, left=2)
-
-
 CLAIMS = {
     "default": default_run(mamba),
     "induction": Claim("induction_heads", HEADS, measure_heads, heads_table, draw_heads),
     "copying": Claim("selective_copying", COPYING, measure_copying, copying_table, draw_copying),
     "ablation": Claim("selection_ablation", ABLATION, measure_ablation, ablation_table),
-    "carried": Claim("carried_state", CARRIED, measure_carried, carried_table),
 }
 
 if __name__ == "__main__":
