@@ -5,12 +5,10 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import transformer
-from tests.peers.test_mamba import assert_close, assert_same_model, randomise
+from tests.peers.test_mamba import assert_same_model, randomise
 from transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,23 +92,6 @@ def test_defaults_in_our_folder(tmp_path):
     assert_same_model(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["Llama-3 scaling", "scaling by other factors, tied"])
-def test_scaling_matters_at_this_length(name):
-    """Else the two configurations that have it would compare nothing."""
-    scaled, plain = (
-        Transformer(TransformerConfig(**SIZES | CONFIGS[name] | changes))
-        for changes in ({}, {"rope_scaling": None})
-    )
-    plain.load_state_dict(randomise(scaled).state_dict())
-    tokens = torch.randint(43, (2, LENGTH))
-    assert (plain(tokens) - scaled(tokens)).norm() > 0.01 * scaled(tokens).norm()
-    angles = [transformer.rotary_angles(m.config, torch.ones(1)) for m in (scaled, plain)]
-    slow, usual = (torch.atan2(sin, cos) for cos, sin in angles)
-    factor = scaled.config.rope_scaling["factor"]
-    kept, divided = slow == usual, torch.isclose(slow * factor, usual)
-    assert kept.any() and divided.any() and not (kept | divided).all()  # the three regimes
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_bfloat16_is_read_in_float32(tied, tmp_path):
     narrow = their_model({"tie_embeddings": tied, "n_kv_head": 2}).bfloat16()
@@ -122,45 +103,7 @@ def test_bfloat16_is_read_in_float32(tied, tmp_path):
     assert_same_model(transformer.read_folder(tmp_path / "ours"), theirs)
 
 
-# ----- Old files
-
-OLD = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "pretraining_tp": 1}
-OLD |= {"torch_dtype": "float32", "use_cache": True, "transformers_version": "4.31.0"}
-REQUIRED = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size"
-SINCE = "num_key_value_heads rms_norm_eps tie_word_embeddings max_position_embeddings hidden_act"
-
-
-def write_old(folder, theirs, names, **fields):
-    """A model as transformers wrote it before its fifth version: these fields and the constant."""
-    fields |= OLD | {name: getattr(theirs.config, name) for name in names.split()}
-    (folder / "config.json").write_text(json.dumps(fields))
-    tensors = {k: v.clone() for k, v in theirs.state_dict().items()}
-    for i in range(SIZES["n_layer"]):
-        constant = theirs.model.rotary_emb.inv_freq.clone()
-        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = constant
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize("spelling", ["type", "rope_type"])
-def test_old_spellings_of_rope(spelling, tmp_path):
-    theirs = their_model(CONFIGS["Llama-3 scaling"])
-    scaling = {spelling: "llama3"} | {k: v for k, v in SCALING.items() if k != "rope_type"}
-    fields = {"rope_scaling": scaling, "rope_theta": 500000.0}
-    write_old(tmp_path, theirs, f"{REQUIRED} {SINCE}", **fields)
-    ours = transformer.read_folder(tmp_path)
-    assert ours.config.rope_theta == 500000.0
-    assert_same_model(ours, theirs)
-
-
-def test_fields_that_old_files_lack(tmp_path):
-    """Defaults are theirs: all heads have keys and values, 1e-6, an untied head, theta 10000."""
-    theirs = their_model({"norm_eps": 1e-6})
-    write_old(tmp_path, theirs, REQUIRED)
-    ours = transformer.read_folder(tmp_path)
-    found = ours.config
-    assert (found.norm_eps, found.tie_embeddings, found.groups) == (1e-6, False, 4)
-    assert_same_model(ours, theirs)
-
+# ----- What is refused
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 YARN = LINEAR | {"rope_type": "yarn", "original_max_position_embeddings": 64}
@@ -201,7 +144,7 @@ def test_a_model_that_is_no_llama_is_not_written(part, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ----- Writing text, and documents
+# ----- Writing text
 
 
 @pytest.mark.parametrize(
@@ -218,22 +161,3 @@ def test_greedy_generation(name, tmp_path):
         assert want.shape == (batch, length + 40)
         assert name.endswith("tied") or len(want.unique()) > 5, "too uniform a text to compare"
         assert torch.equal(ours.generate(prompt, 40, temperature=0), want)
-
-
-@each_config
-def test_documents_in_one_row_are_theirs_run_apart(options, tmp_path):
-    theirs = their_model(options)
-    theirs.save_pretrained(tmp_path)
-    ours, cuts = transformer.read_folder(tmp_path), [0, 1, 7, 20, 21, LENGTH]
-    tokens, targets = torch.randint(ours.config.vocab_size, (2, 2, LENGTH))
-    starts = torch.zeros(2, LENGTH, dtype=torch.bool)
-    starts[:, cuts[:-1]] = True
-    logits = torch.cat([theirs(tokens[:, a:b]).logits for a, b in itertools.pairwise(cuts)], 1)
-    assert_close(ours(tokens, starts=starts), logits, "logits")
-    loss, want = ours(tokens, starts=starts, targets=targets), F.cross_entropy(logits.mT, targets)
-    assert_close(loss, want, "loss")
-    loss.backward()
-    want.backward()
-    parameters = dict(ours.named_parameters())
-    for name, parameter in theirs.named_parameters():
-        assert_close(parameters[name].grad, parameter.grad, f"gradient of {name}")
