@@ -49,21 +49,12 @@ def our_models(sizes: dict[str, int], tied: bool) -> tuple[nn.Module, nn.Module]
 
 
 def mambapy_model(sizes: dict[str, int]) -> nn.Module:
-    """mambapy's layers and norm as its language model has them; that module needs einops."""
-    from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+    """mambapy's, as tests/peers has it, that writes too."""
+    from mambapy.mamba import MambaConfig
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = Mamba(MambaConfig(d_model=sizes["width"], n_layers=sizes["layers"]))
-            self.backbone.embeddings = nn.Embedding(sizes["vocab"], sizes["width"])
-            self.backbone.norm_f = RMSNorm(sizes["width"])
-            self.lm_head = nn.Linear(sizes["width"], sizes["vocab"], bias=False)
+    from tests.peers.test_mamba import MambapyModel
 
-        def forward(self, tokens: Tensor) -> Tensor:
-            x = self.backbone(self.backbone.embeddings(tokens))
-            return self.lm_head(self.backbone.norm_f(x))
-
+    class Model(MambapyModel):
         @torch.inference_mode()
         def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float) -> Tensor:
             """As mambapy's own generate, greedy: the prompt too goes in token by token."""
@@ -77,7 +68,7 @@ def mambapy_model(sizes: dict[str, int]) -> nn.Module:
                     tokens.append(self.lm_head(self.backbone.norm_f(x)).argmax(-1))
             return torch.stack(tokens, dim=1)
 
-    return Model()
+    return Model(MambaConfig(d_model=sizes["width"], n_layers=sizes["layers"]), sizes["vocab"])
 
 
 def llama_model(sizes: dict[str, int], ours: transformer.Transformer) -> nn.Module:
