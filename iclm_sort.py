@@ -699,8 +699,8 @@ def progress(name: str, items: Iterable, total: int = 0) -> Iterator:
         if now - shown > 5:
             shown, rate = now, done / (now - start)
             minutes = (total - done) / rate / 60
-            left = f" of {total:,} · {minutes:.1f} minutes left" if total else ""
-            print(f"{name}: {done:,}{left} · {rate:,.1f} a second", flush=True)
+            left = f" · {minutes:.1f} minutes left" if total else ""
+            print(f"{name} {done:,}/{total or '?'} · {rate:,.1f} a second{left}", flush=True)
 
 
 def processes() -> tuple[int, int]:

@@ -639,9 +639,9 @@ def train(config: Config) -> dict:
             history[-1] |= {f"valid_{name}": value for name, value in scores.items()}
         if due or step <= first + 3 or step % max(1, config.steps // 20) == 0:
             pace = (time.perf_counter() - start) / max(1, step - first)
-            parts = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
+            row = [f"{name} {value:.5g}" for name, value in history[-1].items() if value]
             left = f"{pace * 1e3:.0f} ms · {(config.steps - step) * pace / 60:.1f} minutes left"
-            print(" · ".join([*parts, left]), flush=True)
+            print(f"step {step}/{config.steps}", *row[1:], left, sep=" · ", flush=True)
         if RANK == 0 and due:
             save(out, model, optimizer, corpus, config, history)
 

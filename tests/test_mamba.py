@@ -571,7 +571,7 @@ def test_a_run_writes_its_files_and_eval_agrees(tmp_path, monkeypatch):
     assert [row["step"] for row in rows if "valid_loss" in row] == [5, 10, 15, 20]
     sys.stdout.seek(0)
     printed = sys.stdout.read()
-    assert "step 20 · loss" in printed and "\n??" in printed
+    assert "step 20/20 · loss" in printed and "\n??" in printed
     assert printed.count(str(result["validation"])) == 2
 
 
@@ -600,7 +600,7 @@ def test_parts_processes_and_compiled_code_train_alike(run, tmp_path, monkeypatc
     monkeypatch.setattr(mamba, "SCANS", dict(mamba.SCANS))
     assert [run("one"), run("parts", "--accumulate 4"), run("compiled", "--compile")] == [0, 0, 0]
     output, errors = two.communicate()
-    assert two.returncode == 0 and output.count("step 20 · ") == 1, errors  # one process speaks
+    assert two.returncode == 0 and output.count("step 20/20 · ") == 1, errors  # one process speaks
     for name in ("two", "parts", "compiled"):
         ours, truth = losses(tmp_path / name), losses(tmp_path / "one")
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=0)
