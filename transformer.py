@@ -91,16 +91,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
-def document_mask(starts: Tensor) -> Tensor:
-    """starts (B, L), True where a document begins -> mask (B, 1, L, L) that keeps documents apart.
-
-    A query sees itself and what stands before it in its own document.
-    """
-    document = starts.cumsum(1)  # (B, L): its number
-    same = document.unsqueeze(2) == document.unsqueeze(1)
-    return same.tril().unsqueeze(1)
-
-
 # ----- The model ----------------------------------------------------------------------------------
 
 
@@ -152,23 +142,9 @@ class TransformerConfig:
         return self.norm == "layernorm"
 
     def make_norm(self) -> nn.Module:
-        kind = nn.LayerNorm if self.norm == "layernorm" else RMSNorm
+        """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, over the last axis (1910.07467)."""
+        kind = nn.LayerNorm if self.norm == "layernorm" else nn.RMSNorm
         return kind(self.d_model, eps=self.norm_eps)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (1910.07467)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., size) -> the same shape and dtype; computes in float32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -274,7 +250,8 @@ class Transformer(nn.Module):
         L, past, mask, angles = tokens.shape[1], 0 if cache is None else cache.length, None, None
         positions = torch.arange(past, past + L, device=tokens.device)
         if starts is not None:
-            mask = document_mask(starts)
+            document = starts.cumsum(1)  # (B, L): its number; a query sees its own, up to itself
+            mask = (document[:, None, :, None] == document[:, None, None, :]).tril()
         elif past > 0 and L > 1:
             seen = torch.arange(past + L, device=tokens.device) <= positions[:, None]
             mask = seen[None, None]  # (1, 1, L, past + L)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 MOST_LINES = {  # of a script; they may only shrink
     "mamba.py": 1313,
-    "transformer.py": 1022,
+    "transformer.py": 999,
     "constrained_ppo.py": 845,
     "iclm_sort.py": 799,
     "safe_rlhf.py": 931,
