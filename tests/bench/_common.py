@@ -22,19 +22,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for `import mamba`: the scripts are run, not installed
 
-# glibc returns large blocks to the system and fetches them anew, page by page; so large, never.
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
-TUNED |= {"MALLOC_TOP_PAD_": str(2**28)}
-
 
 def parse(doc: str, rounds=0, **more: dict) -> argparse.Namespace:
-    """The flags of every benchmark and `more`, with their options. Sets malloc, threads, seed."""
+    """The flags of every benchmark and `more`, with their options. Sets threads and seed."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=formatter)
     parser.add_argument("--smoke", action="store_true", help="tiny, to OUT/smoke: does it run?")
     parser.add_argument("--out", default="out/bench", help="folder of the result file")
-    text = "tuned: start again with a glibc that keeps freed memory (its own result file)"
-    parser.add_argument("--malloc", choices=("default", "tuned"), default="default", help=text)
     threads = torch.get_num_threads()
     parser.add_argument("--threads", type=int, default=threads, help="threads of PyTorch")
     if rounds:
@@ -43,8 +37,6 @@ def parse(doc: str, rounds=0, **more: dict) -> argparse.Namespace:
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
-    if args.malloc == "tuned" and not TUNED.items() <= os.environ.items():  # read at the start only
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
     if args.smoke:
         args.out, args.rounds = f"{args.out}/smoke", 2
         print("a trial run: its sizes are tiny, and its goals say nothing")
@@ -153,10 +145,10 @@ def read_result(args: argparse.Namespace, name: str) -> dict:
 
 
 def write_result(args: argparse.Namespace, name: str, **measured) -> None:
-    """OUT/name.json (name-tuned.json under tuned malloc): measurements and their origin."""
+    """OUT/name.json: measurements and their origin."""
     named = ("torch", "numpy", "mambapy", "transformers", "faiss-cpu")
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in named}
-    record = {"argv": sys.argv, "malloc": args.malloc, "cpus": os.cpu_count()}
+    record = {"argv": sys.argv, "cpus": os.cpu_count()}
     cpus = Path("/proc/cpuinfo")  # of Linux
     models = re.findall(r"model name\s*: (.*)", cpus.read_text()) if cpus.is_file() else []
     record["cpu"] = models[0] if models else platform.processor()
@@ -165,7 +157,7 @@ def write_result(args: argparse.Namespace, name: str, **measured) -> None:
     for path in ROOT.glob("*.py"):
         if path.stem in sys.modules:
             record["script_sha256"][path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
-    path = Path(args.out, f"{name}-tuned.json" if args.malloc == "tuned" else f"{name}.json")
+    path = Path(args.out, f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | measured, indent=2) + "\n", "utf-8")
     print(f"wrote {path}", flush=True)

@@ -1,7 +1,6 @@
 """Time and memory of mamba.py's fused and chunked scans beside mambapy's.
 
-    python tests/bench/scan.py --rounds 5       # some minutes
-    python tests/bench/scan.py --malloc tuned   # times alone: the malloc keeps what is freed
+    python tests/bench/scan.py --rounds 5   # some minutes
 
 All run in one process on the same inputs, interleaved; each gets softplus, its bias, D and z, so
 that all compute one function, and that they do is checked first. Memory is the growth of a fresh
@@ -27,7 +26,7 @@ SHAPES = {"S": (1, 768, 512, 16), "M": (2, 1536, 2048, 16), "X": (1, 256, 8192, 
 SMOKE_SHAPES = {"S": (1, 32, 64, 16)}
 MODES = ("forward", "forward+backward")
 
-# Forward+backward under the default malloc: at least so many times mambapy's speed,
+# Forward+backward: at least so many times mambapy's speed,
 SPEED_GOALS = {
     "chunked": {"M": 9.0, "X": 3.8, "S": 2.5},
     "fused": {"M": 38.0, "X": 25.0, "S": 12.0},
@@ -146,11 +145,9 @@ def main() -> None:
     check_equal((2, 8, 37, 16))
     shapes = SMOKE_SHAPES if args.smoke else SHAPES
     times, floor = time_shapes(shapes, args.rounds), floors(shapes)
-    memory, goals = None, []
-    if args.malloc == "default":  # one that keeps what is freed says nothing of memory
-        memory = measure_memory(shapes, args.threads)
-        goals = judge(times, memory)
-    _common.write_result(args, "scan", times=times, floor=floor, memory=memory, goals=goals)
+    memory = measure_memory(shapes, args.threads)
+    measured = {"times": times, "floor": floor, "memory": memory, "goals": judge(times, memory)}
+    _common.write_result(args, "scan", **measured)
 
 
 if __name__ == "__main__":
