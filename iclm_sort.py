@@ -385,7 +385,7 @@ def ordering_report(x: np.ndarray, order: np.ndarray, graph: Graph, labels=None)
 
     adjacent_cosine is the mean over steps. bound: the mean of each document's two best, among its
     edges and its steps, negative ones as 0; no path has a share_of_bound above 1. segments lie
-    between steps that follow no edge. label_purity, with labels (n,): the steps within one label.
+    between steps that follow no edge. label_purity, of labels (n,) that differ: steps within one.
     """
     before, after = order[:-1], order[1:]
     cosines = np.zeros(len(before))
@@ -410,7 +410,7 @@ def ordering_report(x: np.ndarray, order: np.ndarray, graph: Graph, labels=None)
         "segments": len(segments),
         "longest_segment": int(segments.max()),
     }
-    if labels is not None and len(cosines):
+    if labels is not None and len(cosines) and (labels != labels[0]).any():
         report["label_purity"] = float((labels[before] == labels[after]).mean())
     return report
 

@@ -316,6 +316,7 @@ def test_report_by_loops(k):
         }
         assert ordering_report(x, order, graph, labels) == pytest.approx(expected, abs=1e-6)
         assert expected["share_of_bound"] <= 1
+        assert "label_purity" not in ordering_report(x, order, graph, 0 * labels)
     assert not ordering_report(x, np.append(order[:-1], order[0]), graph)["each_once"]
 
 
