@@ -641,7 +641,7 @@ def learn_score(lab: Lab, number: int, cost: str = "") -> dict[str, float]:
     right = {"pairs": second > first if cost else first > second}
     if cost:
         right["signs"] = (torch.cat([first, second]) > 0) == (torch.cat(signs) > 0)
-    return {f"{name}_{key}": each.float().mean().item() for key, each in right.items()}
+    return {f"{name}_{what}": each.float().mean().item() for what, each in right.items()}
 
 
 def ppo(lab: Lab, config: Config, name: str) -> Run:
@@ -876,21 +876,19 @@ SMOKE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    suppress = {"argument_default": argparse.SUPPRESS}  # so that `given` has what was written out
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **suppress)
     for field in dataclasses.fields(Config):
-        name, options = f"--{field.name.replace('_', '-')}", {"type": type(field.default)}
+        options = {"type": type(field.default)}
         if field.default is False:
             options = {"action": "store_true"}
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **options)
-    given = parser.parse_args(argv)
-    if given.smoke:
-        parser.set_defaults(**SMOKE)  # flags that are written out come first
-    if given.policy:
-        parser.set_defaults(**OWN_POLICY)
+        text = f"{field.metadata['help']}; default: {field.default!r}"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     given = vars(parser.parse_args(argv))
-    if given["smoke"]:
-        given["out"] += "/smoke"
+    if given.get("policy"):
+        given = OWN_POLICY | given
+    if given.get("smoke"):
+        given = SMOKE | given | {"out": f"{given.get('out', Config.out)}/smoke"}
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     kinds = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, AssertionError)
     try:

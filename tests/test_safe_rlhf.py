@@ -10,7 +10,6 @@ import math
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,8 +188,8 @@ def test_labels_follow_bradley_and_terry(tmp_path):
 # ----- The models ---------------------------------------------------------------------------------
 
 
-def small(scores=False):
-    model = s.Decoder(23, s.Config(d_model=12), scores)
+def moved(model):
+    """The model, its weights away from 0, so that nothing hides by being small."""
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model.requires_grad_(False)
@@ -201,42 +200,36 @@ def alone(model, ids):
     return model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))[0][0]
 
 
-def written(policy, prompts, limit=9):
-    """Answers to prompts of ids, of which 0 ends one."""
-    tokenizer = SimpleNamespace(eos_token_id=0)
-    tokenizer.encode = lambda text, **_: [int(part) for part in text.split()]
-    config, device = s.Config(answer=limit), torch.device("cpu")
-    lab = SimpleNamespace(tokenizer=tokenizer, template="{}", config=config, device=device)
-    texts = [" ".join(map(str, ids)) for ids in prompts]
-    return s.write_answers(lab, policy, texts, torch.Generator().manual_seed(3))
-
-
-def test_answers_in_a_batch_have_the_log_probabilities_and_scores_of_each_by_itself():
+def test_answers_in_a_batch_have_the_log_probabilities_and_scores_of_each_by_itself(world):
     """Neither padding, nor later tokens, nor what follows the end change anything."""
-    policy, scorer = small(), small(scores=True)
-    prompts = [[(7 * n + i) % 22 + 1 for i in range(n % 5 + 1)] for n in range(24)]
-    rollout = written(policy, prompts)
+    policy, scorer = moved(copy.deepcopy(world.policy)), moved(s.new_scorer(world, ""))
+    prompts = ["dax", *world.train[:15], *world.disguised[:8]]
+    rollout = s.write_answers(world, policy, prompts, torch.Generator().manual_seed(3))
     close(s.token_logp(policy, rollout) * rollout.mask, rollout.logp, 1e-5)
     tokens = torch.where(rollout.mask.bool(), rollout.tokens, 7)
     changed = dataclasses.replace(rollout, tokens=tokens)
     values, scores = s.outputs(scorer, changed)[..., 0], s.score(scorer, changed)
     lengths = rollout.mask.sum(1).int().tolist()
-    assert min(lengths) < max(lengths) == 9
+    assert min(lengths) < max(lengths) == world.config.answer
     for b, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
-        answer, P = rollout.tokens[b, :n].tolist(), len(prompt)
-        assert 0 not in answer[:-1] and (answer[-1] == 0 or n == 9)
-        logp = alone(policy, prompt + answer).log_softmax(-1)[P - 1 : -1]
+        ids = world.tokenizer.encode(f"{prompt} ASSISTANT:")
+        answer, P = rollout.tokens[b, :n].tolist(), len(ids)
+        assert 0 not in answer[:-1] and (answer[-1] == 0 or n == world.config.answer)
+        logp = alone(policy, ids + answer).log_softmax(-1)[P - 1 : -1]
         close(rollout.logp[b, :n], logp[torch.arange(n), answer], 1e-4)
-        truth = alone(scorer, prompt + answer)[:, 0]
+        truth = alone(scorer, ids + answer)[:, 0]
         close(values[b, :n], truth[P - 1 : -1], 1e-4)
         close(scores[b], truth[-1], 1e-4)
 
 
-def test_draws_follow_the_distribution():
-    policy = small()
-    rollout = written(policy, [[3, 5]] * 4000, limit=1)
-    counts = torch.bincount(rollout.tokens[:, 0], minlength=23) / 4000
-    close(counts, alone(policy, [3, 5])[-1].softmax(0), 0.04)
+def test_draws_follow_the_distribution(world):
+    policy, ids = moved(copy.deepcopy(world.policy)), world.tokenizer.encode("dax ASSISTANT:")
+    policy.head.weight.data *= 3
+    generator = torch.Generator().manual_seed(3)
+    first = s.write_answers(world, policy, ["dax"] * 4000, generator).tokens[:, 0]
+    truth = alone(policy, ids)[-1].softmax(0)
+    assert truth.max() > 0.2
+    close(torch.bincount(first, minlength=len(truth)) / 4000, truth, 0.03)
 
 
 def test_texts_are_encoded_in_the_template(world):
@@ -417,8 +410,11 @@ def test_a_smoke_run_writes_its_files_and_its_stages_are_not_mixed_up(tmp_path, 
     stamps = {name: (out / name).stat().st_mtime_ns for name in stages}
     assert s.main([*flags, "--method", "sft,gate", "--resume"]) == 0
     assert stamps == {name: (out / name).stat().st_mtime_ns for name in stages}
-    means = json.loads((out / "result.json").read_text())["means"]
-    assert {"helpfulness", "true_harm", "unsafe_harm", "reward", "kl"} <= means["gate"].keys()
+    result = json.loads((out / "result.json").read_text())
+    assert {"helpfulness", "reward", "cost_harm"} <= result["means"]["gate"].keys()
+    for row in result["answers"]["sft"]:
+        assert s.true_scores(row["prompt"], row["answer"]).items() <= row.items()
+        assert row["unsafe_harm"] == (row["true_harm"] > 0) and abs(row["kl"]) < 1e-4
     capsys.readouterr()
     assert s.main([*flags, "--method", "gate", "--resume", "--seed", "1"]) == 2
     error = capsys.readouterr().err
