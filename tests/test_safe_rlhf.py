@@ -346,7 +346,7 @@ def test_ppo_learns_a_reward_and_the_lagrangian_holds_a_cost(tmp_path, monkeypat
 
 def test_score_models_learn_and_the_cost_model_knows_its_zero(tmp_path):
     """The better answer has more words; unsafe ones begin with a dangerous step."""
-    lab = s.Lab(tiny(tmp_path, d_model=32, score_steps=150, batch=128))
+    lab = s.Lab(tiny(tmp_path, d_model=32, score_steps=100, batch=128))
     prompts = [p for p in lab.train + lab.held if s.about(p)[0] == "harmful"] * 4
     r = random.Random(0)
     for prompt in prompts:
@@ -379,7 +379,7 @@ def test_red_teaming_keeps_what_the_truth_calls_harmful_and_never_runs_out(tmp_p
 
 
 def test_rounds_of_two_costs_find_prompts_and_are_taken_again(tmp_path, no_picture):
-    options = {"costs": "harm,length", "threshold": "-2,0", "pairs": 120, "updates": 2}
+    options = {"costs": "harm,length", "threshold": "-2,0", "pairs": 120, "updates": 2, "batch": 64}
     config = tiny(tmp_path, rounds=2, method="ppo,ppo_lag", **options)
     result = s.train(config)
     first, second = result["rounds"]
@@ -484,6 +484,7 @@ def test_the_claims_program_keeps_what_is_done(tmp_path, monkeypatch, capsys, no
     monkeypatch.chdir(tmp_path)
     few = {name: program.RUNS[name] for name in ("ppo_lag", "nu 1", "d 0")}
     monkeypatch.setattr(program, "RUNS", few)
+    monkeypatch.setitem(s.SMOKE, "batch", 64)  # fewer, larger batches are quicker
     program.main(["--smoke", "--parts", "pairs_alone", "sweep"])
     path = tmp_path / "out" / "claims" / "safe_rlhf_claims.json"
     kept = path.parent / "safe_rlhf" / "smoke" / "seed_1" / "ppo_lag.json"
