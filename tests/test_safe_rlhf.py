@@ -472,7 +472,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, change):
 # ----- The program that measures the claims -------------------------------------------------------
 
 
-def test_the_claims_program_keeps_what_is_done(tmp_path, monkeypatch, capsys, no_picture):
+def test_the_claims_program_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "claims"))
     program = importlib.import_module("safe_claims")
     a, b, c = ({"unsafe_harm": x, "helpfulness": y} for x, y in ((0, 1), (1, 0), (1, 2)))
@@ -482,9 +482,10 @@ def test_the_claims_program_keeps_what_is_done(tmp_path, monkeypatch, capsys, no
     interval = 4.303 * (7 / 3) ** 0.5 / math.sqrt(3)
     assert program.over([1.0, 2.0, 4.0])["half"] == pytest.approx(interval)
     monkeypatch.chdir(tmp_path)
-    few = {name: program.RUNS[name] for name in ("ppo_lag", "nu 1", "d 0")}
+    few = {name: program.RUNS[name] for name in ("ppo_lag", "nu 1")}
     monkeypatch.setattr(program, "RUNS", few)
     monkeypatch.setitem(s.SMOKE, "batch", 64)  # fewer, larger batches are quicker
+    monkeypatch.setattr(s, "report", lambda *_: None)
     program.main(["--smoke", "--parts", "pairs_alone", "sweep"])
     path = tmp_path / "out" / "claims" / "safe_rlhf_claims.json"
     kept = path.parent / "safe_rlhf" / "smoke" / "seed_1" / "ppo_lag.json"
@@ -493,6 +494,7 @@ def test_the_claims_program_keeps_what_is_done(tmp_path, monkeypatch, capsys, no
     program.main(["--smoke"])
     assert kept.stat().st_mtime_ns == stamp
     result = json.loads(path.read_text("utf-8"))
+    assert path.with_suffix(".png").exists()
     assert program.table(result) in capsys.readouterr().out
     first = json.loads(kept.read_text("utf-8"))["means"]["helpfulness"]
     shown = result["claims"]["answers"]["ppo_lag"]["helpfulness"]["each"]
