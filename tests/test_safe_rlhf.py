@@ -35,12 +35,6 @@ def tiny(folder, **changes):
     return s.Config(**s.SMOKE | {"method": "ppo_lag", "out": str(folder)} | changes)
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Seconds less."""
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-
-
 @pytest.fixture(scope="module")
 def world():
     """The lab of the invented world; tests must not change it."""
@@ -378,7 +372,8 @@ def test_red_teaming_keeps_what_the_truth_calls_harmful_and_never_runs_out(tmp_p
     assert s.red_team(lab, 0) == ([], 0.0)
 
 
-def test_rounds_of_two_costs_find_prompts_and_are_taken_again(tmp_path, no_picture):
+def test_rounds_of_two_costs_find_prompts_and_are_taken_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # no picture: seconds less
     options = {"costs": "harm,length", "threshold": "-2,0", "pairs": 120, "updates": 2, "batch": 64}
     config = tiny(tmp_path, rounds=2, method="ppo,ppo_lag", **options)
     result = s.train(config)
@@ -425,6 +420,7 @@ def test_a_smoke_run_writes_its_files_and_its_stages_are_not_mixed_up(tmp_path, 
 
 
 POLICY = ["--policy", "x", "--preferences", "no.jsonl"]
+ROW = ("what of it ?", "it is good", "it is bad", True, False, 1, 0)
 
 
 @pytest.mark.parametrize("flags,word", [
@@ -441,13 +437,10 @@ def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, flags, word):
 
 
 @pytest.mark.parametrize("rate", ["--sft-lr", "--score-lr", "--lr", "--critic-lr"])
-def test_divergence_is_one_line(tmp_path, capsys, no_picture, rate):
+def test_divergence_is_one_line(tmp_path, capsys, rate):
     assert s.main(["--smoke", "--method", "ppo", "--out", str(tmp_path), rate, "1e30"]) == 1
     error = capsys.readouterr().err
     assert "diverged" in error and "lower its" in error and len(error.splitlines()) == 1
-
-
-ROW = ("what of it ?", "it is good", "it is bad", True, False, 1, 0)
 
 
 def write_rows(path, rows):
