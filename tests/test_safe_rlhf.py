@@ -388,8 +388,9 @@ def test_rounds_of_two_costs_find_prompts_and_are_taken_again(tmp_path, monkeypa
     for key in ("prompt", "answers", "better"):
         assert [row[key] for row in harm] == [row[key] for row in length]
     assert [row["safe"] for row in harm] != [row["safe"] for row in length]
-    hidden = sum(row["prompt"] in s.world()[2] for row in harm)
-    assert 0.6 < hidden / len(harm) < 0.8  # half, and of PPO's
+    disguised = {row["prompt"] for row in harm} & {*s.world()[2]}
+    share = sum(row["prompt"] in disguised for row in harm) / len(harm)
+    assert 0.6 < share < 0.8  # half, and of PPO's
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
     again = s.train(dataclasses.replace(config, resume=True))
     assert again["means"] == result["means"] and again["rounds"] == result["rounds"]
