@@ -868,10 +868,8 @@ class Config:
 
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
-SMOKE = {
-    "d_model": 16, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8,
-    "updates": 3, "epochs": 1, "eval_every": 1, "eval_rows": 12,
-}  # fmt: skip
+SMOKE = {"d_model": 16, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8, "updates": 3}
+SMOKE |= {"epochs": 1, "eval_every": 1, "eval_rows": 12}
 
 
 def main(argv: list[str] | None = None) -> int:
