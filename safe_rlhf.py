@@ -42,7 +42,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait must soon sleep: tests/bench
@@ -50,7 +49,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait must soon s
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 # ----- The method ---------------------------------------------------------------------------------
 
@@ -231,7 +229,7 @@ def update(run: Run) -> dict:
 # ----- The model: a small decoder, and its answers ------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class Rollout:
     """Answers (B, T) to prompts (B, P), which are padded in front."""
 
@@ -245,29 +243,31 @@ class Rollout:
 class Decoder(nn.Module):
     """A small transformer without dropout, so that PPO's first ratio is 1: logits, or scores."""
 
-    def __init__(self, vocab_size: int, positions: int, config: Config, scores: bool = False):
+    def __init__(self, vocab_size: int, config: Config, scores: bool = False):
         super().__init__()
-        self.vocab_size, self.positions, D = vocab_size, positions, config.d_model
+        D = config.d_model
         options = {"dropout": 0.0, "activation": F.gelu, "batch_first": True, "norm_first": True}
         layer = nn.TransformerEncoderLayer(D, HEADS, 4 * D, **options)
         self.body, self.norm = nn.TransformerEncoder(layer, LAYERS, None, False), nn.LayerNorm(D)
-        self.token, self.position = nn.Embedding(vocab_size, D), nn.Embedding(positions, D)
+        self.token, self.position = nn.Embedding(vocab_size, D), nn.Embedding(26 + config.answer, D)
         self.head = nn.Linear(D, 1 if scores else vocab_size)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor, valid: Tensor, past: None = None) -> tuple[Tensor, None]:
-        """Outputs (B, L, V or 1) of tokens (B, L), and no cache; valid (B, L): False on padding.
+    def forward(self, tokens: Tensor, valid: Tensor, past: Tensor | None = None) -> tuple:
+        """Outputs (B, S, V or 1) at past tokens and these, and all of them: the next call's past.
 
-        Positions count valid tokens only, so that padding in front changes nothing.
+        There is no cache. valid (B, S) is False on padding; positions count valid tokens only, so
+        that padding in front changes nothing.
         """
-        L = tokens.shape[1]
-        sees = torch.ones(L, L, dtype=torch.bool, device=tokens.device).tril() & valid[:, None]
-        sees |= torch.eye(L, dtype=torch.bool, device=tokens.device)  # padding sees itself
-        hidden = (~sees).repeat_interleave(HEADS, 0)  # (B heads, L, L), True where unseen
+        tokens = tokens if past is None else torch.cat([past, tokens], 1)  # (B, S)
+        S = tokens.shape[1]
+        sees = torch.ones(S, S, dtype=torch.bool, device=tokens.device).tril() & valid[:, None]
+        sees |= torch.eye(S, dtype=torch.bool, device=tokens.device)  # padding sees itself
+        hidden = (~sees).repeat_interleave(HEADS, 0)  # (B heads, S, S), True where unseen
         x = self.token(tokens) + self.position((valid.cumsum(1) - 1).clamp(min=0))
-        return self.head(self.norm(self.body(x, hidden))), None
+        return self.head(self.norm(self.body(x, hidden))), tokens
 
 
 def outputs(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -300,35 +300,30 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def as_batch(lab: Lab, pairs: list[tuple[str, str]]) -> Rollout:
-    """Prompts in the template, and answers with the end. ValueError names one that is too long."""
+    """Prompts in the template, and answers with the end."""
     encode, end = lab.tokenizer.encode, lab.tokenizer.eos_token_id
     prompts, valid = pad_in_front([encode(lab.template.format(prompt)) for prompt, _ in pairs])
     answers = [[*encode(answer, add_special_tokens=False), end] for _, answer in pairs]
     backwards, mask = pad_in_front([ids[::-1] for ids in answers])
-    sizes = valid.sum(1) + mask.sum(1).clamp(min=lab.config.answer)  # as long as PPO's may get
-    if sizes.max() > lab.policy.positions:
-        raise ValueError(f"{pairs[sizes.argmax()]}: over {lab.policy.positions} tokens long")
     tensors = (prompts, valid, backwards.flip(1), mask.flip(1).float())
     return Rollout(*(x.to(lab.device) for x in tensors))
 
 
 @torch.no_grad()
 def write_answers(lab: Lab, policy: nn.Module, prompts: list[str], generator) -> Rollout:
-    """Draw an answer to each prompt, up to the end or the limit; with a cache if the policy has."""
+    """Draw an answer to each prompt, up to the end token or to --answer tokens."""
     start, end = as_batch(lab, [(prompt, "") for prompt in prompts]), lab.tokenizer.eos_token_id
-    prompts, valid, alive = start.prompts, start.valid, start.mask.bool()  # the last: (B, 1)
-    x, whole, seen, cache, columns = prompts, prompts, valid, None, []
+    x, seen, alive, past, columns = start.prompts, start.valid, start.mask.bool(), None, []
     while len(columns) < lab.config.answer and alive.any():
-        logits, cache = policy(whole if cache is None else x, seen, cache)
+        logits, past = policy(x, seen, past)
         logp = logits[:, -1].log_softmax(-1)  # (B, V)
         if logp.isnan().any():
             raise FloatingPointError("the policy diverged: lower its learning rate")
         x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, end)  # (B, 1)
         columns.append((x, alive, logp.gather(-1, x)))
-        whole, seen = torch.cat([whole, x], 1), torch.cat([seen, alive], 1)
-        alive = alive & (x != end)
+        seen, alive = torch.cat([seen, alive], 1), alive & (x != end)
     tokens, mask, logp = (torch.cat(column, 1) for column in zip(*columns, strict=True))
-    return Rollout(prompts, valid, tokens, mask.float(), logp * mask)
+    return Rollout(start.prompts, start.valid, tokens, mask.float(), logp * mask)
 
 
 # ----- An invented world with a ground truth ------------------------------------------------------
@@ -360,51 +355,47 @@ def about(prompt: str) -> tuple[str, list[str], float]:
 
 def world() -> tuple[list[str], list[str], list[str]]:
     """Plain prompts, those of them that are held out, and disguised ones of what can harm."""
-    things = itertools.chain(*THINGS.values())
-    plain = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in PLAIN]
-    things = THINGS["dual-use"] + THINGS["harmful"]
-    hidden = [form.format(*pair) for pair in itertools.product(VERBS, things) for form in DISGUISED]
-    r = random.Random(0)
+    plain, disguised, r = [], [], random.Random(0)
+    for verb, thing in itertools.product(VERBS, itertools.chain(*THINGS.values())):
+        plain += [form.format(verb, thing) for form in PLAIN]
+        if thing not in THINGS["harmless"]:
+            disguised += [form.format(verb, thing) for form in DISGUISED]
     r.shuffle(plain)
     held = sorted(plain, key=lambda prompt: about(prompt)[0])[::5]  # as many of each kind
     r.shuffle(held)
-    return plain, held, hidden
+    return plain, held, disguised
+
+
+def demonstrations(plain: list[str], disguised: list[str], seed: int) -> list[tuple]:
+    """Prompts, answers to imitate, some of them harmful or with a useless step; is it harmless?"""
+    r, rows = random.Random(seed), []
+    for prompt in r.choices(plain + disguised, k=4000):
+        kind, steps, _ = about(prompt)
+        harmful = r.random() < (0.8 if prompt in disguised else 0.5)
+        if kind == "harmful" and not harmful:
+            words = [REFUSAL] if r.random() < 0.5 else r.sample(ALTERNATIVES, r.randint(1, 4))
+        else:
+            words = r.sample(steps, r.randint(1, 4))
+            if not harmful:
+                words = [r.choice(ALTERNATIVES) if word.endswith("!") else word for word in words]
+            if r.random() < 0.4:
+                wrong = f"{r.choice(THINGS['harmless'])}-{r.randint(1, 4)}"
+                words.insert(r.randint(0, len(words)), r.choice([*words, wrong]))
+        rows.append((prompt, " ".join(words), kind == "harmless"))
+    return rows
 
 
 def true_scores(prompt: str, answer: str) -> dict[str, float]:
     """The ground truth: helpfulness, and the true costs of harm and length, unsafe above 0."""
     words, (_, steps, worth) = answer.split(), about(prompt)  # right steps are worth 1
     if words == [REFUSAL]:
-        return {"helpfulness": 0.0, "true_harm": -3.5, "true_length": -2.5}
+        return {"helpfulness": 0.0, "true_harm": -3.5, "true_length": -2.5, "refused": 1.0}
     useful = [1.0] * len(set(words) & set(steps)) + [worth] * len(set(words) & set(ALTERNATIVES))
     useless = len(words) - min(4, len(useful)) if words else 1  # four count
-    dangerous = len({word for word in words if word.endswith("!")})
-    harm = 1 + 0.75 * dangerous if dangerous else -2.5
     gain = sum(useful[:4]) - 0.5 * useless
-    return {"helpfulness": gain, "true_harm": harm, "true_length": len(words) - 3.5}
-
-
-def demonstration(prompt: str, harmful: bool, r: random.Random) -> str:
-    """An answer to imitate: right steps, now and then a wrong or repeated one, or a safe answer."""
-    kind, steps, _ = about(prompt)
-    if kind == "harmful" and not harmful:
-        return REFUSAL if r.random() < 0.5 else " ".join(r.sample(ALTERNATIVES, r.randint(1, 4)))
-    words = r.sample(steps, r.randint(1, 4))
-    if not harmful:
-        words = [r.choice(ALTERNATIVES) if word.endswith("!") else word for word in words]
-    if r.random() < 0.4:
-        wrong = f"{r.choice(THINGS['harmless'])}-{r.randint(1, 4)}"
-        words.insert(r.randint(0, len(words)), r.choice([*words, wrong]))
-    return " ".join(words)
-
-
-def demonstrations(plain: list[str], hidden: list[str], seed: int) -> list[tuple]:
-    """Prompts with answers to imitate, and True where the prompt is harmless."""
-    r, rows = random.Random(seed), []
-    for prompt in r.choices(plain + hidden, k=4000):
-        harmful = r.random() < (0.8 if prompt in hidden else 0.5)
-        rows.append((prompt, demonstration(prompt, harmful, r), about(prompt)[0] == "harmless"))
-    return rows
+    dangerous = len({word for word in words if word.endswith("!")})
+    harm, length = 1 + 0.75 * dangerous if dangerous else -2.5, len(words) - 3.5
+    return {"helpfulness": gain, "true_harm": harm, "true_length": length, "refused": 0.0}
 
 
 def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
@@ -418,6 +409,21 @@ def label(prompt: str, one: str, two: str, cost: str, r: random.Random) -> dict:
     return dict(zip(FIELDS, (prompt, one, two, *safe, int(better), int(safer)), strict=True))
 
 
+class WordTokenizer:
+    """The words of prompts and of their answers, called as a tokenizer of transformers is."""
+
+    def __init__(self, prompts: list[str]):
+        words = {word for prompt in prompts for word in [*prompt.split(), *about(prompt)[1]]}
+        self.words = ["</s>", "ASSISTANT:", *sorted({*words, *ALTERNATIVES, REFUSAL})]
+        self.ids, self.eos_token_id = {word: i for i, word in enumerate(self.words)}, 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [self.ids[word] for word in text.split()]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(self.words[i] for i in ids if i > 0)
+
+
 # ----- Preferences, and what all stages work with -------------------------------------------------
 
 FIELDS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
@@ -425,40 +431,24 @@ FIELDS += ("better_response_id", "safer_response_id")  # PKU-SafeRLHF's
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a JSON-lines file in PKU-SafeRLHF's schema. ValueError names a bad row's line."""
+    """Preferences from JSON lines in PKU-SafeRLHF's schema. ValueError names a bad row's line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(Path(path).read_text("utf-8-sig").rstrip().split("\n"), 1):
         try:
             row = json.loads(line)
-            labels = [row[name] for name in FIELDS[3:]]
-            row["safe"] = labels[:2]
+            prompt, one, two, *labels = (row[name] for name in FIELDS)
             if not all(label in (0, 1) for label in labels):
                 raise ValueError(f"labels {labels} must be true or false, or 0 or 1")
-            if any(row["safe"]) and not row["safe"][row["safer_response_id"]]:
+            *safe, better, safer = map(int, labels)
+            if any(safe) and not safe[safer]:
                 raise ValueError("the safer answer is labelled unsafe, the other one safe")
-            if row["response_0"].split() == row["response_1"].split():
+            if one.split() == two.split():
                 raise ValueError("the answers are the same")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from None
-        rows.append(row)
+        row = {"prompt": prompt, "answers": [one, two], "safe": safe}
+        rows.append(row | {"better": better, "safer": safer})
     return rows
-
-
-class WordTokenizer:
-    """The words of given texts, called as a tokenizer of transformers is."""
-
-    def __init__(self, texts: list[str]):
-        words = {word for text in texts for word in text.split()}
-        self.words, self.eos_token_id = ["</s>", "ASSISTANT:", *sorted(words)], 0
-        self.ids = {word: i for i, word in enumerate(self.words)}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [self.ids[word] for word in text.split()]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(self.words[i] for i in ids if i > 0)
 
 
 class Lab:
@@ -471,26 +461,24 @@ class Lab:
             from transformers import AutoTokenizer
 
             rows, shown = read_rows(config.preferences), []
-            prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-            self.rows, self.held, self.disguised = [rows], prompts[::10], []
             for row in rows:
-                best = row["better_response_id"]
-                shown.append((row["prompt"], row[f"response_{best:d}"], row["safe"][best]))
+                best = row["better"]
+                shown.append((row["prompt"], row["answers"][best], row["safe"][best]))
+            prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+            self.rows, self.held, self.disguised = {"harm": rows}, prompts[::10], []
             self.template = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"  # the official code's
             self.tokenizer = AutoTokenizer.from_pretrained(config.policy)
             self.policy = Pretrained(config.policy, "AutoModelForCausalLM")
         else:
             prompts, self.held, self.disguised = world()
-            self.rows = [[] for _ in self.costs]  # of preferences, a list a cost
             shown = demonstrations(prompts, self.disguised, config.seed)
-            steps = [step for prompt in prompts for step in about(prompt)[1]]
-            texts = [*prompts, *self.disguised, *steps, *ALTERNATIVES, REFUSAL]
-            self.template, self.tokenizer = "{} ASSISTANT:", WordTokenizer(texts)
-            self.policy = Decoder(len(self.tokenizer.words), 26 + config.answer, config)
-        apart = set(self.held)
-        self.train = [prompt for prompt in prompts if prompt not in apart]
-        self.shown = [row[:2] for row in shown if row[0] not in apart]
-        self.harmless = [row[:2] for row in shown if row[0] not in apart and row[2]]
+            self.rows = {cost: [] for cost in self.costs}  # of preferences
+            self.template, self.tokenizer = "{} ASSISTANT:", WordTokenizer(prompts + self.disguised)
+            self.policy = Decoder(len(self.tokenizer.words), config)
+        self.apart = set(self.held)
+        self.train = [prompt for prompt in prompts if prompt not in self.apart]
+        self.shown = [row[:2] for row in shown if row[0] not in self.apart]
+        self.harmless = [row[:2] for row in shown if row[0] not in self.apart and row[2]]
         accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.policy.to(accelerator if config.device == "auto" else config.device)
         self.device = next(self.policy.parameters()).device
@@ -502,15 +490,15 @@ def draw(rows: list, count: int, generator: torch.Generator) -> list:
     return [rows[i] for i in index.tolist()]
 
 
-# ----- Training: one loop for every stage ---------------------------------------------------------
+# ----- The stages: one loop for all, then each ----------------------------------------------------
 
 FREE = ("method", "nu", "rounds", "device", "out", "resume", "smoke")  # may differ on --resume
 
 
 class Run:
-    """A stage of training: networks with their rates, and what else its checkpoint holds."""
+    """A stage of training: networks, each with its rate, and what else its checkpoint holds."""
 
-    def __init__(self, lab: Lab, config: Config, name: str, nets: list, rates: list, decay: float):
+    def __init__(self, lab: Lab, config: Config, name: str, nets: list, rates: list, decay=0.1):
         self.lab, self.config, self.name, self.rates = lab, config, name, rates
         self.nets, self.rows, self.multipliers = nn.ModuleList(nets), [], []
         groups = [{"params": net.requires_grad_(True).parameters()} for net in nets]
@@ -564,14 +552,11 @@ def descend(run: Run, losses: Iterable[Tensor], steps: int) -> float:
         total += loss.item()
     for i, group in enumerate(run.optimizer.param_groups):
         group["lr"] = run.rates[i] * (cosine if i == 0 else 1)
-        norms += clip_grad_norm_(group["params"], 1.0).item()
+        norms += nn.utils.clip_grad_norm_(group["params"], 1.0).item()
     if not math.isfinite(total + norms):
         raise FloatingPointError(f"{run.name} diverged at step {done + 1}: lower its learning rate")
     run.optimizer.step()
     return total
-
-
-# ----- The stages ---------------------------------------------------------------------------------
 
 
 def learn_demonstrations(lab: Lab) -> None:
@@ -581,7 +566,7 @@ def learn_demonstrations(lab: Lab) -> None:
         shown = as_batch(lab, draw(lab.shown, lab.config.batch // 2, run.generator))
         return {"loss": descend(run, [ptx_loss(lab.policy, shown)], lab.config.sft_steps)}
 
-    run = Run(lab, lab.config, "sft", [lab.policy], [lab.config.sft_lr], 0.1)
+    run = Run(lab, lab.config, "sft", [lab.policy], [lab.config.sft_lr])
     take_steps(run, lab.config.sft_steps, step)
 
 
@@ -593,81 +578,80 @@ def draw_preferences(lab: Lab, number: int) -> None:
     if lab.found:
         prompts += r.choices(lab.found, k=config.pairs // 2)
     prompts += r.choices(lab.train, k=config.pairs - len(prompts))
-    answers = [evaluate(lab, lab.policy, prompts, seed + 1000 * k) for k in range(2)]
-    for cost, rows in zip(lab.costs, lab.rows, strict=True):
+    pairs = [evaluate(lab, lab.policy, prompts, seed + 1000 * k) for k in range(2)]
+    for cost in lab.costs:
         r, lines = random.Random(seed), []  # of one seed: the better answers are the same
-        for one, two in zip(*answers, strict=True):
+        for one, two in zip(*pairs, strict=True):
             if one["answer"] != two["answer"]:
                 row = label(one["prompt"], one["answer"], two["answer"], cost, r)
                 lines.append(json.dumps(row) + "\n")
         path = Path(config.out, f"preferences_{cost}_{number}.jsonl")
         path.write_text("".join(lines), "utf-8")
-        rows += read_rows(path)
+        lab.rows[cost] += read_rows(path)
 
 
 def new_scorer(lab: Lab, folder: str) -> nn.Module:
     """A score model: a folder's, or one that starts from the policy, with a new head."""
     if lab.config.policy:
         kind = "AutoModelForSequenceClassification"
-        model = Pretrained(folder or lab.config.policy, kind, new_head=not folder, num_labels=1)
-        if model.vocab_size != lab.policy.vocab_size:
-            raise ValueError(f"{folder}: {model.vocab_size} tokens, not {lab.policy.vocab_size}")
+        new = () if folder else ("score.weight",)
+        model = Pretrained(folder or lab.config.policy, kind, new, num_labels=1)
+        if model.inner.config.vocab_size != lab.policy.inner.config.vocab_size:
+            raise ValueError(f"{folder} has another vocabulary than {lab.config.policy}")
     else:
-        model = Decoder(lab.policy.vocab_size, lab.policy.positions, lab.config, scores=True)
+        model = Decoder(len(lab.tokenizer.words), lab.config, scores=True)
         body = {k: v for k, v in lab.policy.state_dict().items() if not k.startswith("head")}
         model.load_state_dict(body, strict=False)
     return model.to(lab.device).requires_grad_(False)
 
 
 def pair_scores(lab: Lab, model: nn.Module, rows: list[dict], key: str) -> list[Tensor]:
-    """Scores of the rows' answers with that id, of the others, and the signs of both, all (B,)."""
+    """Scores of the rows' better or safer answers, of the others, and the signs of both, (B,)."""
     picked = [(row, row[key]) for row in rows] + [(row, 1 - row[key]) for row in rows]
-    texts = [(row["prompt"], row[f"response_{k:d}"]) for row, k in picked]
+    texts, scores = [(row["prompt"], row["answers"][k]) for row, k in picked], []
     signs = torch.tensor([-1.0 if row["safe"][k] else 1.0 for row, k in picked], device=lab.device)
-    return [*score(model, as_batch(lab, texts)).chunk(2), *signs.chunk(2)]
+    for start in range(0, len(texts), lab.config.batch):
+        scores.append(score(model, as_batch(lab, texts[start : start + lab.config.batch])))
+    return [*torch.cat(scores).chunk(2), *signs.chunk(2)]
 
 
-def learn_score(lab: Lab, number: int, i: int, folder: str = "") -> dict[str, float]:
-    """A round's reward model (i = 0) or cost model (1 to K): sets it, returns its accuracies."""
-    config, name, key = lab.config, "reward", "better_response_id"
-    if i > 0:
-        name, key = f"cost_{lab.costs[i - 1]}", "safer_response_id"
-    apart, every = set(lab.held), lab.rows[max(0, i - 1)]
-    rows = [row for row in every if row["prompt"] not in apart]
-    held = [row for row in every if row["prompt"] in apart]
-    if i > 0 and len({flag for row in rows for flag in row["safe"]}) < 2:
+def learn_score(lab: Lab, number: int, cost: str = "") -> dict[str, float]:
+    """A round's reward model, or the model of a cost: sets it, returns its held-out accuracies."""
+    config, name, key, folder = lab.config, "reward", "better", lab.config.reward_model
+    if cost:
+        name, key, folder = f"cost_{cost}", "safer", config.cost_model
+    every = lab.rows[cost or lab.costs[0]]
+    rows = [row for row in every if row["prompt"] not in lab.apart]
+    held = [row for row in every if row["prompt"] in lab.apart]
+    if cost and len({flag for row in rows for flag in row["safe"]}) < 2:
         raise ValueError(f"{name}: all answers have one safety label, so that C has no zero")
 
     def step(run: Run) -> dict:
         part = draw(rows, config.batch // 2, run.generator)
         first, second, *signs = pair_scores(lab, model, part, key)
-        loss = cost_loss(first, second, *signs) if i > 0 else reward_loss(first, second)
+        loss = cost_loss(first, second, *signs) if cost else reward_loss(first, second)
         return {"loss": descend(run, [loss], config.score_steps)}
 
     torch.manual_seed(config.seed + number)
     model = lab.scorers[name] = new_scorer(lab, folder)
     if not folder:
-        run = Run(lab, config, f"{name}_{number}", [model], [config.score_lr], 0.1)
+        run = Run(lab, config, f"{name}_{number}", [model], [config.score_lr])
         take_steps(run, config.score_steps, step)
-    parts = [held[j : j + config.batch] for j in range(0, len(held), config.batch)]
-    columns = zip(*(pair_scores(lab, model, part, key) for part in parts), strict=True)
-    first, second, *signs = map(torch.cat, columns)
-    if i == 0:
-        return {"reward_pairs": (first > second).float().mean().item()}
-    right = (torch.cat([first, second]) > 0) == (torch.cat(signs) > 0)
-    pairs = (second > first).float().mean().item()
-    return {f"{name}_pairs": pairs, f"{name}_signs": right.float().mean().item()}
+    first, second, *signs = pair_scores(lab, model, held, key)
+    right = {"pairs": second > first if cost else first > second}
+    if cost:
+        right["signs"] = (torch.cat([first, second]) > 0) == (torch.cat(signs) > 0)
+    return {f"{name}_{what}": each.float().mean().item() for what, each in right.items()}
 
 
 def ppo(lab: Lab, config: Config, name: str) -> Run:
     """A run of config.method from the round's first policy; critics start as score models."""
-    scorers, thresholds = [lab.scorers["reward"]], []
-    if config.method == "ppo_lag":
-        scorers, thresholds = [*lab.scorers.values()], config.threshold.split(",")
+    scorers = [*lab.scorers.values()] if config.method == "ppo_lag" else [lab.scorers["reward"]]
     rates = [config.lr] + [config.critic_lr] * len(scorers)
-    run = Run(lab, config, name, copy.deepcopy([lab.policy, *scorers]), rates, 0.01)
-    for threshold in map(float, thresholds):
-        run.multipliers.append(LagrangeMultiplier(lr=config.lagrange_lr, threshold=threshold))
+    run = Run(lab, config, name, copy.deepcopy([lab.policy, *scorers]), rates, decay=0.01)
+    if config.method == "ppo_lag":
+        for threshold in map(float, config.threshold.split(",")):
+            run.multipliers.append(LagrangeMultiplier(lr=config.lagrange_lr, threshold=threshold))
     take_steps(run, config.updates, update, config.eval_every)
     return run
 
@@ -696,13 +680,12 @@ def evaluate(lab: Lab, policy: nn.Module, prompts: list[str] | None = None, seed
         log_ratio = (rollout.logp - token_logp(lab.policy, rollout)) * rollout.mask
         scores = {"kl": log_ratio.sum(1).tolist()}
         scores |= {name: score(model, rollout).tolist() for name, model in lab.scorers.items()}
-        for i, prompt in enumerate(part):
-            ids = rollout.tokens[i][rollout.mask[i].bool()].tolist()
+        for i, (prompt, ids) in enumerate(zip(part, rollout.tokens.tolist(), strict=True)):
             answer = lab.tokenizer.decode(ids, skip_special_tokens=True).strip()
             row = {"prompt": prompt, "kind": about(prompt)[0], "answer": answer}
             row |= {name: column[i] for name, column in scores.items()}
             if lab.disguised:
-                row |= true_scores(prompt, answer) | {"refused": float(answer == REFUSAL)}
+                row |= true_scores(prompt, answer)
             for cost in lab.costs:  # by the learned cost, where there is no truth
                 row[f"unsafe_{cost}"] = float(row.get(f"true_{cost}", row.get(f"cost_{cost}")) > 0)
             rows.append(row)
@@ -721,8 +704,7 @@ def train(config: Config) -> dict:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     learn_demonstrations(lab)
     first, prompts = lab.policy, lab.train
-    methods = [config.method] if config.method else ["ppo", "ppo_lag"]
-    folders = [config.reward_model, config.cost_model] if config.policy else [""] * 3
+    methods = [method for method in config.method.split(",") if method != "sft"]
     for number in range(1, config.rounds + 1):
         if number > 1:
             methods = ["ppo_lag"]
@@ -731,15 +713,14 @@ def train(config: Config) -> dict:
             lab.train = prompts + lab.found * repeats
         if not config.policy:
             draw_preferences(lab, number)
-        accuracy = {}
-        for i in range(1 + len(lab.costs)):
-            accuracy |= learn_score(lab, number, i, folders[i])
+        accuracy = learn_score(lab, number)
+        for cost in lab.costs:
+            accuracy |= learn_score(lab, number, cost)
         print("held out:", *(f"{key} {value:.1%}" for key, value in accuracy.items()))
         for method in methods:
             name = f"shaping-{config.nu:g}" if method == "shaping" else method
             name = f"{name}-{number}" if number > 1 else name
-            if method != "sft":
-                runs[name] = ppo(lab, dataclasses.replace(config, method=method), name)
+            runs[name] = ppo(lab, dataclasses.replace(config, method=method), name)
         if config.rounds > 1:
             lab.policy = runs[name].nets[0]
             row = {"round": number, "found": len(lab.found)} | accuracy
@@ -753,8 +734,8 @@ def train(config: Config) -> dict:
         "means": {name: means(rows) for name, rows in answers.items()}, "accuracy": accuracy,
         "rounds": rounds, "answers": answers, "wall_seconds": round(time.perf_counter() - began, 1),
         "parameters": sum(parameter.numel() for parameter in first.parameters()),
-        "argv": sys.argv, "python": sys.version, "torch": torch.__version__, "seed": config.seed,
-        "device": f"{lab.device}, {torch.get_num_threads()} threads", "config": vars(config),
+        "argv": sys.argv, "python": sys.version, "torch": torch.__version__, "config": vars(config),
+        "device": f"{lab.device}, {torch.get_num_threads()} threads",
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
     report(lab, runs, result)
@@ -767,14 +748,14 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
     lines = [json.dumps(row) + "\n" for run in runs.values() for row in run.rows]
     (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    for name, run in runs.items():
-        if lab.config.policy:
-            run.nets[0].inner.save_pretrained(out / name)
-            lab.tokenizer.save_pretrained(out / name)
     for name, row in result["means"].items():
         print(f"\n{name}:", *(f"{key} {value:.3f}" for key, value in row.items()))
         for shown in result["answers"][name][:6]:
             print(f"    {shown['prompt']} {shown['answer']}")
+    if lab.config.policy:
+        for name, run in runs.items():
+            run.nets[0].inner.save_pretrained(out / name)
+            lab.tokenizer.save_pretrained(out / name)
     print(f"{out}: result.json, metrics.jsonl, runs.png after {result['wall_seconds']} s")
     try:
         import matplotlib.pyplot as plt
@@ -789,9 +770,9 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
         for name, run in runs.items():
             rows = [row for row in run.rows if "kl" in row and key in row]
             axis.plot([row["update"] for row in rows], [row[key] for row in rows], label=name)
+            axis.legend(fontsize=7)
         axis.set(title=key, xlabel="update")
     axes[-2].axhline(float(lab.config.threshold.split(",")[0]), color="k", lw=0.6)
-    axes[-2].legend(fontsize=7)
     figure.savefig(out / "runs.png", dpi=110)
     plt.close(figure)
 
@@ -800,23 +781,23 @@ def report(lab: Lab, runs: dict[str, Run], result: dict) -> None:
 
 
 class Pretrained(nn.Module):
-    """A user's model, of that class of transformers; called as `Decoder` is, with a cache."""
+    """A user's model, of that class of transformers; called as `Decoder` is."""
 
-    def __init__(self, folder: str, kind: str, new_head: bool = False, **options):
+    def __init__(self, folder: str, kind: str, new: tuple[str, ...] = (), **options):
         import transformers
 
         super().__init__()
         options |= {"dtype": torch.float32, "output_loading_info": True}
         self.inner, report = getattr(transformers, kind).from_pretrained(folder, **options)
-        drawn = set(report["missing_keys"]) - ({"score.weight"} if new_head else set())
-        if drawn:  # by transformers, at random
-            raise ValueError(f"{folder} lacks weights: {drawn}")
+        if set(report["missing_keys"]) - set(new):  # transformers has drawn these at random
+            raise ValueError(f"{folder} lacks weights: {report['missing_keys']}")
         self.inner.eval()  # no dropout, so that PPO's first ratio is 1
-        self.vocab_size = self.inner.config.vocab_size
-        self.positions = self.inner.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, valid: Tensor, past: object = None) -> tuple[Tensor, object]:
-        """As `Decoder`; tokens (B, L) are the last L of S, valid is (B, S), past of the others."""
+        """Outputs (B, L, V or 1) of the last L of S tokens (B, L), and a cache, the next past."""
+        S, limit = valid.shape[1], self.inner.config.max_position_embeddings
+        if limit < S:
+            raise ValueError(f"prompt and answer have {S} tokens, and the model's limit is {limit}")
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         options = {"attention_mask": valid.long(), "position_ids": positions}
         options |= {"past_key_values": past, "use_cache": not torch.is_grad_enabled()}
@@ -837,11 +818,11 @@ def flag(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides a run. With --policy the rates are the paper's, and no SFT."""
 
-    method: str = flag("", f"{', '.join(METHODS)}; empty: ppo and ppo_lag from one start")
+    method: str = flag("ppo,ppo_lag", f"by commas, from one start: {', '.join(METHODS)}")
     rounds: int = flag(1, "rounds of preferences and ppo_lag, then with red-teaming; paper: 3")
     preferences: str = flag("", "PKU-SafeRLHF rows, .jsonl; empty: the invented world")
     policy: str = flag("", "folder of a Llama for transformers; empty: a new small decoder")
@@ -874,52 +855,46 @@ class Config:
     smoke: bool = flag(False, "tiny and few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
-        if self.method not in ("", *METHODS):
-            raise ValueError(f"--method {self.method!r} must be one of {', '.join(METHODS)}")
-        if bool(self.policy) != bool(self.preferences):
-            raise ValueError("--policy and --preferences go together")
-        if self.policy and (self.method == "gate" or self.rounds > 1 or self.costs != "harm"):
+        if not {*self.method.split(",")} <= {*METHODS}:
+            raise ValueError(f"--method {self.method!r} must be of {', '.join(METHODS)}")
+        own = (self.policy, self.preferences, self.reward_model, self.cost_model)
+        if any(own) and not all(own[:2]):
+            raise ValueError("--policy and --preferences go together, other models with them")
+        if self.policy and ("gate" in self.method or self.rounds > 1 or self.costs != "harm"):
             raise ValueError("--method gate, --rounds and --costs need the invented world")
-        costs, thresholds = self.costs.split(","), self.threshold.split(",")
+        costs, thresholds = self.costs.split(","), [float(x) for x in self.threshold.split(",")]
         if not {*costs} <= {"harm", "length"} or len(costs) != len(thresholds):
             raise ValueError(f"--costs {costs} of harm, length; one --threshold each: {thresholds}")
 
 
 OWN_POLICY = {"sft_steps": 0, "sft_lr": 2e-5, "score_lr": 2e-5, "lr": 1e-5, "critic_lr": 5e-6}
-SMOKE = {
-    "d_model": 16, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8,
-    "updates": 3, "epochs": 1, "eval_every": 1, "eval_rows": 12,
-}  # fmt: skip
+SMOKE = {"d_model": 16, "sft_steps": 6, "pairs": 60, "score_steps": 3, "batch": 8, "updates": 3}
+SMOKE |= {"epochs": 1, "eval_every": 1, "eval_rows": 12}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    suppress = {"argument_default": argparse.SUPPRESS}  # so that `given` has what was written out
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **suppress)
     for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    given = parser.parse_args(argv)
-    if given.smoke:
-        parser.set_defaults(**SMOKE)  # flags that are written out come first
-    if given.policy:
-        parser.set_defaults(**OWN_POLICY)
+        options = {"type": type(field.default)}
+        if field.default is False:
+            options = {"action": "store_true"}
+        text = f"{field.metadata['help']}; default: {field.default!r}"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     given = vars(parser.parse_args(argv))
-    if given["smoke"]:
-        given["out"] += "/smoke"
+    if given.get("policy"):
+        given = OWN_POLICY | given
+    if given.get("smoke"):
+        given = SMOKE | given | {"out": f"{given.get('out', Config.out)}/smoke"}
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
+    kinds = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, AssertionError)
     try:
         train(Config(**given))
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # one line; `python -X dev` shows where it came from
-        if sys.flags.dev_mode:
-            raise
-        known = isinstance(error, ValueError | OSError | ArithmeticError)
-        text = f"{Path(__file__).name}: {error if known else repr(error)}"
+    except kinds as error:  # the last is torch's, of a missing device
+        text = f"{Path(__file__).name}: {error}"
         if isinstance(error, ImportError):
             text += f"; pip install {error.name}"
         print(" ".join(text.split())[:400], file=sys.stderr)

@@ -17,7 +17,7 @@ MOST_LINES = {  # of a script; they may only shrink
     "transformer.py": 999,
     "constrained_ppo.py": 845,
     "iclm_sort.py": 799,
-    "safe_rlhf.py": 931,
+    "safe_rlhf.py": 906,
     "recaption.py": 957,
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

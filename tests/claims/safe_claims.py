@@ -8,14 +8,12 @@ again; --parts and --seeds choose among them. Once all are there, the result fil
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,13 +23,17 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
-from _claims import compact, markdown  # noqa: E402
+from _claims import compact, markdown, save_picture  # noqa: E402
 
 import safe_rlhf as s  # noqa: E402
 
-NUS = (0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-THRESHOLDS = ("0", "-2", "-3")  # beside the default
-T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+RUNS = {"ppo": {"method": "ppo"}, "ppo_lag": {"method": "ppo_lag"}, "gate": {"method": "gate"}}
+for nu in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
+    RUNS[f"nu {nu:g}"] = {"method": "shaping", "nu": nu}
+for d in ("0", "-2", "-3"):  # thresholds beside the default
+    RUNS[f"d {d}"] = {"method": "ppo_lag", "threshold": d}
+RUNS["fixed lambda"] = {"method": "ppo_lag", "lagrange_lr": 0.0}
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's, by the number of seeds
 KEYS = ("helpfulness", "cost_harm", "true_harm", "unsafe_harm", "refused")
 KEPT = ("update", "lambda_harm", "cost_harm", "batch_cost_harm", "helpfulness", "reward")
 ROWS = {  # of the table: the run's name in the result file
@@ -48,9 +50,8 @@ ROWS = {  # of the table: the run's name in the result file
 
 def over(values: list[float]) -> dict:
     """Mean, half the width of its 95 % interval by Student's t, and the values."""
-    half = 0.0
-    if len(values) > 1:
-        half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    n = len(values)
+    half = T_95[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
     return {"mean": statistics.mean(values), "half": half, "each": values}
 
 
@@ -76,11 +77,9 @@ def elo(games: Sequence[tuple[int, int, float]], draws: float = 0.1) -> np.ndarr
         wins[i, j] += score
         wins[j, i] += 1 - score
     for _ in range(10_000):
-        before = strength
-        strength = wins.sum(1) / ((wins + wins.T) / (before[:, None] + before)).sum(1)
-        strength = strength / strength[0]
-        if np.abs(np.log(strength / before)).max() < 1e-10:
-            break
+        odds = (wins + wins.T) / (strength[:, None] + strength)
+        strength = wins.sum(1) / odds.sum(1)
+        strength /= strength[0]
     return 1000 + 400 * np.log10(strength)
 
 
@@ -90,24 +89,20 @@ def elo(games: Sequence[tuple[int, int, float]], draws: float = 0.1) -> np.ndarr
 class Seed:
     """A seed's folder: its lab, with the first policy and score models, and what is done."""
 
-    def __init__(self, arguments: argparse.Namespace, seed: int):
-        smoke = s.SMOKE if arguments.smoke else {}
-        self.folder = arguments.out / f"seed_{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.config = s.Config(**smoke, seed=seed, out=str(self.folder), resume=True)
+    def __init__(self, folder: Path, seed: int, smoke: bool):
+        self.folder, sizes = folder, s.SMOKE if smoke else {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = s.Config(**sizes, seed=seed, out=str(folder), resume=True)
         self.lab = s.Lab(self.config)
         s.learn_demonstrations(self.lab)
         s.draw_preferences(self.lab, 1)
-        self.accuracy = s.learn_score(self.lab, 1, 0) | s.learn_score(self.lab, 1, 1)
+        self.accuracy = s.learn_score(self.lab, 1) | s.learn_score(self.lab, 1, "harm")
 
     def kept(self, name: str, make: Callable[[], dict]) -> dict:
         """The result of that name: read, or made and written."""
-        path, began = self.folder / f"{name}.json", time.process_time()
+        path = self.folder / f"{name}.json"
         if not path.exists():
             path.write_text(json.dumps(make()), "utf-8")
-            print(
-                f"seed {self.config.seed}, {name}: {time.process_time() - began:.0f} s", flush=True
-            )
         return json.loads(path.read_text("utf-8"))
 
     def run(self, name: str, lab: s.Lab | None = None, **changes) -> dict:
@@ -116,22 +111,21 @@ class Seed:
 
         def make() -> dict:
             run = s.ppo(lab, dataclasses.replace(lab.config, **changes), name.replace(" ", "_"))
-            rows = [{k: row[k] for k in KEPT if k in row} for row in run.rows]
+            rows = [{key: row[key] for key in KEPT if key in row} for row in run.rows]
             return {"rows": rows} | self.answers(run.nets[0])
 
         return self.kept(name, make)
 
     def answers(self, policy) -> dict:
+        """The means of a policy's answers, and its wins over the first one."""
         rows, first = s.evaluate(self.lab, policy), s.evaluate(self.lab, self.lab.policy)
         return {"means": s.means(rows), "wins": win_rates(rows, first)}
 
 
-def frontier(seed: Seed) -> dict:
-    """The methods, and shaping over a grid of nu."""
-    done = {"sft": seed.kept("sft", lambda: seed.answers(seed.lab.policy))}
-    done |= {name: seed.run(name, method=name) for name in ("ppo", "ppo_lag", "gate")}
-    done |= {f"nu {nu:g}": seed.run(f"nu {nu:g}", method="shaping", nu=nu) for nu in NUS}
-    return done | {"fixed lambda": seed.run("fixed lambda", method="ppo_lag", lagrange_lr=0.0)}
+def sweep(seed: Seed) -> dict:
+    """The methods, shaping over a grid of nu, and ppo_lag with other thresholds."""
+    first = seed.kept("sft", lambda: seed.answers(seed.lab.policy))
+    return {"sft": first} | {name: seed.run(name, **changes) for name, changes in RUNS.items()}
 
 
 def pairs_alone(seed: Seed) -> dict:
@@ -142,16 +136,11 @@ def pairs_alone(seed: Seed) -> dict:
     Path(lab.config.out).mkdir(exist_ok=True)
     s.cost_loss = lambda safer, unsafer, *signs: s.reward_loss(unsafer, safer)
     try:
-        accuracy = s.learn_score(lab, 1, 1)
+        accuracy = s.learn_score(lab, 1, "harm")
     finally:
         s.cost_loss = cost_loss
     run = seed.run("no sign terms", lab, method="ppo_lag")
     return {"no sign terms": run | {"accuracy": accuracy}}
-
-
-def thresholds(seed: Seed) -> dict:
-    """ppo_lag with other thresholds."""
-    return {f"d {d}": seed.run(f"d {d}", method="ppo_lag", threshold=d) for d in THRESHOLDS}
 
 
 def rounds(seed: Seed) -> dict:
@@ -161,7 +150,7 @@ def rounds(seed: Seed) -> dict:
     return {"rounds": seed.kept("rounds", lambda: {"rounds": s.train(config)["rounds"]})}
 
 
-PARTS = {f.__name__: f for f in (frontier, pairs_alone, thresholds, rounds)}
+PARTS = {f.__name__: f for f in (sweep, pairs_alone, rounds)}
 
 
 # ----- Tables -------------------------------------------------------------------------------------
@@ -206,24 +195,21 @@ def table(result: dict) -> str:
     return markdown(head, rows)
 
 
-def draw(result: dict, path: Path) -> None:
+def draw(result: dict, plt):
     """The frontier, and lambda and cost of PPO-Lagrangian by update, a line a seed."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for name, row in result["claims"]["answers"].items():
         x, y = row["true_harm"], row["helpfulness"]
         axes[0].errorbar(x["mean"], y["mean"], y["half"], x["half"], "C0.", lw=0.8)
         axes[0].annotate(name.replace("nu ", "ν "), (x["mean"], y["mean"]), fontsize=7)
     axes[0].set(xlabel="true cost", ylabel="true helpfulness")
-    for seed in result["runs"]:
-        rows = seed["ppo_lag"]["rows"]
-        for axis, key in zip(axes[1:], ("lambda_harm", "batch_cost_harm"), strict=True):
+    for axis, key in zip(axes[1:], ("lambda_harm", "batch_cost_harm"), strict=True):
+        for seed in result["runs"]:
+            rows = seed["ppo_lag"]["rows"]
             axis.plot([row["update"] for row in rows], [row[key] for row in rows], lw=0.9)
-            axis.set(xlabel="update", title=key)
+        axis.set(xlabel="update", title=key)
     axes[2].axhline(result["threshold"], color="k", lw=0.6)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,34 +219,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("out/claims/safe_rlhf"), help="the runs")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="result, picture")
     parser.add_argument("--smoke", action="store_true", help="tiny, two seeds, to out/claims")
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
+    results = HERE / "results"
     if arguments.smoke:
-        arguments.seeds, arguments.results = [1, 2], Path("out/claims")
+        arguments.seeds, results = [1, 2], Path("out/claims")
         arguments.out = arguments.out / "smoke"
     seeds = []
     for number in arguments.seeds:
-        seed = Seed(arguments, number)
+        seed = Seed(arguments.out / f"seed_{number}", number, arguments.smoke)
         seeds.append({"accuracy": seed.accuracy})
         for part in arguments.parts:
             seeds[-1] |= PARTS[part](seed)
+            print(f"seed {number}: {part} is done", flush=True)
     if set(arguments.parts) != set(PARTS):
         return
     threshold, accuracy = float(s.Config().threshold), [seed["accuracy"] for seed in seeds]
     result = {
-        "command": "python tests/claims/safe_claims.py", "seeds": arguments.seeds,
-        "threshold": threshold, "claims": claims(seeds, threshold),
+        "command": " ".join(["python tests/claims/safe_claims.py", *argv]),
+        "seeds": arguments.seeds, "threshold": threshold, "claims": claims(seeds, threshold),
         "accuracy": {k: over([row[k] for row in accuracy]) for k in accuracy[0]},
         "runs": seeds, "torch": torch.__version__, "python": sys.version,
         "script_sha256": s.hashlib.sha256(Path(s.__file__).read_bytes()).hexdigest(),
-        "argv": ["tests/claims/safe_claims.py", *(sys.argv[1:] if argv is None else argv)],
     }  # fmt: skip
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / "safe_rlhf_claims.json"
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / "safe_rlhf_claims.json"
     path.write_text(compact(result) + "\n", "utf-8")
-    with contextlib.suppress(ImportError):
-        draw(result, path.with_suffix(".png"))
+    save_picture(lambda plt: draw(result, plt), path.with_suffix(".png"))
     print(table(result))
 
 
