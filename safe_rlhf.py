@@ -878,7 +878,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **suppress)
     for field in dataclasses.fields(Config):
         options = {"type": type(field.default)}
-        if field.default is False:
+        if isinstance(field.default, bool):
             options = {"action": "store_true"}
         text = f"{field.metadata['help']}; default: {field.default!r}"
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
@@ -888,13 +888,14 @@ def main(argv: list[str] | None = None) -> int:
     if given.get("smoke"):
         given = SMOKE | given | {"out": f"{given.get('out', Config.out)}/smoke"}
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    kinds = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, AssertionError)
     try:
         train(Config(**given))
     except KeyboardInterrupt:
         return 130
-    except kinds as error:  # the last is torch's, of a missing device
-        text = f"{Path(__file__).name}: {error}"
+    except Exception as error:  # one line; `python -X dev` shows where it came from
+        if sys.flags.dev_mode:
+            raise
+        text = f"{Path(__file__).name}: {type(error).__name__}: {error}"
         if isinstance(error, ImportError):
             text += f"; pip install {error.name}"
         print(" ".join(text.split())[:400], file=sys.stderr)

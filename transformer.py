@@ -961,21 +961,19 @@ JOBS = {"train": train, "sample": sample, "eval": evaluate_checkpoint}
 
 def main(argv: list[str] | None = None) -> int:
     """Run a job. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    suppress = {"argument_default": argparse.SUPPRESS}  # so that `given` has what was written out
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **suppress)
     parser.add_argument("job", nargs="?", default="train", choices=JOBS, help="what to do")
     for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
+        options = {"type": type(field.default)}
         if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    if parser.parse_args(argv).smoke:
-        parser.set_defaults(**SMOKE)  # flags that are written out come first
+            options = {"action": "store_true"}
+        text = f"{field.metadata['help']}; default: {field.default!r}"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     given = vars(parser.parse_args(argv))
+    if given.get("smoke"):
+        given = SMOKE | given | {"out": f"{given.get('out', Config.out)}/smoke"}
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    if given["smoke"]:
-        given["out"] += "/smoke"
     try:
         JOBS[given.pop("job")](Config(**given))
     except KeyboardInterrupt:
@@ -983,8 +981,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # one line; `python -X dev` shows where it came from
         if sys.flags.dev_mode:
             raise
-        known = isinstance(error, ValueError | OSError | ArithmeticError)
-        text = f"{Path(__file__).name}: {error if known else repr(error)}"
+        text = f"{Path(__file__).name}: {type(error).__name__}: {error}"
         if isinstance(error, ImportError):
             text += f"; pip install {error.name}"
         print(" ".join(text.split())[:400], file=sys.stderr)
