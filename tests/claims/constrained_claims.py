@@ -69,7 +69,8 @@ def one_seed(arguments: argparse.Namespace, world: str, seed: int) -> dict:
         runs[name] = go(name, weights=weights, **short)
     columns = [[x for run in runs.values() for x in run[key]] for key in ("rewards", "judge")]
     points = {"proxy": c.proxy_point(*map(c.np.array, columns))}
-    runs["nelder_mead"] = go("nelder_mead", method="nelder_mead", updates=3 * config.updates)
+    search = {"method": "xi_ppo", "thresholds": "search", "updates": 3 * config.updates}
+    runs["nelder_mead"] = go("nelder_mead", **search)
     points["search"] = max(runs["nelder_mead"]["found"], key=lambda pair: pair[1])[0]
     table = c.count_table(WORLDS[world])
     points["optimum"] = c.exact_optimum(table, -4.0)["rewards"]
