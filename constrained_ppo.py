@@ -42,7 +42,6 @@ import sys
 import time
 import traceback
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,14 +200,11 @@ def update(run: Run, rows: list[dict]) -> dict:
 
 
 def proxy_point(rewards: np.ndarray, judge: np.ndarray) -> list[float]:
-    """The point (N,) seen where the judge was best (Algorithm 2); rewards (n, N), judge (n,).
-
-    The judge is smoothed over near points by a Gaussian kernel.
-    """
+    """Algorithm 2: of points seen (n, N), the one with the best judge (n,), smoothed over them."""
     n, N = rewards.shape
     x = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-9)
     width = 0.5 * n ** (-1 / (N + 4))  # half of Scott's rule
-    near = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1) / width**2)  # (n, n)
+    near = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1) / width**2)  # (n, n), Gaussian
     return rewards[(near @ judge / near.sum(1)).argmax()].tolist()
 
 
@@ -536,7 +532,7 @@ def first_policy(config: Config, task: Task, device: torch.device) -> nn.Module:
 
 
 class Run(nn.Module):
-    """What a run of PPO consists of, and how far it is."""
+    """What a run of PPO consists of and changes; `state_dict` has its networks, m and theta."""
 
     def __init__(self, config: Config, name: str, task: Task, reference: nn.Module):
         super().__init__()
@@ -560,10 +556,7 @@ class Run(nn.Module):
 
 
 def train(config: Config, name: str, task: Task, reference: nn.Module) -> Run:
-    """One PPO run, evaluated and saved to OUT/NAME.pt on the way; --resume goes on from there.
-
-    Raises ValueError where the config is not that of the checkpoint.
-    """
+    """One PPO run, evaluated and saved to OUT/NAME.pt on the way; --resume goes on from there."""
     run, path = Run(config, name, task, reference), Path(config.out) / f"{name}.pt"
     parts = {"run": run, "optimizer": run.optimizer, "raw_optimizer": run.raw_optimizer}
     made_of = vars(dataclasses.replace(config, device="", out="", resume=False))
@@ -682,16 +675,16 @@ def report(config: Config, task: Task, runs: dict[str, Run], seconds: float) -> 
 
 
 class Pretrained(nn.Module):
-    """A user's model; called as `GPT2` is."""
+    """A user's causal language model; called as `GPT2` is, and gets a critic's head as it does."""
 
     def __init__(self, folder: str):
         from transformers import AutoModelForCausalLM
 
         super().__init__()
         options = {"dtype": torch.float32, "output_loading_info": True}
-        self.inner, report = AutoModelForCausalLM.from_pretrained(folder, **options)
-        if any(report.values()):  # else what is missing would be drawn at random
-            raise ValueError(f"{folder}: the weights do not fit: {report}")
+        self.inner, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if any(loading.values()):  # else what is missing would be drawn at random
+            raise ValueError(f"{folder}: the weights do not fit: {loading}")
         self.inner.eval()  # no dropout, so that PPO's first ratio is 1
         self.head = self.inner.get_output_embeddings()
 
@@ -722,7 +715,7 @@ def flag(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 

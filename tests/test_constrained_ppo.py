@@ -74,12 +74,7 @@ def test_gae_is_the_double_sum_over_each_reply_and_head(gamma, lam):
         assert returns[b, t, h].item() == pytest.approx(truth + value, abs=1e-12)
 
 
-def test_whitened_advantages_have_mean_0_and_deviation_1_where_they_count():
-    advantages, mask = 3 + 5 * doubles(6, 8), ragged_mask(6, 8)
-    out = c.whiten(advantages, mask)
-    kept = out[mask.bool()]
-    assert abs(kept.mean()) < 1e-12 and abs(kept.std(correction=0) - 1) < 1e-6
-    assert (out[~mask.bool()] == 0).all()
+def test_equal_advantages_are_whitened_to_0():
     assert c.whiten(torch.ones(2, 3), torch.ones(2, 3)).abs().max() == 0  # no NaN
 
 
@@ -144,21 +139,12 @@ def test_a_multiplier_rises_where_its_constraint_is_violated(small, method, mix,
     assert (run.raw < raw).all() and (run.raw - raw).norm() < 0.1 * (0.5 + 0.1)
 
 
-@pytest.mark.parametrize(
-    "method,mix,low,high",
-    [
-        ("xi_ppo", "lagrangian", -99, -5),
-        ("mu_ppo", "lagrangian", 0, 1e-9),
-        ("xi_ppo", "paper", -1, -0.9),
-        ("mu_ppo", "paper", 0, 0.1),
-    ],
-)
-def test_only_multipliers_of_equalities_turn_negative(small, method, mix, low, high):
-    run = small.run(method, mix=mix, thresholds="0.3,0.3")
-    for _ in range(200):
-        c.multiplier_step(run, torch.tensor([0.6, 0.6]))
-    m = c.multipliers(method, mix, run.raw.detach())
-    assert low <= m.min() and m.max() < high
+@pytest.mark.parametrize("method,sign", [("xi_ppo", -1), ("mu_ppo", 0), ("all_ppo", 0)])
+def test_only_multipliers_of_equalities_turn_negative(small, method, sign):
+    run = small.run(method, mix="lagrangian", thresholds="0.3,0.3")
+    kept = 0.0 if method == "all_ppo" else 0.6
+    c.multiplier_step(run, torch.tensor([kept, kept]))
+    assert run.raw.sign().tolist() == [sign, sign]
 
 
 @each_method
@@ -261,12 +247,10 @@ def test_an_empty_reply_has_no_reward_and_others_are_finite_numbers(small):
 
     rewards, judge = score(0.25, [1.0, 2.0, 3.0])
     assert rewards.tolist() == [[1, 4], [0, 0], [3, 4]] and judge == 0.25
-    for judge, bad in ((0.0, [1.0, math.nan, 2.0]), (math.inf, [1.0] * 3), (0.0, [[1.0]] * 3)):
-        with pytest.raises(ValueError):
-            score(judge, bad)
     task.names = ["polite"]
-    with pytest.raises(ValueError, match="must be finite, a number for each reply"):
-        score(0.0, [1.0, 2.0])
+    for judge, bad in ((0.0, [1.0, math.nan, 2.0]), (math.inf, [1.0] * 3), (0.0, [1.0, 2.0])):
+        with pytest.raises(ValueError, match="must be finite, a number for each reply"):
+            score(judge, bad)
 
 
 # ----- Thresholds
@@ -295,14 +279,9 @@ def test_nelder_mead_finds_a_minimum(N):
     close(point, goal, 1e-3)
 
 
-def searching(updates, start):
-    """A run that seeks thresholds, as far as `search_thresholds` sees it."""
-    config, rows = SimpleNamespace(updates=updates), [{"rewards": start}]
-    return SimpleNamespace(config=config, rows=rows, step=0, recent=[], found=[])
-
-
 def test_a_search_moves_on_when_a_set_is_reached_or_out_of_time_and_ends_at_the_best(monkeypatch):
-    run, asked = searching(80, [0.2, 0.4]), []
+    config, rows = SimpleNamespace(updates=80), [{"rewards": [0.2, 0.4]}]
+    run, asked = SimpleNamespace(config=config, rows=rows, recent=[], found=[]), []
 
     def judge(run):
         return {"judge": -abs(asked[-1][0] - 0.25) - abs(asked[-1][1] - 0.5)}
@@ -310,24 +289,14 @@ def test_a_search_moves_on_when_a_set_is_reached_or_out_of_time_and_ends_at_the_
     monkeypatch.setattr(c, "evaluate", judge)
     for run.step in range(80):
         asked.append(c.search_thresholds(run))
-        run.recent.append(asked[-1] if run.step < 30 else [9.0, 9.0])  # all are reached, then none
+        share = (0.8, 1.0, 1.2)[run.step % 3]  # at first the mean of three is what was asked for
+        run.recent.append(np.array(asked[-1]) * share if run.step < 30 else [9.0, 9.0])
     close(np.array(asked[::3][:3]), np.array([[0.2, 0.4], [0.3, 0.4], [0.2, 0.6]]))
-    assert len(run.found) == 30 // 3 + 4  # three updates a set, then ten
+    assert len(run.found) == 30 // 3 + 4  # three updates a set, then an eighth of the updates
     for at, value in run.found:
         assert value == -abs(at[0] - 0.25) - abs(at[1] - 0.5)
     best = max(run.found, key=lambda pair: pair[1])[0]
     assert asked[69] == run.found[-1][0] != asked[70] == asked[79] == best
-
-
-def test_a_set_counts_as_reached_by_the_mean_of_three_updates(monkeypatch):
-    run = searching(800, [0.2])
-    monkeypatch.setattr(c, "evaluate", lambda run: {"judge": 0.0})
-    for run.step, mean in enumerate((0.1, 0.3, 0.25)):  # their mean is within 10 % of 0.2
-        c.search_thresholds(run)
-        assert not run.found
-        run.recent.append([mean])
-    c.search_thresholds(run)
-    assert run.found == [([0.2], 0.0)] and run.recent == []
 
 
 # ----- The policy
@@ -414,18 +383,11 @@ def test_the_optimum_is_the_best_of_the_kl_regularised_ones():
     best = max(judge(tilted(a, b)) for a, b in itertools.product(grid, repeat=2))
     p, m = tilted(*optimum["m"]), optimum["m"]
     assert optimum["judge"] == pytest.approx(best) == pytest.approx(judge(p))
+    assert 6 * np.array(optimum["rewards"]) == pytest.approx(
+        [(p * n).sum() for n in (polite, facts)]
+    )
     assert m[0] < 0 < m[1]  # politeness has a negative weight, which PPO's have not
     assert positive["m"][0] == 0 and positive["judge"] < optimum["judge"] - 0.1
-    close(np.array(optimum["rewards"]), np.array([(p * polite).sum(), (p * facts).sum()]) / 6)
-
-    def objective(q):  # what p maximises: the reward less the KL to the table
-        some = table > 0
-        kl = (q[some] * np.log(q[some] / table[some])).sum()
-        return (q * (m[0] * polite + m[1] * facts)).sum() - kl
-
-    for seed in range(20):
-        q = p * np.exp(0.1 * np.random.default_rng(seed).standard_normal(p.shape))
-        assert objective(q / q.sum()) < objective(p)
 
 
 # ----- Runs
@@ -485,9 +447,8 @@ def rewards_of_first_words(run, updates):
     """Train where both rewards are 1 for a reply that begins with one of sixty words."""
 
     def score(rows, replies):
-        value = [
-            float(reply.split()[:1] in [[word] for word in c.Words.words[:60]]) for reply in replies
-        ]
+        first = [reply.split()[:1] for reply in replies]
+        value = [float(word != [] and word[0] in c.Words.words[:60]) for word in first]
         return {"judge": value, "polite": value, "facts": value}
 
     run.task.function = score
@@ -575,7 +536,6 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(main, capsys):
         (["--mix", "both"], "'both'"),
         (["--thresholds", "0.3"], "'0.3' must be 2 finite numbers"),
         (["--thresholds", "0.3,nan"], "'0.3,nan' must be 2 finite"),
-        (["--method", "ppo", "--weights", "1,2,3"], "'1,2,3' must be 2"),
         (["--policy", "somewhere"], "--policy, --data and --module go together"),
         (["--flattery", "1.5"], "--flattery must be in 0..1"),
         (["--kl-coefficient", "-1"], "--kl-coefficient, --kl-target at least 0"),

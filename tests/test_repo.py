@@ -15,7 +15,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MOST_LINES = {  # of a script; they may only shrink
     "mamba.py": 1337,
     "transformer.py": 1046,
-    "constrained_ppo.py": 803,
+    "constrained_ppo.py": 796,
     "iclm_sort.py": 799,
     "safe_rlhf.py": 931,
     "recaption.py": 957,
