@@ -383,9 +383,7 @@ def test_the_optimum_is_the_best_of_the_kl_regularised_ones():
     best = max(judge(tilted(a, b)) for a, b in itertools.product(grid, repeat=2))
     p, m = tilted(*optimum["m"]), optimum["m"]
     assert optimum["judge"] == pytest.approx(best) == pytest.approx(judge(p))
-    assert 6 * np.array(optimum["rewards"]) == pytest.approx(
-        [(p * n).sum() for n in (polite, facts)]
-    )
+    assert optimum["rewards"] == pytest.approx([(p * n).sum() / 6 for n in (polite, facts)])
     assert m[0] < 0 < m[1]  # politeness has a negative weight, which PPO's have not
     assert positive["m"][0] == 0 and positive["judge"] < optimum["judge"] - 0.1
 
