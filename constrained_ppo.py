@@ -40,9 +40,10 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait must soon sleep: tests/bench
 
@@ -103,12 +104,12 @@ def token_rewards(run: Run, rewards: Tensor, kl: Tensor, mask: Tensor) -> Tensor
     last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))  # (B, T)
     each = last[..., None] * rewards[:, None]  # (B, T, N)
     task = (each * run.weights).sum(-1) - run.kl_coefficient * kl  # (B, T)
-    if run.method == "ppo_sat":
+    if run.config.method == "ppo_sat":
         squares = run.weights * (rewards - run.thresholds) ** 2  # (B, N)
         task = -last * squares.sum(-1, keepdim=True) - run.kl_coefficient * kl
-    elif run.method == "all_ppo":
+    elif run.config.method == "all_ppo":
         each = each - run.kl_coefficient * kl[..., None]
-    elif run.method in ("mu_ppo", "xi_ppo"):
+    elif run.config.method in ("mu_ppo", "xi_ppo"):
         task = -kl
     return torch.cat([each, task[..., None]], -1)
 
@@ -145,13 +146,14 @@ def multiplier_step(run: Run, J: Tensor) -> None:
 
     J (N,) is a minibatch's mean reward, not the critic's estimate, which is poor early on.
     """
-    sign = -1 if run.method == "all_ppo" else 1
-    m = multipliers(run.method, run.config.mix, run.raw)
+    method, mix = run.config.method, run.config.mix
+    sign = -1 if method == "all_ppo" else 1
+    m = multipliers(method, mix, run.raw)
     run.raw_optimizer.zero_grad()
     (sign * m * (J - run.thresholds)).sum().backward()
     clip_grad_norm_([run.raw], 0.5)
     run.raw_optimizer.step()
-    if run.config.mix == "lagrangian" and run.method != "xi_ppo":
+    if mix == "lagrangian" and method != "xi_ppo":
         run.raw.data.clamp_(min=0)  # the multipliers of inequalities are at least 0
 
 
@@ -161,7 +163,7 @@ def update(run: Run, rows: list[dict]) -> dict:
     Changes the run's policy, critic, multipliers and KL coefficient. Returns what to log. Raises
     FloatingPointError in place of a step that is not finite.
     """
-    config, method = run.config, run.method
+    config, method, mix = run.config, run.config.method, run.config.mix
     rollout, _, rewards, _, kl = reply_to(run, rows, run.generator)
     mask = rollout.mask
     with torch.no_grad():
@@ -171,8 +173,9 @@ def update(run: Run, rows: list[dict]) -> dict:
     for _ in range(config.epochs):
         order = torch.randperm(len(mask), generator=run.generator, device=mask.device)
         for index in order.chunk(config.minibatches):
-            part, m = rollout.part(index), multipliers(method, config.mix, run.raw.detach())
-            A = mix_advantages(method, config.mix, advantages[index], m, part.mask)
+            part = Rollout(*(x[index] for x in rollout))
+            m = multipliers(method, mix, run.raw.detach())
+            A = mix_advantages(method, mix, advantages[index], m, part.mask)
             loss = ppo_policy_loss(token_logp(run.policy, part), part.logp, A, part.mask, CLIP)
             errors = (outputs(run.critic, part) - returns[index]) ** 2
             loss = loss + 0.5 * masked_mean(errors[..., :-1].sum(-1), part.mask)
@@ -197,14 +200,11 @@ def update(run: Run, rows: list[dict]) -> dict:
 
 
 def proxy_point(rewards: np.ndarray, judge: np.ndarray) -> list[float]:
-    """The point (N,) seen where the judge was best (Algorithm 2); rewards (n, N), judge (n,).
-
-    The judge is smoothed over near points by a Gaussian kernel.
-    """
+    """Algorithm 2: of points seen (n, N), the one with the best judge (n,), smoothed over them."""
     n, N = rewards.shape
     x = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-9)
     width = 0.5 * n ** (-1 / (N + 4))  # half of Scott's rule
-    near = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1) / width**2)  # (n, n)
+    near = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1) / width**2)  # (n, n), Gaussian
     return rewards[(near @ judge / near.sum(1)).argmax()].tolist()
 
 
@@ -237,44 +237,45 @@ def nelder_mead(simplex: np.ndarray) -> Generator[np.ndarray, float, None]:
         simplex[-1], values[-1] = point, value
 
 
-def search_thresholds(start: list[float], updates: int, found: list) -> Generator:
-    """Thresholds found within one xi-PPO run, which is never reset (Algorithm 3).
+def search_thresholds(run: Run) -> list[float]:
+    """Thresholds (N,) for the next update of a run that finds them, never reset (Algorithm 3).
 
-    Yields the thresholds (N,) for each update, and is sent its mean rewards and a function that
-    judges the policy as it stands. A set is trained for until the mean of three updates is within
-    10 % of it, or for an eighth of the updates; then it is judged, and noted in `found`. The last
-    eighth trains for the best. Not included: judges kept for sets that come again.
+    A set is trained for until the mean of three updates is within 10 % of it, or for an eighth of
+    the updates; then it is judged, and noted in `run.found`. The last eighth trains for the best.
+    Not included: judges kept for sets that come again.
     """
-    corners = np.maximum(start, 0.02) * (1 + 0.5 * np.eye(len(start) + 1, len(start), -1))
-    search = nelder_mead(corners)  # from pi_0's own rewards, and one of them half as large again
-    asked, recent, eighth = next(search).tolist(), [], max(1, updates // 8)
-    for _ in range(updates - eighth):
-        means, judge = yield asked
-        recent.append(means)
-        near = np.allclose(np.mean(recent[-3:], 0), asked, rtol=0.1, atol=0)
-        if len(recent) >= eighth or (len(recent) >= 3 and near):
-            found.append((asked, judge()))
-            asked, recent = search.send(-found[-1][1]).tolist(), []
-    while True:
-        yield max(found, key=lambda pair: pair[1], default=(asked, 0.0))[0]
+    start, eighth = np.maximum(run.rows[0]["rewards"], 0.02), max(1, run.config.updates // 8)
+    search = nelder_mead(start * (1 + 0.5 * np.eye(len(start) + 1, len(start), -1)))
+    theta = next(search)  # first pi_0's own rewards, then each of them half as large again
+    for _, judge in run.found:  # the search is not stored: it is told again what was found
+        theta = search.send(-judge)
+    left = run.config.updates - eighth - run.step  # updates until the last eighth
+    done = len(run.recent) >= eighth
+    if len(run.recent) >= 3:
+        done = done or np.allclose(np.mean(run.recent[-3:], 0), theta, rtol=0.1, atol=0)
+    if done and left >= 0:
+        run.found.append((theta.tolist(), evaluate(run)["judge"]))
+        theta, run.recent = search.send(-run.found[-1][1]), []
+    return theta.tolist() if left > 0 else max(run.found, key=lambda pair: pair[1])[0]
 
 
 # ----- The policy: GPT-2, and its replies ---------------------------------------------------------
 
 
 class GPT2(nn.Module):
-    """GPT-2 without dropout, so that PPO's first ratio is 1; `end` is the id that ends a reply."""
+    """GPT-2 without dropout, so that PPO's first ratio is 1."""
 
-    def __init__(self, vocab: int, positions=64, D=48, n_layer=1, n_head=4, end=0):
+    def __init__(self, vocab: int, positions=64, D=48, n_layer=1, n_head=4):
         super().__init__()
-        self.n_head, self.end, self.head = n_head, end, None  # a critic has a head, for values
-        self.wte, self.wpe = nn.Embedding(vocab, D), nn.Embedding(positions, D)
-        self.h, self.ln_f = nn.ModuleList(), nn.LayerNorm(D)
+        self.token, self.position = nn.Embedding(vocab, D), nn.Embedding(positions, D)
+        self.n_head, self.layers = n_head, nn.ModuleList()
         for _ in range(n_layer):
-            attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D), "c_proj": nn.Linear(D, D)})
-            mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
-            norms = {"ln_1": nn.LayerNorm(D), "ln_2": nn.LayerNorm(D)}
-            self.h.append(nn.ModuleDict({**norms, "attn": attn, "mlp": mlp}))
+            layer = {"norm_1": nn.LayerNorm(D), "norm_2": nn.LayerNorm(D)}
+            layer |= {"qkv": nn.Linear(D, 3 * D), "out": nn.Linear(D, D)}
+            layer |= {"up": nn.Linear(D, 4 * D), "down": nn.Linear(4 * D, D)}
+            self.layers.append(nn.ModuleDict(layer))
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, vocab, bias=False, device="meta")
+        self.head.weight = self.token.weight  # a critic gets another head, for values
         for parameter in self.parameters():
             if parameter.ndim == 2:  # GPT-2's 0.02 is too small for a width of 48
                 nn.init.normal_(parameter, std=1 / math.sqrt(2 * D))
@@ -284,30 +285,27 @@ class GPT2(nn.Module):
 
         tokens (B, L) are the last L of S positions, past has the keys and values of those before;
         valid (B, S) is False on padding, and positions count valid tokens only, so padding in front
-        changes nothing. With a head: values (B, last, heads).
+        changes nothing.
         """
         (B, L), S = tokens.shape, valid.shape[1]
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, S - L :]
         causal = torch.ones(L, S, dtype=torch.bool, device=tokens.device).tril(S - L)
         itself = torch.eye(S, dtype=torch.bool, device=tokens.device)[S - L :]
         sees = (causal & valid[:, None] | itself)[:, None]  # padding sees itself, else it sees none
-        x, cache = self.wte(tokens) + self.wpe(positions), []  # (B, L, D)
-        for i, layer in enumerate(self.h):
-            qkv = layer["attn"]["c_attn"](layer["ln_1"](x)).view(B, L, 3, self.n_head, -1)
+        x, cache = self.token(tokens) + self.position(positions), []  # (B, L, D)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.norm_1(x)).view(B, L, 3, self.n_head, -1)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
             if past:
                 k, v = torch.cat([past[i][0], k], 2), torch.cat([past[i][1], v], 2)
             cache.append((k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
-            x = x + layer["attn"]["c_proj"](y.transpose(1, 2).flatten(2))
-            hidden = F.gelu(layer["mlp"]["c_fc"](layer["ln_2"](x)), approximate="tanh")
-            x = x + layer["mlp"]["c_proj"](hidden)
-        x = self.ln_f(x[:, -last:])
-        return self.head(x) if self.head else F.linear(x, self.wte.weight), cache
+            x = x + layer.out(y.transpose(1, 2).flatten(2))
+            x = x + layer.down(F.gelu(layer.up(layer.norm_2(x)), approximate="tanh"))
+        return self.head(self.norm(x[:, -last:])), cache
 
 
-@dataclass
-class Rollout:
+class Rollout(NamedTuple):
     """Replies to prompts, which are padded in front."""
 
     prompts: Tensor  # (B, P)
@@ -316,12 +314,8 @@ class Rollout:
     mask: Tensor  # (B, T) 1 up to the end token and with it, then 0
     logp: Tensor  # (B, T) of the policy that wrote them
 
-    def part(self, index: Tensor) -> Rollout:
-        """Some of the replies."""
-        return Rollout(*(x[index] for x in vars(self).values()))
 
-
-def outputs(model: GPT2, rollout: Rollout) -> Tensor:
+def outputs(model: nn.Module, rollout: Rollout) -> Tensor:
     """What the model gives just before each token of the replies: logits or values (B, T, ...)."""
     tokens = torch.cat([rollout.prompts, rollout.tokens[:, :-1]], 1)
     valid = torch.cat([rollout.valid, rollout.mask[:, :-1].bool()], 1)
@@ -343,7 +337,7 @@ def pad_in_front(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def generate(policy: GPT2, prompts: list, limit: int, generator: torch.Generator) -> Rollout:
+def generate(policy: nn.Module, prompts: list, end: int, limit: int, generator) -> Rollout:
     """Draw replies to prompts, lists of ids, with a cache, up to the end token or the limit."""
     prompts, valid = (x.to(generator.device) for x in pad_in_front(prompts))
     alive = torch.ones_like(prompts[:, :1], dtype=torch.bool)
@@ -353,10 +347,10 @@ def generate(policy: GPT2, prompts: list, limit: int, generator: torch.Generator
         logp = logits[:, -1].log_softmax(-1)  # (B, V)
         if logp.isnan().any():
             raise FloatingPointError("the policy diverged; its last good checkpoint is kept")
-        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, policy.end)  # (B, 1)
+        x = torch.multinomial(logp.exp(), 1, generator=generator).where(alive, end)  # (B, 1)
         columns.append((x, alive, logp.gather(-1, x)))
         seen = torch.cat([seen, alive], 1)
-        alive = alive & (x != policy.end)
+        alive = alive & (x != end)
     tokens, mask, logp = (torch.cat(column, 1) for column in zip(*columns, strict=True))
     return Rollout(prompts, valid, tokens, mask.float(), logp * mask)
 
@@ -443,22 +437,17 @@ class Words:
     facts = " ".join(FACTS.values()).split()
     words = ("<end>", "tell", "me", "about", "the", *FACTS, *FILLERS, *POLITE, *facts)
     words += tuple(f"lovely-{fact}" for fact in facts)
+    eos_token_id = 0
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of a text."""
         return [self.words.index(word) for word in text.split()]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
         return " ".join(self.words[i] for i in ids)
 
 
-class UserCodeError(Exception):
-    """An error in the user's module, raised from it; `main` leaves its traceback."""
-
-
 class Task:
-    """Rows of prompt and response, a tokenizer, and score(rows, replies): judge and rewards."""
+    """Rows of prompt and response, a tokenizer, and the function that scores replies."""
 
     def __init__(self, config: Config):
         if config.policy:
@@ -484,12 +473,9 @@ class Task:
 
     def score(self, rows: list[dict], replies: list[str]) -> tuple[Tensor, float]:
         """The rewards (B, N), 0 for an empty reply, and the judge's mean. Raises ValueError."""
-        try:
-            found = self.function(list(rows), list(replies))
-            judge = float(np.mean(found["judge"]))
-            rewards = np.array([found[name] for name in self.names], np.float32).T  # (B, N)
-        except Exception as error:
-            raise UserCodeError("the score of replies failed; --resume goes on") from error
+        found = self.function(list(rows), list(replies))
+        judge = float(np.mean(found["judge"]))
+        rewards = np.array([found[name] for name in self.names], np.float32).T  # (B, N)
         if rewards.shape != (len(rows), len(self.names)) or not np.isfinite(rewards.sum() + judge):
             raise ValueError(f"score gave {found}: must be finite, a number for each reply")
         return torch.tensor(rewards * [[reply != ""] for reply in replies]).float(), judge
@@ -497,38 +483,39 @@ class Task:
 
 def reply_to(run: Run, rows: list[dict], generator: torch.Generator) -> tuple:
     """Replies to the rows' prompts: a Rollout, texts, rewards (B, N), judge and kl (B, T)."""
-    prompts = [run.task.tokenizer.encode(row["prompt"]) for row in rows]
-    rollout, replies = generate(run.policy, prompts, run.config.reply, generator), []
+    tokenizer, replies = run.task.tokenizer, []
+    prompts, end = [tokenizer.encode(row["prompt"]) for row in rows], tokenizer.eos_token_id
+    rollout = generate(run.policy, prompts, end, run.config.reply, generator)
     for tokens, length in zip(rollout.tokens.tolist(), rollout.mask.sum(1).int(), strict=True):
-        ids = [i for i in tokens[:length] if i != run.policy.end]
-        replies.append(run.task.tokenizer.decode(ids).strip())
+        replies.append(tokenizer.decode([i for i in tokens[:length] if i != end]).strip())
     with torch.no_grad():  # log(pi / pi_0) of what pi drew: unbiased, and may be negative
         kl = (rollout.logp - token_logp(run.reference, rollout)) * rollout.mask
     rewards, judge = run.task.score(rows, replies)
     return rollout, replies, rewards.to(kl), judge, kl
 
 
-def evaluate(run: Run) -> tuple[dict, list[str]]:
-    """Judge, mean rewards, KL a token, and the replies: the same prompts and draws each time."""
+def evaluate(run: Run) -> dict:
+    """Judge, mean rewards, KL a token, and a reply: the same prompts and draws each time."""
     generator = torch.Generator(run.raw.device).manual_seed(17)
     rows = [run.task.valid[i % len(run.task.valid)] for i in range(run.config.eval_rows)]
     rollout, replies, rewards, judge, kl = reply_to(run, rows, generator)
-    kl = masked_mean(kl, rollout.mask).item()
-    return {"judge": judge, "rewards": rewards.mean(0).tolist(), "kl": kl}, replies
+    row = {"judge": judge, "rewards": rewards.mean(0).tolist(), "sample": replies[0]}
+    return row | {"kl": masked_mean(kl, rollout.mask).item()}
 
 
 # ----- Training -----------------------------------------------------------------------------------
 
 
-def first_policy(config: Config, task: Task, device: torch.device) -> GPT2:
+def first_policy(config: Config, task: Task, device: torch.device) -> nn.Module:
     """pi_0: the user's policy, or a new one; then supervised steps, the loss on replies alone."""
     torch.manual_seed(config.seed)
-    policy = read_folder(config.policy) if config.policy else GPT2(len(task.tokenizer.words))
+    policy = Pretrained(config.policy) if config.policy else GPT2(len(task.tokenizer.words))
     order, optimizer = random.Random(config.seed), torch.optim.AdamW(policy.to(device).parameters())
+    encode, end = task.tokenizer.encode, task.tokenizer.eos_token_id
     for step in range(config.supervised):
         rows = order.choices(task.train, k=64)
-        prompts, valid = pad_in_front([task.tokenizer.encode(row["prompt"]) for row in rows])
-        replies = [[*task.tokenizer.encode(" " + row["response"]), policy.end] for row in rows]
+        prompts, valid = pad_in_front([encode(row["prompt"]) for row in rows])
+        replies = [[*encode(" " + row["response"]), end] for row in rows]
         tokens, mask = (x.flip(1) for x in pad_in_front([reply[::-1] for reply in replies]))
         parts = prompts, valid, tokens, mask.float(), mask.float()
         rollout = Rollout(*(x.to(device) for x in parts))
@@ -544,218 +531,180 @@ def first_policy(config: Config, task: Task, device: torch.device) -> GPT2:
     return policy.requires_grad_(False)
 
 
-class Run:
-    """What one PPO run changes; its checkpoint has all that going on bit for bit needs."""
+class Run(nn.Module):
+    """What a run of PPO consists of and changes; `state_dict` has its networks, m and theta."""
 
-    STATEFUL = ("policy", "critic", "reference", "optimizer", "raw_optimizer")
-    PLAIN = ("step", "rows", "kl_coefficient", "means", "found")
-
-    def __init__(self, config: Config, name: str, task: Task, reference: GPT2):
+    def __init__(self, config: Config, name: str, task: Task, reference: nn.Module):
+        super().__init__()
         self.config, self.name, self.task, self.reference = config, name, task, reference
-        self.path = Path(config.out) / f"{name}.pt"
-        self.method = "xi_ppo" if config.method == "nelder_mead" else config.method
-        N, D, device = len(task.names), reference.wte.embedding_dim, reference.wte.weight.device
-        self.weights = numbers(config.weights or ",".join("1" * N), N).to(device)
-        self.thresholds = numbers(config.thresholds or ",".join("0" * N), N).to(device)
         self.policy = copy.deepcopy(reference).requires_grad_(True)
         self.critic = copy.deepcopy(self.policy)
-        self.critic.head = nn.Linear(D, N + 1, device=device)
+        N, device = len(task.names), reference.head.weight.device
+        self.critic.head = nn.Linear(reference.head.in_features, N + 1, device=device)
         for parameter in self.critic.head.parameters():
             nn.init.zeros_(parameter)
         groups = [{"params": self.policy.parameters(), "lr": config.lr}]
         groups.append({"params": self.critic.parameters(), "lr": 3 * config.lr})
         self.optimizer = torch.optim.Adam(groups)
-        self.raw = torch.zeros(N, device=device, requires_grad=True)
+        self.raw = nn.Parameter(torch.zeros(N, device=device))  # the multipliers', before bounds
         self.raw_optimizer = torch.optim.SGD([self.raw], config.multiplier_lr, momentum=0.1)
+        self.weights = numbers(config.weights, N, 1.0).to(device)
+        self.register_buffer("thresholds", numbers(config.thresholds, N, 0.0).to(device))
+        self.kl_coefficient = 0.0 if config.method == "ppo_no_kl" else config.kl_coefficient
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.kl_coefficient = 0.0 if self.method == "ppo_no_kl" else config.kl_coefficient
-        self.step, self.rows, self.means, self.found = 0, [], [], []
-
-    def save(self) -> None:
-        """Write the checkpoint, never half of one."""
-        saved = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        saved |= {name: getattr(self, name) for name in self.PLAIN} | {"raw": self.raw.detach()}
-        saved |= {"generator": self.generator.get_state(), "config": vars(self.config)}
-        torch.save(saved, f"{self.path}.tmp")
-        os.replace(f"{self.path}.tmp", self.path)
-
-    def load(self) -> None:
-        """Go on from the checkpoint. Raises ValueError where its config differs."""
-        saved = torch.load(self.path, "cpu", weights_only=True)
-        for name, value in saved["config"].items():
-            now = getattr(self.config, name)
-            if name not in ("device", "out", "resume") and value != now:
-                raise ValueError(f"{self.path}: {name} was {value!r} and is {now!r}")
-        for name in self.STATEFUL:
-            getattr(self, name).load_state_dict(saved[name])
-        vars(self).update({name: saved[name] for name in self.PLAIN})
-        self.raw.data.copy_(saved["raw"])
-        self.generator.set_state(saved["generator"])
+        self.step, self.rows, self.recent, self.found = 0, [], [], []
 
 
-def train(config: Config, name: str, task: Task, reference: GPT2) -> Run:
+def train(config: Config, name: str, task: Task, reference: nn.Module) -> Run:
     """One PPO run, evaluated and saved to OUT/NAME.pt on the way; --resume goes on from there."""
-    run, searching = Run(config, name, task, reference), config.method == "nelder_mead"
-    if config.resume and run.path.exists():
-        run.load()
-    if not run.rows:
-        run.rows.append({"run": name, "update": 0} | evaluate(run)[0])
-    judged, run.found = iter(run.found), []
-    search = search_thresholds(run.rows[0]["rewards"], config.updates, run.found)
-    asked = next(search)
-    for means in run.means:  # of a run that goes on: what was found is not judged again
-        asked = search.send((means, lambda: next(judged)[1]))
+    run, path = Run(config, name, task, reference), Path(config.out) / f"{name}.pt"
+    parts = {"run": run, "optimizer": run.optimizer, "raw_optimizer": run.raw_optimizer}
+    made_of = vars(dataclasses.replace(config, device="", out="", resume=False))
+    if config.resume and path.exists():
+        saved = torch.load(path, "cpu", weights_only=True)
+        if saved["made_of"] != made_of:
+            other = dict(saved["made_of"].items() - made_of.items())
+            raise ValueError(f"{path}: made with {other}; use another --out")
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+        run.generator.set_state(saved["generator"])
+        run.step, run.kl_coefficient, run.rows, run.recent, run.found = saved["progress"]
+    else:
+        run.rows.append({"run": name, "update": 0} | evaluate(run))
     while run.step < config.updates:
-        if searching:
-            run.thresholds = torch.tensor(asked).to(run.raw)
+        if config.thresholds == "search":
+            run.thresholds = torch.tensor(search_thresholds(run)).to(run.raw)
         options = {"generator": run.generator, "device": run.raw.device}
-        chosen = torch.randint(len(task.train), (config.batch,), **options)
-        row = update(run, [task.train[i] for i in chosen.tolist()])
-        if searching:
-            run.means.append(row["batch_rewards"])
-            asked = search.send((run.means[-1], lambda: evaluate(run)[0]["judge"]))
-        if run.step % config.eval_every == 0 or run.step == config.updates:
-            row |= {"run": name, "update": run.step, "thresholds": run.thresholds.tolist()}
-            row["m"] = multipliers(run.method, config.mix, run.raw).tolist()
-            run.rows.append(row | evaluate(run)[0])
-            run.save()
-            scores = {key: run.rows[-1][key] for key in ("judge", "kl")}
-            scores |= zip(task.names, run.rows[-1]["rewards"], strict=True)
-            text = " · ".join(f"{key} {value:.3f}" for key, value in scores.items())
-            print(f"{name} {run.step}/{config.updates} · {text}", flush=True)
+        index = torch.randint(len(task.train), (config.batch,), **options)
+        row = update(run, [task.train[i] for i in index.tolist()])
+        run.recent.append(row["batch_rewards"])
+        if run.step % config.eval_every > 0 and run.step < config.updates:
+            continue
+        row |= {"run": name, "update": run.step, "thresholds": run.thresholds.tolist()}
+        row |= {"m": multipliers(config.method, config.mix, run.raw).tolist()} | evaluate(run)
+        run.rows.append(row)
+        saved = {key: part.state_dict() for key, part in parts.items()}
+        saved |= {"generator": run.generator.get_state(), "made_of": made_of}
+        saved["progress"] = run.step, run.kl_coefficient, run.rows, run.recent, run.found
+        torch.save(saved, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # never half of one
+        rewards = [f"{key} {r:.3f}" for key, r in zip(task.names, row["rewards"], strict=True)]
+        text = f"{name} {run.step}/{config.updates} · judge {row['judge']:.3f} · kl {row['kl']:.3f}"
+        print(text, *rewards, sep=" · ", flush=True)
     return run
 
 
-def story(config: Config, task: Task, reference: GPT2) -> list[Run]:
-    """The runs that find thresholds, then the method, or for no method PPO and xi-PPO."""
-    runs, thresholds = [], config.thresholds
-    if config.method in ("ppo", "ppo_no_kl"):
-        thresholds = ""
-    elif config.method == "nelder_mead":
-        thresholds = "search"
-
-    def go(name: str, **changes) -> None:
-        runs.append(train(dataclasses.replace(config, **changes), name, task, reference))
-
-    if not config.method or thresholds == "proxy":  # each reward alone, then their sum
-        short = {"method": "ppo_no_kl", "updates": config.updates // 2, "thresholds": ""}
-        for name in [*task.names, "sum"]:
-            weights = ",".join(str(int(name in (other, "sum"))) for other in task.names)
-            go(f"only_{name}", weights=weights, **short)
-    if thresholds == "proxy":
-        rows = [row for run in runs for row in run.rows]
-        rewards = np.array([row["rewards"] for row in rows])
-        judge = np.array([row["judge"] for row in rows])
-        thresholds = ",".join(f"{theta:.4f}" for theta in proxy_point(rewards, judge))
-    elif thresholds == "search":
-        go("nelder_mead", method="nelder_mead", updates=3 * config.updates, thresholds="")
-        best, _ = max(runs[-1].found, key=lambda pair: pair[1])
-        thresholds = ",".join(f"{theta:.4f}" for theta in best)
-    arms = [(config.method, config.mix)]
-    if not config.method:
-        arms = [("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian")]
-    for method, mix in arms:
-        name = f"{method}_{mix}".removesuffix("_paper") if method in CONSTRAINED else method
-        if method != "nelder_mead":
-            go(name, method=method, mix=mix, thresholds=thresholds)
-    return runs
-
-
 def experiment(config: Config) -> None:
-    """The job: writes OUT/result.json, metrics.jsonl, story.png, and a user's policies."""
+    """The job: find thresholds, then train by the method, or for none by PPO and by xi-PPO."""
     began, out, task = time.time(), Path(config.out), Task(config)
     out.mkdir(parents=True, exist_ok=True)
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(accelerator if config.device == "auto" else config.device)
-    runs = story(config, task, first_policy(config, task, device))
+    reference, runs = first_policy(config, task, device), {}
+
+    def train_as(name: str, **changes) -> None:
+        runs[name] = train(dataclasses.replace(config, **changes), name, task, reference)
+
+    fixed = {"ppo": "", "ppo_no_kl": "", "nelder_mead": "search"}
+    theta = fixed.get(config.method, config.thresholds)
+    if not config.method or theta == "proxy":  # each reward alone, then their sum
+        short = {"method": "ppo_no_kl", "updates": config.updates // 2, "thresholds": ""}
+        for name in [*task.names, "sum"]:
+            weights = [str(int(name in (reward, "sum"))) for reward in task.names]
+            train_as(f"only_{name}", weights=",".join(weights), **short)
+    if theta == "proxy":
+        rows = [row for run in runs.values() for row in run.rows]
+        rewards, judge = (np.array([row[key] for row in rows]) for key in ("rewards", "judge"))
+        theta = ",".join(f"{x:.4f}" for x in proxy_point(rewards, judge))
+    elif theta == "search":
+        train_as("nelder_mead", method="xi_ppo", updates=3 * config.updates, thresholds="search")
+        best, _ = max(runs["nelder_mead"].found, key=lambda pair: pair[1])
+        theta = ",".join(f"{x:.4f}" for x in best)
+    arms = [(config.method, config.mix)]
+    if not config.method:
+        arms = [("ppo", "paper"), ("xi_ppo", "paper"), ("xi_ppo", "lagrangian")]
+    for method, mix in arms:
+        name = f"{method}_{mix}" if mix == "lagrangian" and method in CONSTRAINED else method
+        if method != "nelder_mead":  # which is done
+            train_as(name, method=method, mix=mix, thresholds=theta)
+    report(config, task, runs, time.time() - began)
+
+
+def report(config: Config, task: Task, runs: dict[str, Run], seconds: float) -> None:
+    """Write OUT/result.json, metrics.jsonl and a user's policies, print, then draw runs.png."""
+    out, last, optimum = Path(config.out), [*runs.values()][-1], None
     result = {
-        "final": {run.name: run.rows[-1]["judge"] for run in runs},
-        "thresholds": runs[-1].thresholds.tolist(), "found": [run.found for run in runs],
-        "parameters": sum(p.numel() for p in runs[0].policy.parameters()), "argv": sys.argv,
-        "wall_seconds": round(time.time() - began, 1), "device": str(device), "seed": config.seed,
+        "final": {name: run.rows[-1]["judge"] for name, run in runs.items()},
+        "found": [run.found for run in runs.values()], "thresholds": last.thresholds.tolist(),
+        "parameters": sum(p.numel() for p in last.policy.parameters()), "argv": sys.argv,
+        "wall_seconds": round(seconds, 1), "device": str(last.raw.device), "seed": config.seed,
         "python": sys.version, "torch": torch.__version__, "config": vars(config),
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
     if not config.policy:
-        result["optimum"] = exact_optimum(count_table(config.flattery), -4.0)
+        result["optimum"] = optimum = exact_optimum(count_table(config.flattery), -4.0)
         result["optimum_of_weights_above_0"] = exact_optimum(count_table(config.flattery), 0.0)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    lines = [json.dumps(row) + "\n" for run in runs for row in run.rows]
+    lines = [json.dumps(row) + "\n" for run in runs.values() for row in run.rows]
     (out / "metrics.jsonl").write_text("".join(lines), "utf-8")
-    for run in runs:
-        print(f"{run.name}: judge {run.rows[-1]['judge']:.3f}, writes {evaluate(run)[1][0]!r}")
+    for name, run in runs.items():
+        print(f"{name}: judge {run.rows[-1]['judge']:.3f}, writes {run.rows[-1]['sample']!r}")
         if config.policy:
-            write_folder(run.policy, config.policy, out / run.name)
-    print(f"thresholds {result['thresholds']}; optimum {result.get('optimum')}; {out}")
-    plot(runs, result.get("optimum"), out / "story.png")
-
-
-def plot(runs: list[Run], optimum: dict | None, path: Path) -> None:
-    """The judge by update, and dotted the reward of a run that has one alone."""
+            run.policy.inner.save_pretrained(out / name)
+            task.tokenizer.save_pretrained(out / name)
+    print(f"thresholds {result['thresholds']}; optimum {optimum}; {out}")
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for i, run in enumerate(runs):
-        updates, alone = [row["update"] for row in run.rows], run.name.startswith("only_")
-        judge = [row["judge"] for row in run.rows]
-        (left if alone else right).plot(updates, judge, f"C{i}", label=f"judge: {run.name}")
-        if alone and run.weights.sum() == 1:
-            reward = [row["rewards"][int(run.weights.argmax())] for row in run.rows]
-            left.plot(updates, reward, f"C{i}:", label=f"reward: {run.name}")
-    if optimum:
-        right.axhline(optimum["judge"], color="grey", ls="--", label="exact optimum")
-    for axis in (left, right):
-        axis.set(xlabel="update", ylim=(0, 1))
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    sizes = {"figsize": (2.5 * len(runs), 3.5), "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(runs), layout="constrained", **sizes)
+    for axis, (name, run) in zip(axes[0], runs.items(), strict=True):
+        updates = [row["update"] for row in run.rows]
+        axis.plot(updates, [row["judge"] for row in run.rows], "k", label="judge")
+        axis.plot(updates, [row["rewards"] for row in run.rows], ":", label=task.names)
+        axis.set(title=name, xlabel="update", ylim=(0, 1))
+        if optimum:
+            axis.axhline(optimum["judge"], color="grey", ls="--", label="exact optimum")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(out / "runs.png", dpi=110)
     plt.close(figure)
 
 
-# ----- Appendix: model folders --------------------------------------------------------------------
+# ----- Appendix: a user's policy, by transformers -------------------------------------------------
 
 
-def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the layers' matrices transposed: Hugging Face's are (in, out)."""
-    flip = [name for name in tensors if ".c_" in name and name.endswith("weight")]
-    return tensors | {name: tensors[name].T for name in flip}
+class Pretrained(nn.Module):
+    """A user's causal language model; called as `GPT2` is, and gets a critic's head as it does."""
 
+    def __init__(self, folder: str):
+        from transformers import AutoModelForCausalLM
 
-def read_folder(folder: str) -> GPT2:
-    """The GPT-2 in a folder, by `transformers`. Raises ValueError for another model."""
-    from transformers import GPT2LMHeadModel
+        super().__init__()
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        self.inner, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if any(loading.values()):  # else what is missing would be drawn at random
+            raise ValueError(f"{folder}: the weights do not fit: {loading}")
+        self.inner.eval()  # no dropout, so that PPO's first ratio is 1
+        self.head = self.inner.get_output_embeddings()
 
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    theirs, report = GPT2LMHeadModel.from_pretrained(folder, **options)
-    c = theirs.config
-    unusual = c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights or c.n_inner
-    if unusual or c.activation_function != "gelu_new" or c.layer_norm_epsilon != 1e-5:
-        raise ValueError(f"{folder}: {c} is not a plain GPT-2's config")
-    if any(report.values()):  # else what is missing would be drawn anew
-        raise ValueError(f"{folder}: the weights do not fit: {report}")
-    policy = GPT2(c.vocab_size, c.n_positions, c.n_embd, c.n_layer, c.n_head, c.eos_token_id)
-    policy.load_state_dict(transposed(theirs.transformer.state_dict()))
-    return policy
-
-
-def write_folder(policy: GPT2, source: str, folder: Path) -> None:
-    """Write the policy as a folder like its source, by `transformers`."""
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
-    theirs = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
-    theirs.transformer.load_state_dict(transposed(policy.state_dict()))
-    theirs.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    def forward(self, tokens: Tensor, valid: Tensor, past: object = None, last: int = 0):
+        """Logits at the last tokens, and a cache; see `GPT2.forward`."""
+        positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        options = {"attention_mask": valid.long(), "position_ids": positions}
+        options |= {"past_key_values": past, "use_cache": not torch.is_grad_enabled()}
+        body = self.inner.base_model(tokens, **options)
+        return self.head(body.last_hidden_state[:, -last:]), body.past_key_values
 
 
 # ----- Config and main ----------------------------------------------------------------------------
 
 
-def numbers(text: str, count: int) -> Tensor:
-    """`0.3,0.4` as a tensor. Raises ValueError for another count, or what is not finite."""
-    values = torch.tensor([float(part) for part in text.split(",")])
+def numbers(text: str, count: int, default: float) -> Tensor:
+    """`0.3,0.4` as a tensor; of nothing, or where a search gives them, the default."""
+    values = torch.full((count,), default)
+    if text not in ("", "search"):
+        values = torch.tensor([float(part) for part in text.split(",")])
     if len(values) != count or not values.isfinite().all():
         raise ValueError(f"{text!r} must be {count} finite numbers, one a reward")
     return values
@@ -766,16 +715,16 @@ def flag(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
-    method: str = flag("", f"{', '.join(METHODS)}; empty: the story of ppo and xi_ppo")
+    method: str = flag("", f"{', '.join(METHODS)}; empty: ppo and xi_ppo side by side")
     mix: str = flag("lagrangian", "of all_ppo, mu_ppo, xi_ppo: lagrangian or paper")
     thresholds: str = flag("search", "theta by commas, or how to find it: search or proxy")
     weights: str = flag("", "of each reward in PPO, by commas; empty: 1")
     flattery: float = flag(0.6, "share of facts that are polite too; 0: independent counts")
-    policy: str = flag("", "folder of a GPT-2 to start from; empty: a new small one")
+    policy: str = flag("", "folder of transformers' to start from; empty: a new small GPT-2")
     data: str = flag("", "with --policy: JSON lines of prompt, response and what else you like")
     module: str = flag("", "with --policy: has score(rows, replies), see score_shop")
     supervised: int = flag(400, "steps that make pi_0; with --policy none, unless given")
@@ -810,34 +759,34 @@ SMOKE = {"supervised": 3, "batch": 8, "updates": 4, "eval_every": 2, "eval_rows"
 
 def main(argv: list[str] | None = None) -> int:
     """Run it. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    suppress = {"argument_default": argparse.SUPPRESS}  # so that `given` has what was written out
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **suppress)
     for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
+        options = {"type": type(field.default)}
         if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    given = parser.parse_args(argv)
-    if given.smoke:
-        parser.set_defaults(**SMOKE)  # flags that are written out come first
-    if given.policy:
-        parser.set_defaults(lr=2e-6, supervised=0)
+            options = {"action": "store_true"}
+        text = f"{field.metadata['help']}; default: {field.default!r}"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     given = vars(parser.parse_args(argv))
-    if given["smoke"]:
-        given["out"] += "/smoke"
+    if given.get("policy"):
+        given = {"lr": 2e-6, "supervised": 0} | given
+    if given.get("smoke"):
+        given = SMOKE | given | {"out": f"{given.get('out', Config.out)}/smoke"}
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
-    kinds = (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, ImportError)
     try:
         experiment(Config(**given))
-    except (*kinds, AssertionError) as error:  # the last is torch's, of a missing device
-        text = " ".join(f"{Path(__file__).name}: {error}".split())[:400]
-        if isinstance(error, ImportError):
-            text += f"; pip install {error.name}"
-        print(text, file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # one line; `python -X dev` shows where it came from
+        if sys.flags.dev_mode:
+            raise
+        if given.get("module"):
+            traceback.print_exc()  # it may be an error of the user's own code
+        text = f"{Path(__file__).name}: {type(error).__name__}: {error}"
+        if isinstance(error, ImportError):
+            text += f"; pip install {error.name}"
+        print(" ".join(text.split())[:400], file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

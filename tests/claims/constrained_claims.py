@@ -38,62 +38,56 @@ SETTINGS = {  # of PPO: coefficient and weights that are the best by the exact t
 }
 
 
-def train(config: c.Config, task: c.Task, reference: c.GPT2, name: str, **changes) -> dict:
-    """One run: its evaluations as columns, and what its search found."""
-    changes = {"thresholds": ""} | changes
-    run = c.train(dataclasses.replace(config, **changes), name.replace(" ", "_"), task, reference)
-    columns = {key: [row[key] for row in run.rows] for key in ("update", "judge", "kl", "rewards")}
-    return columns | {"found": run.found, "thresholds": run.thresholds.tolist()}
-
-
 def one_seed(arguments: argparse.Namespace, world: str, seed: int) -> dict:
     """Every run of a seed in a world."""
     path = arguments.out / f"{world}_{seed}.json"
     if path.exists():
         return json.loads(path.read_text("utf-8"))
     began = time.perf_counter()
-    sizes = c.SMOKE | {"supervised": 3} if arguments.smoke else {}
     out = arguments.out / f"{world}_{seed}"
     out.mkdir(parents=True, exist_ok=True)
-    config = c.Config(
-        **sizes, flattery=WORLDS[world], seed=seed, out=str(out), resume=True, device="cpu"
-    )
+    options = {"thresholds": "", "out": str(out), "resume": True, "device": "cpu"}
+    options |= c.SMOKE if arguments.smoke else {}
+    config = c.Config(flattery=WORLDS[world], seed=seed, **options)
     task = c.Task(config)
     reference = c.first_policy(config, task, torch.device("cpu"))
 
-    def go(name: str, **changes) -> dict:
-        return train(config, task, reference, name, **changes)
+    def train(name: str, **changes) -> None:
+        """One run: its evaluations as columns, and what its search found."""
+        changed = dataclasses.replace(config, **changes)
+        run = c.train(changed, name.replace(", ", "_").replace(" ", "_"), task, reference)
+        runs[name] = {"found": run.found, "thresholds": run.thresholds.tolist()}
+        for key in ("update", "judge", "kl", "rewards"):
+            runs[name][key] = [row[key] for row in run.rows]
 
     short, runs = {"method": "ppo_no_kl", "updates": config.updates // 2}, {}
     for name, weights in ("only polite", "1,0"), ("only facts", "0,1"), ("only sum", "1,1"):
-        runs[name] = go(name, weights=weights, **short)
+        train(name, weights=weights, **short)
     columns = [[x for run in runs.values() for x in run[key]] for key in ("rewards", "judge")]
     points = {"proxy": c.proxy_point(*map(c.np.array, columns))}
-    runs["nelder_mead"] = go("nelder_mead", method="nelder_mead", updates=3 * config.updates)
+    train("nelder_mead", method="xi_ppo", thresholds="search", updates=3 * config.updates)
     points["search"] = max(runs["nelder_mead"]["found"], key=lambda pair: pair[1])[0]
-    table = c.count_table(WORLDS[world])
-    points["optimum"] = c.exact_optimum(table, -4.0)["rewards"]
+    points["optimum"] = c.exact_optimum(c.count_table(WORLDS[world]), -4.0)["rewards"]
     theta = {name: ",".join(f"{x:.4f}" for x in point) for name, point in points.items()}
     for name, (coefficient, weights) in SETTINGS[world].items():
-        runs[name] = go(name, method="ppo", kl_coefficient=coefficient, weights=weights)
-    options = {"thresholds": theta["search"]}
+        train(name, method="ppo", kl_coefficient=coefficient, weights=weights)
     for method in arguments.methods:
         for mix in ("lagrangian", "paper"):
-            runs[f"{method}, {mix}"] = go(f"{method}_{mix}", method=method, mix=mix, **options)
+            train(f"{method}, {mix}", method=method, mix=mix, thresholds=theta["search"])
     for point in ("proxy", "optimum"):
         name = f"xi_ppo, lagrangian, theta of the {point}"
-        runs[name] = go(f"xi_{point}", method="xi_ppo", thresholds=theta[point])
+        train(name, method="xi_ppo", thresholds=theta[point])
     if arguments.sat:
-        runs["ppo_sat"] = go("ppo_sat", method="ppo_sat", kl_coefficient=0.05, **options)
+        train("ppo_sat", method="ppo_sat", kl_coefficient=0.05, thresholds=theta["search"])
     seconds = round(time.perf_counter() - began, 1)
     result = {"world": world, "seed": seed, "runs": runs, "points": points, "seconds": seconds}
     path.write_text(json.dumps(result), "utf-8")
     return result
 
 
-def end(run: dict, key: str = "judge") -> float:
+def end(column: list[float]) -> float:
     """The mean of a run's last four evaluations."""
-    return statistics.mean(run[key][-4:])
+    return statistics.mean(column[-4:])
 
 
 def over(values: list[float]) -> dict:
@@ -110,33 +104,33 @@ def claims(seeds: list[dict]) -> dict:
         some = [seed for seed in seeds if seed["world"] == world]
         if not some:
             continue
-        table, methods, alone = c.count_table(flattery), {}, {}
+        methods, alone = {}, {}
         for name in some[0]["runs"]:
             runs = [seed["runs"][name] for seed in some]
-            methods[name] = {"judge": over([end(run) for run in runs])}
+            methods[name] = {"judge": over([end(run["judge"]) for run in runs])}
             for i, reward in enumerate(names):
-                last = [statistics.mean(x[i] for x in run["rewards"][-4:]) for run in runs]
-                methods[name][reward] = over(last)
-            if name in ("only polite", "only facts"):
-                i = names.index(name.split()[1])
-                alone[name] = {
-                    "pi_0": over([run["judge"][0] for run in runs]),
-                    "best": over([max(run["judge"]) for run in runs]),
-                    "end": over([end(run) for run in runs]),
-                    "reward of pi_0": over([run["rewards"][0][i] for run in runs]),
-                    "reward at the end": methods[name][names[i]],
-                }
+                each = [[row[i] for row in run["rewards"]] for run in runs]
+                methods[name][reward] = over([end(column) for column in each])
+                if name == f"only {reward}":
+                    alone[name] = {
+                        "pi_0": over([run["judge"][0] for run in runs]),
+                        "best": over([max(run["judge"]) for run in runs]),
+                        "end": methods[name]["judge"],
+                        "reward of pi_0": over([column[0] for column in each]),
+                        "reward at the end": methods[name][reward],
+                    }
         points = {}
         for name in some[0]["points"]:
             points[name] = [over([seed["points"][name][i] for seed in some]) for i in range(2)]
-        pairs = [(s["runs"]["xi_ppo, lagrangian"], s["runs"]["ppo, tuned"]) for s in some]
+        xi, ppo = (methods[name]["judge"]["each"] for name in ("xi_ppo, lagrangian", "ppo, tuned"))
+        table = c.count_table(flattery)
         found[world] = {
             "optimum": c.exact_optimum(table, -4.0),
             "optimum of weights above 0": c.exact_optimum(table, 0.0),
             "methods": methods,
             "alone": alone,
             "points": points,
-            "ahead": over([end(xi) - end(ppo) for xi, ppo in pairs]),
+            "ahead": over([x - p for x, p in zip(xi, ppo, strict=True)]),
         }
     return found
 
@@ -213,14 +207,12 @@ def main(argv: list[str] | None = None) -> None:
         arguments.seeds, arguments.results = [1, 2], Path("out/claims")
         arguments.out = arguments.out / "smoke"
     seeds = [one_seed(arguments, w, s) for s in arguments.seeds for w in arguments.worlds]
-    result = {"claims": claims(seeds), "settings": SETTINGS, "seeds": arguments.seeds}
-    result |= {
-        "runs": seeds,
-        "config": vars(c.Config()),
-        "seconds": sum(seed["seconds"] for seed in seeds),
-    }
-    result["script_sha256"] = c.hashlib.sha256(Path(c.__file__).read_bytes()).hexdigest()
-    result |= {"torch": torch.__version__, "command": " ".join(["python", *sys.argv])}
+    result = {
+        "claims": claims(seeds), "settings": SETTINGS, "seeds": arguments.seeds, "runs": seeds,
+        "config": vars(c.Config()), "seconds": sum(seed["seconds"] for seed in seeds),
+        "script_sha256": c.hashlib.sha256(Path(c.__file__).read_bytes()).hexdigest(),
+        "torch": torch.__version__, "command": " ".join(["python", *sys.argv]),
+    }  # fmt: skip
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / "constrained_rlhf.json").write_text(compact(result) + "\n", "utf-8")
     draw(seeds, result["claims"], arguments.results / "constrained_rlhf.png")
