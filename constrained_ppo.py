@@ -571,6 +571,7 @@ def train(config: Config, name: str, task: Task, reference: nn.Module) -> Run:
         run.step, run.kl_coefficient, run.rows, run.recent, run.found = saved["progress"]
     else:
         run.rows.append({"run": name, "update": 0} | evaluate(run))
+    began, first = time.time(), run.step
     while run.step < config.updates:
         if config.thresholds == "search":
             run.thresholds = torch.tensor(search_thresholds(run)).to(run.raw)
@@ -589,8 +590,9 @@ def train(config: Config, name: str, task: Task, reference: nn.Module) -> Run:
         torch.save(saved, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)  # never half of one
         rewards = [f"{key} {r:.3f}" for key, r in zip(task.names, row["rewards"], strict=True)]
+        left = (time.time() - began) / (run.step - first) * (config.updates - run.step)
         text = f"{name} {run.step}/{config.updates} · judge {row['judge']:.3f} · kl {row['kl']:.3f}"
-        print(text, *rewards, sep=" · ", flush=True)
+        print(text, *rewards, f"{left / 60:.1f} minutes left", sep=" · ", flush=True)
     return run
 
 

@@ -538,7 +538,7 @@ def take_steps(run: Run, steps: int, step: Callable[[Run], dict], every: int = 0
         os.replace(f"{path}.tmp", path)  # never half of one
         left = (time.perf_counter() - began) / (done - first) * (steps - done)
         shown = [f"{key} {value:.2f}" for key, value in row.items() if isinstance(value, float)]
-        print(f"{run.name} {done}/{steps}", *shown, f"{left:.0f} s left", sep=" · ")
+        print(f"{run.name} {done}/{steps}", *shown, f"{left / 60:.1f} minutes left", sep=" · ")
     run.nets.requires_grad_(False)
 
 
