@@ -1,12 +1,14 @@
 """recaption.py: formulas against slow loops, captions against their parser, stages, user's jobs."""
 
 import dataclasses
+import functools
 import http.server
 import itertools
 import json
 import math
 import random
 import re
+import shutil
 import threading
 from unittest.mock import Mock
 
@@ -61,14 +63,12 @@ def test_captions_say_what_their_style_says():
 
 
 def test_draws_are_reproducible_and_held_out_scenes_are_new():
-    a, b = (r.draw_pictures(TINY, "data", 3000, 9) for _ in range(2))
+    a, b = (r.draw_pictures(TINY, "data", 600, 9) for _ in range(2))
     assert torch.equal(a.images, b.images) and a.captions == b.captions
-    assert [len(texts) for texts in a.captions.values()] == [3000, 9, 9]
-    other = r.draw_pictures(dataclasses.replace(TINY, seed=1), "data", 3000, 9)
-    assert not torch.equal(a.images, other.images)
-    held_out = r.draw_pictures(TINY, "held out", 300, 0, a.scenes)
-    assert not set(held_out.scenes) & set(a.scenes)
-    assert set(r.draw_pictures(TINY, "held out", 300, 0).scenes) & set(a.scenes)
+    assert [len(texts) for texts in a.captions.values()] == [600, 9, 9]
+    assert a.scenes != r.draw_pictures(dataclasses.replace(TINY, seed=1), "data", 600, 9).scenes
+    assert set(r.draw_pictures(TINY, "held out", 200, 0).scenes) & set(a.scenes)
+    assert not set(r.draw_pictures(TINY, "held out", 200, 0, a.scenes).scenes) & set(a.scenes)
 
 
 def test_a_picture_shows_its_scene():
@@ -104,14 +104,14 @@ def test_agreement_by_hand():
 
 
 def test_the_classifier_reads_renderings_noisy_ones_and_what_latents_keep():
-    drawn, rng = scenes(200), np.random.default_rng(0)
+    drawn, rng = scenes(100), np.random.default_rng(0)
     images = torch.from_numpy(np.stack([r.render(scene) for scene in drawn]))
     assert r.classify(images) == drawn
     noisy = (images + torch.from_numpy(rng.normal(0, 50, images.shape))).clamp(0, 255)
     assert r.classify(noisy.to(torch.uint8)) == drawn
     latents = r.Latents(images)
     found = r.classify(latents.decode(latents.encode(images)))
-    assert sum(a == b for a, b in zip(found, drawn, strict=True)) >= 195
+    assert sum(a == b for a, b in zip(found, drawn, strict=True)) >= 98
 
 
 def test_the_tokenizer_is_reversible_and_cuts_long_texts():
@@ -230,23 +230,17 @@ def test_decoding_with_a_cache_takes_the_likeliest_tokens_of_a_full_pass(coca):
     assert len(lengths) > 1 and found.shape[1] <= r.LENGTH
 
 
-def test_what_the_captioner_compares_and_padding_changes_nothing(coca):
-    """Image: the mean over patches. Text: the end token's state. The scale is at most 100."""
-    tokens = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]])
+def test_padding_changes_nothing_and_images_are_means_over_patches(coca):
     images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     memory, image = coca.look(images)
     assert memory.shape == (2, 16, 16)
     close(image, coca.of_image(memory.mean(1)))
-    states = coca.decoder.read(tokens)
-    text = coca.of_text(torch.stack([states[0, 3], states[1, 2]]))
-    for log_scale, scale in (1.0, math.e), (9.0, 100.0):
-        coca.log_scale.fill_(log_scale)
-        clip, caption = coca.losses(images, tokens)
-        close(clip, r.clip_loss(image, text, torch.tensor(scale, dtype=torch.float64)))
-        close(caption, r.caption_loss(coca.decoder.write(states, memory), tokens, 0))
+    tokens = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]])
     wide = torch.nn.functional.pad(tokens, (0, 3))
-    for a, b in zip(coca.losses(images, tokens), coca.losses(images, wide), strict=True):
-        close(a, b)
+    states = coca.decoder.read(tokens)
+    text = coca.of_text(torch.stack([states[0, 3], states[1, 2]]))  # of the end tokens
+    close(coca.embed_text(states, tokens), text)
+    close(coca.embed_text(coca.decoder.read(wide), wide), text)
     text_model = far_from_zero(r.TextModel(TINY, coca))
     both = text_model([" w1 w2", " w1 w2 w3 w4 w5"])
     close(both[:1], text_model([" w1 w2"]))
@@ -289,7 +283,7 @@ def test_a_learned_captioner_sees_the_shapes(tmp_path):
     texts = {i: drawn.captions["descriptive"][i] for i in train}
     data = r.Pictures(drawn.images, {"ground_truth": texts, "short": {}, "descriptive": texts}, [])
     captioner = r.train_captioners(config, data)["descriptive"]
-    said = r.caption_images(captioner, drawn.images[held_out])
+    said = captioner.caption(drawn.images[held_out])
     report = r.agreement(said, [drawn.scenes[i] for i in held_out])
     assert report["shape"] > 0.55 and report["place"] > 0.9
 
@@ -354,23 +348,28 @@ def traced(tmp_path, monkeypatch):
     return config, r.draw_pictures(config, "data", 24, 12), asked
 
 
-def test_each_fine_tune_starts_from_the_base_and_sees_its_own_pairs(traced):
+def test_each_captioner_starts_where_it_should_and_learns_its_own_pairs(traced):
+    """The losses too: CoCa's weights for the base, captions for fine-tunes, CLIP for the judge."""
     config, data, asked = traced
-    captioners = r.train_captioners(config, data)
-    tokenizer = captioners["base"].tokenizer
-    judge = r.train_coca(config, "judge", tokenizer, data.images, data.captions["descriptive"])
-    assert not same(judge, captioners["base"])
-    for name, (start, loss_of) in asked.items():
-        model = Mock(**{"losses.return_value": (torch.tensor(3.0), torch.tensor(5.0))})
-        wanted = {"base": 3 + 2 * 5, "judge": 3 + 2 * 5}.get(name, 5)
-        assert loss_of(model, seeded()) == wanted, "CoCa's weights; the caption loss alone"
-        images, tokens, write = model.losses.call_args.args
-        texts = data.captions[{"base": "ground_truth", "judge": "descriptive"}.get(name, name)]
-        found = set()
-        for image, text in zip(images, tokenizer.decode(tokens), strict=True):
+    base = r.train_captioners(config, data)["base"]
+    new = functools.partial(r.CoCa, config, base.tokenizer)
+    assert not same(r.train_coca(config, "judge", new, data, "descriptive", 1), base)
+    styles = {"base": "ground_truth", "judge": "descriptive"}
+    for name, (model, loss_of) in asked.items():
+        assert same(model, base) == (name in ("short", "descriptive"))
+        far_from_zero(model).log_scale.fill_(9.0 if name == "judge" else 1.0)  # at most log(100)
+        model.look, model.decoder.read = Mock(wraps=model.look), Mock(wraps=model.decoder.read)
+        loss, found = loss_of(model, seeded()), set()
+        (images,), (tokens,) = model.look.call_args.args, model.decoder.read.call_args.args
+        texts = data.captions[styles.get(name, name)]
+        for image, text in zip(images, model.tokenizer.decode(tokens), strict=True):
             found |= {i for i in texts if torch.equal(data.images[i], image) and texts[i] == text}
-        assert len(found) > 5 and write == (name != "judge")
-        assert same(start, captioners["base"]) == (name in ("short", "descriptive"))
+        assert len(found) > 5
+        (memory, image), states = model.look(images), model.decoder.read(tokens)
+        text, scale = model.embed_text(states, tokens), min(model.log_scale.exp(), 100)
+        clip = r.clip_loss(image, text, scale)
+        caption = r.caption_loss(model.decoder.write(states, memory), tokens, 0)
+        close(loss, {"base": clip + 2 * caption, "judge": clip}.get(name, caption))
 
 
 def test_the_text_model_retells_captions_of_every_style(traced):
@@ -389,7 +388,7 @@ def test_the_text_model_retells_captions_of_every_style(traced):
 
 def test_arms_differ_in_captions_alone_which_are_a_blend_of_each_images_own(tmp_path, monkeypatch):
     """The same initial weights, images, times and noise, by the real training."""
-    config = dataclasses.replace(TINY, out=str(tmp_path), batch=40, paint_steps=20)
+    config = dataclasses.replace(TINY, out=str(tmp_path), batch=40, paint_steps=10)
     data, seen, usual = r.draw_pictures(config, "data", 24, 12), {}, r.rectified_flow_loss
     tokenizer = r.Tokenizer(data.captions["ground_truth"].values())
     text_model = r.TextModel(config, r.CoCa(config, tokenizer))
@@ -414,8 +413,8 @@ def test_arms_differ_in_captions_alone_which_are_a_blend_of_each_images_own(tmp_
                 assert int(number) == i, "the caption is the image's own"
                 found.append(style)
         empty, alt = found.count(""), found.count("ground_truth")
-        assert abs(empty - 80) < 5 * math.sqrt(72)
-        wanted = (1 - share) * (800 - empty)
+        assert abs(empty - 40) < 5 * math.sqrt(36)
+        wanted = (1 - share) * (400 - empty)
         assert abs(alt - wanted) <= 5 * math.sqrt(wanted * share)
     a, b, _ = seen.values()
     assert torch.equal(a[0][0], b[0][0]), "they start alike"
@@ -474,7 +473,7 @@ def photos(tmp_path):
             lines[-1]["descriptive"] = r.describe(scene, "descriptive", random.Random(i))
     text = "\n".join(json.dumps(line) for line in lines)
     (folder / "captions.jsonl").write_text("\ufeff" + text + "\n", "utf-8")
-    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:99])
     (folder / "notes.txt").write_text("mine")
     return folder
 
@@ -488,7 +487,7 @@ def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
     command += ["--checkpoint", str(tmp_path / "smoke" / "descriptive.pt")]
     assert r.main(command) == 0
     printed, text = capsys.readouterr().out, file.read_text()
-    assert "7 captions, 0 of before; 3 left out" in printed
+    assert "7 captions; 3 files are left out" in printed
     assert all(name in printed for name in ("broken.png", "notes.txt", "captions.jsonl"))
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["file"] for row in rows] == [*(f"{i}.png" for i in range(1, 7)), "deep/0.JPG"]
@@ -499,13 +498,6 @@ def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
     other = (photos / "captions.jsonl").read_text("utf-8").replace("circle", "disc")
     (photos / "captions.jsonl").write_text(other, "utf-8")
     assert r.main(train) == 2 and "data was" in capsys.readouterr().err, "a stage of other captions"
-
-
-@pytest.mark.parametrize("row", ["{", '{"file": "1.png", "caption": 3}', '["1.png", "x"]'])
-def test_a_bad_row_is_named(photos, tmp_path, capsys, row):
-    (photos / "captions.jsonl").write_text('{"file": "1.png", "caption": "x"}\n' + row + "\n")
-    assert r.main(["captioner", "--data", str(photos), *SMOKE, str(tmp_path)]) == 2
-    assert "captions.jsonl, line 2" in capsys.readouterr().err
 
 
 def test_images_are_turned_made_opaque_and_cut_to_a_square(tmp_path):
@@ -523,6 +515,9 @@ def test_images_are_turned_made_opaque_and_cut_to_a_square(tmp_path):
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("lime", "black")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     assert (r.read_image(tmp_path / "two.gif", 8) == [0, 255, 0]).all()
+    for kind in ("jpg", "jfif", "png", "webp", "gif", "bmp"):
+        frames[0].save(tmp_path / f"one.{kind}")
+        assert abs(r.read_image(tmp_path / f"one.{kind}", 8).astype(int) - [0, 255, 0]).max() < 9
     Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png: mode I;16"):
         r.read_image(tmp_path / "deep.png", 8)
@@ -539,9 +534,10 @@ GOOD = " ".join(["word"] * 20)
     [
         (["--arms", "long:95"], "--arms long:95"),
         (["--arms", "short:950"], "--arms short:950"),
+        (["--paint-steps", "0"], "--paint-steps 0"),
         (["captioner", "--data", "nowhere"], "nowhere"),
         (["caption", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
-        (["upsample", "--chat-url", "ftp://x"], "--chat-url"),
+        (["upsample", "--chat-url", "ftp://x"], "ftp"),
         (["--smoke", "--device", "abacus"], "abacus"),
     ],
 )
@@ -604,46 +600,40 @@ def test_the_conversation_has_rules_three_examples_and_the_prompt(endpoint, caps
 
 
 @pytest.mark.parametrize(
-    "answer,words",
+    "key,answer,words",
     [
-        ((401, f"bad key {KEY}"), "answers 401: 'bad key ***"),
-        ((302, ""), "answers 302"),
-        ((400, "x" * 190 + KEY), "answers 400"),  # no part of the key is shown, either
-        ((200, KEY), "Expecting value"),
-        (says("word " * 14), "15 to 80 words"),
-        (says("word " * 81), "15 to 80 words"),
-        (says(f"{GOOD}\n\n{GOOD}"), "one paragraph"),
-        (f"{KEY}\n{KEY}", "OPENAI_API_KEY"),  # keys that no header can hold
-        (f"{KEY}é", "OPENAI_API_KEY"),
+        (KEY, (401, f"bad key {KEY}"), "answers 401"),
+        (KEY, (302, ""), "answers 302"),
+        (KEY, (200, KEY), "Expecting value"),
+        (f"{KEY}\n{KEY}", None, "OPENAI_API_KEY"),
     ],
 )
-def test_what_goes_wrong_is_said_without_the_key(
-    endpoint, monkeypatch, capsys, tmp_path, answer, words
-):
+def test_what_goes_wrong_is_said_without_the_key(endpoint, monkeypatch, capsys, key, answer, words):
     url, seen, answers = endpoint
-    if isinstance(answer, str):
-        monkeypatch.setenv("OPENAI_API_KEY", answer)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
     answers.append(answer)
-    assert ask(url, "--out", str(tmp_path)) == 2
+    assert ask(url) == 2
     error = capsys.readouterr().err
     assert words in error and KEY[:6] not in error
-    assert len(seen) == (not isinstance(answer, str)), "no redirect is followed"
+    assert len(seen) == (answer is not None), "no redirect is followed"
 
 
-def test_the_claims_program_compares_seed_by_seed_and_keeps_what_is_done(tmp_path, capsys):
+def test_the_claims_program_goes_on_from_stages_and_compares_seed_by_seed(finished, tmp_path):
     from tests.claims import recaption_claims as program
 
-    asked = ["--smoke", "--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
-    program.main(asked)
-    for seed, bindings in (1, (0.1, 0.6)), (2, (0.1, 0.8)):  # so little training learns nothing
-        file = tmp_path / f"recaption_{seed}" / "result.json"
-        result = json.loads(file.read_text())
-        for arm, binding in zip(("ground_truth", "descriptive:95"), bindings, strict=True):
-            result["models"][arm]["descriptive"]["binding"] = binding
-        file.write_text(json.dumps(result))
-    capsys.readouterr()
-    found = program.main(asked)["claims"]["models"]["descriptive:95, descriptive"]
-    assert "step" not in capsys.readouterr().out
+    shutil.copytree(finished, tmp_path / "recaption_0")
+    arms = ["--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
+    program.main(["--smoke", "--seeds", "0", *arms])
+    result = json.loads((tmp_path / "better_captions_default.json").read_text())
+    assert "descriptive:95, upsampled" in result["claims"]["models"] and result["seeds"] == [0]
+    seeds = []
+    for truth, ours in (0.1, 0.6), (0.1, 0.8):
+        scores = {"ground_truth": truth, "descriptive:95": ours}
+        models = {
+            arm: {"brief": dict.fromkeys(("clip_score", "binding"), x)} for arm, x in scores.items()
+        }
+        seeds.append({"captioners": {"base": {}}, "models": models, "upsampling": {}})
+    found = program.claims(seeds)["models"]["descriptive:95, brief"]
     less = found["binding, less ground_truth"]
     assert found["binding"]["each"] == [0.6, 0.8] and less["mean"] == pytest.approx(0.6)
     assert less["half"] == pytest.approx(12.706 * np.std([0.5, 0.7], ddof=1) / math.sqrt(2))

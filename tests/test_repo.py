@@ -18,7 +18,7 @@ MOST_LINES = {  # of a script; they may only shrink
     "constrained_ppo.py": 845,
     "iclm_sort.py": 799,
     "safe_rlhf.py": 931,
-    "recaption.py": 957,
+    "recaption.py": 879,
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
