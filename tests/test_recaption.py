@@ -192,12 +192,6 @@ def test_guidance_and_euler_step_by_step():
         with_text, without = (velocity(x, torch.tensor(t), said) for said in (text, 0 * text))
         x = x + (after - t) * (without + 3 * (with_text - without))
     close(found, x, 1e-5)
-    target = torch.randn(2, 3, 4)
-
-    def straight(x, t, text):
-        return (torch.cat([target, target]) - x) / (1 - t.view(-1, 1, 1))
-
-    close(r.sample_latents(straight, text, (3, 4), 7, 3.0, seeded(1)), target, 1e-4)
 
 
 # ----- Models -------------------------------------------------------------------------------------
@@ -250,13 +244,9 @@ def test_the_painters_velocity_leads_to_the_image_that_it_predicts():
 
 def test_latents_are_principal_components_with_mean_square_1():
     images = r.draw_pictures(TINY, "data", 300, 0).images
-    latents = r.Latents(images)
-    x = latents.encode(images)
-    assert x.shape == (300, 16, 48)
+    x = r.Latents(images).encode(images)
     close(x.square().mean(), torch.tensor(1.0), 1e-3)
     close(x.mean((0, 1)), torch.zeros(48), 1e-3)
-    error = (latents.decode(x).float() - images.float()).abs().mean() / 127.5
-    assert error < 0.05
     patches = np.lib.stride_tricks.sliding_window_view(images.numpy(), (8, 8), (1, 2))[:, ::8, ::8]
     scatter = np.cov(patches.reshape(-1, 192).T / 127.5, bias=True)  # by their own eigenvalues
     truth = np.sort(np.linalg.eigvalsh(scatter))[::-1][:48] ** 0.4
@@ -411,9 +401,10 @@ def test_arms_differ_in_captions_alone_which_are_a_blend_of_each_images_own(tmp_
     assert not torch.equal(a[0][1], a[1][1]) and not torch.equal(a[-1][0], b[-1][0])
 
 
-def test_training_follows_its_rule(tmp_path, monkeypatch):
-    """The rate rises and falls, gradients are clipped, and the weights' average is kept."""
-    config, weights, norms, rates = dataclasses.replace(TINY, out=str(tmp_path)), [], [], []
+def test_training_is_adamw_with_warm_up_cosine_clipped_gradients_and_an_average(
+    tmp_path, monkeypatch
+):
+    config, weights, rates = dataclasses.replace(TINY, out=str(tmp_path)), [], []
     usual = torch.optim.AdamW.step
 
     def new():
@@ -425,7 +416,7 @@ def test_training_follows_its_rule(tmp_path, monkeypatch):
 
     def step(self, *given, **named):
         rates.append(self.param_groups[0]["lr"] / 0.1)
-        norms.append(self.param_groups[0]["params"][0].grad.norm().item())
+        assert self.param_groups[0]["params"][0].grad.norm() < 1.001
         return usual(self, *given, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -436,7 +427,7 @@ def test_training_follows_its_rule(tmp_path, monkeypatch):
         truth = decay * truth + (1 - decay) * weight
     close(average.weight, truth, 1e-5)
     assert torch.equal(weights[0], weights[40]), "the same draws, the same start"
-    assert max(norms) < 1.001 and rates[0] < 0.5 < 0.9 < max(rates) <= 1 and rates[39] < 0.1
+    assert rates[0] < 0.5 < 0.9 < max(rates) <= 1 and rates[39] < 0.1
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:40] == sorted(rates[peak:40])[::-1]
     with pytest.raises(FloatingPointError, match="c diverged at step 1"):
@@ -578,22 +569,17 @@ def test_a_chat_endpoint_gets_rules_examples_and_the_prompt_and_the_key_is_not_s
         assert all(15 <= len(text.split()) <= 80 and "\n" not in text for text in texts[2:-1:2])
 
 
-def test_the_claims_program_goes_on_from_stages_and_compares_seed_by_seed(finished, tmp_path):
+def test_the_claims_program_goes_on_from_stages_and_has_students_intervals(finished, tmp_path):
     from tests.claims import recaption_claims as program
 
     shutil.copytree(finished, tmp_path / "recaption_0")
     arms = ["--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
-    program.main(["--smoke", "--seeds", "0", *arms])
-    result = json.loads((tmp_path / "better_captions_default.json").read_text())
-    assert "descriptive:95, upsampled" in result["claims"]["models"] and result["seeds"] == [0]
-    seeds = []
-    for truth, ours in (0.1, 0.6), (0.1, 0.8):
-        scores = {"ground_truth": truth, "descriptive:95": ours}
-        models = {
-            arm: {"brief": dict.fromkeys(("clip_score", "binding"), x)} for arm, x in scores.items()
-        }
-        seeds.append({"captioners": {"base": {}}, "models": models, "upsampling": {}})
-    found = program.claims(seeds)["models"]["descriptive:95, brief"]
-    less = found["binding, less ground_truth"]
-    assert found["binding"]["each"] == [0.6, 0.8] and less["mean"] == pytest.approx(0.6)
-    assert less["half"] == pytest.approx(12.706 * np.std([0.5, 0.7], ddof=1) / math.sqrt(2))
+    claims = program.main(["--smoke", "--seeds", "0", *arms])["claims"]["models"]
+    assert (tmp_path / "better_captions_default.json").is_file()
+    for style in ("descriptive", "upsampled"):
+        ours, truth = (claims[f"{arm}, {style}"] for arm in ("descriptive:95", "ground_truth"))
+        for key in ("clip_score", "binding"):
+            less = ours[key]["mean"] - truth[key]["mean"]
+            assert ours[f"{key}, less ground_truth"]["mean"] == pytest.approx(less)
+    found = program.over([0.5, 0.7])
+    assert found["mean"] == 0.6 and found["half"] == pytest.approx(12.706 * 0.1)
