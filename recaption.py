@@ -19,9 +19,9 @@ short, descriptive   texts       SSC, DSC: short and descriptive synthetic capti
 ground_truth         texts       alt-text: noisy text that was found with the image
 x, text              (B, N, K)   latents of an image, and states of its caption (T5's there)
 
-The report gives no sizes, decoding or loss weights. Here drawn scenes stand for photographs, an
-image encoder trained with the rest for CLIP's, a rectified flow on principal components for latent
-diffusion, a model that retells captions at length for T5, the nearest rendering for human judges.
+The report gives no sizes, decoding or loss weights. Here drawn scenes stand for photographs, a new
+image encoder for CLIP's, a rectified flow on principal components for latent diffusion, a retelling
+text model for T5, nearest renderings for human judges. Not included: the consistency decoder.
 """
 
 from __future__ import annotations
