@@ -323,7 +323,7 @@ def stage(config: Config, name: str, make: Callable[[], object]):
 
 
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
-    """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the weights' average."""
+    """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the average, frozen."""
     draws = draws or name  # stages with the same draws start alike and see the same random numbers
     torch.manual_seed(generator(config, "initialise", draws).initial_seed())
     model = make_model().to(config.device).requires_grad_()

@@ -129,7 +129,7 @@ def test_the_tokenizer_is_reversible_and_cuts_long_texts():
 # ----- Formulas -----------------------------------------------------------------------------------
 
 
-def test_clip_loss_and_clip_score_row_by_row():
+def test_clip_loss_clip_score_and_caption_loss_term_by_term():
     B, image, text, scale = 5, doubles(5, 3), doubles(5, 3), torch.tensor(7.0)
     truth = 0.0
     for a, b in (image, text), (text, image):
@@ -139,12 +139,8 @@ def test_clip_loss_and_clip_score_row_by_row():
     close(r.clip_loss(image, text, scale), truth)
     cosines = [100 * (a @ b) / (a.norm() * b.norm()) for a, b in zip(image, text, strict=True)]
     close(r.clip_score(image, text), torch.stack(cosines))
-
-
-def test_caption_loss_token_by_token():
-    logits, tokens = doubles(3, 6, 9), torch.randint(1, 9, (3, 6))
+    logits, tokens, terms = doubles(3, 6, 9), torch.randint(1, 9, (3, 6)), []
     tokens[0, 4:] = tokens[1, 2:] = 0
-    terms = []
     for b, t in itertools.product(range(3), range(1, 6)):
         if tokens[b, t] != 0:
             terms.append(torch.logsumexp(logits[b, t - 1], 0) - logits[b, t - 1, tokens[b, t]])
@@ -155,14 +151,12 @@ def test_blending_draws_each_caption_apart():
     synthetic, truth = [f"s{i}" for i in range(4000)], [f"g{i}" for i in range(4000)]
     assert r.blend_captions(synthetic, truth, 0.0, seeded()) == truth
     assert r.blend_captions(synthetic, truth, 1.0, seeded()) == synthetic
-    generator = seeded()
-    blended = r.blend_captions(synthetic, truth, 0.95, generator)
+    blended = r.blend_captions(synthetic, truth, 0.95, seeded())
     assert all(text[1:] == str(i) for i, text in enumerate(blended))
     share = sum(text[0] == "s" for text in blended)
     assert abs(share - 3800) < 5 * math.sqrt(4000 * 0.95 * 0.05)
-    assert blended != r.blend_captions(synthetic, truth, 0.95, generator)
     with pytest.raises(ValueError, match="probability 95"):
-        r.blend_captions(synthetic, truth, 95, generator)
+        r.blend_captions(synthetic, truth, 95, seeded())
 
 
 def velocity(x, t, text):
@@ -291,22 +285,19 @@ def test_a_run_writes_what_it_says(finished):
     real = result["models"]["real images"]["descriptive"]
     assert set(real.values()) - {real["clip_score"]} <= {1, None}
     assert result["wall_seconds"] > 0 and result["seed"] == 0 and len(result["script_sha256"]) == 64
-    painters = {"painter_ground_truth", "painter_descriptive_95"}
-    stages = {"base", "short", "descriptive", "captions_short", "captions_descriptive", *painters}
-    assert {path.stem for path in finished.glob("*.pt")} == stages | {"text_model", "judge"}
 
 
 def test_finished_stages_are_kept_and_one_that_is_not_there_is_made_bit_for_bit(finished, capsys):
     command, gone = [*SMOKE, str(finished.parent)], finished / "painter_descriptive_95.pt"
+    before = {path: path.read_bytes() for path in finished.glob("*.pt")}
     state = torch.load(gone, weights_only=True)["made"]["state"]
     gone.unlink()
-    before = {path: path.read_bytes() for path in finished.glob("*.pt")}
     assert r.main([*command, "--arms", "descriptive:95,short:50"]) == 0
     progress = re.findall(r"(?m)^(\w+) · step .* s left$", capsys.readouterr().out)
     assert set(progress) == {"painter_descriptive_95", "painter_short_50"}
     again = torch.load(gone, weights_only=True)["made"]["state"]
     assert all(torch.equal(again[key], value) for key, value in state.items())
-    assert before == {path: path.read_bytes() for path in before}
+    assert all(path == gone or path.read_bytes() == data for path, data in before.items())
     assert r.main([*command, "--seed", "7"]) == 2
     assert "seed was 0" in capsys.readouterr().err
     assert r.main(["upsample", "--prompt", "a red circle", *command]) == 0
@@ -434,15 +425,15 @@ def test_training_is_adamw_with_warm_up_cosine_clipped_gradients_and_an_average(
 
 
 def test_a_captioner_of_ones_own_images(tmp_path, capsys):
-    """Seven images, one of them in a folder, with captions, and three files that are no images."""
+    """Four images, one of them in a folder, with captions, and three files that are no images."""
     Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     photos, lines, file = tmp_path / "photos", [], tmp_path / "found.jsonl"
     (photos / "deep").mkdir(parents=True)
-    for i, scene in enumerate(scenes(7)):
+    for i, scene in enumerate(scenes(4)):
         name = f"{i}.png" if i else "deep/0.JPG"
         Image.fromarray(r.render(scene, 48)).save(photos / name)
         lines.append({"file": name, "caption": r.describe(scene, "ground_truth", random.Random(i))})
-        if i < 4:
+        if i < 2:
             lines[-1]["descriptive"] = r.describe(scene, "descriptive", random.Random(i))
     text = "\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n"
     (photos / "captions.jsonl").write_text(text, "utf-8")
@@ -455,13 +446,13 @@ def test_a_captioner_of_ones_own_images(tmp_path, capsys):
     command += ["--checkpoint", str(tmp_path / "smoke" / "descriptive.pt")]
     assert r.main(command) == 0
     printed, found = capsys.readouterr().out, file.read_text()
-    assert "7 captions; 3 files are left out" in printed
+    assert "4 captions; 3 files are left out" in printed
     assert all(name in printed for name in ("broken.png", "notes.txt", "captions.jsonl"))
     rows = [json.loads(line) for line in found.splitlines()]
-    assert [row["file"] for row in rows] == [*(f"{i}.png" for i in range(1, 7)), "deep/0.JPG"]
+    assert [row["file"] for row in rows] == ["1.png", "2.png", "3.png", "deep/0.JPG"]
     assert all(isinstance(row["caption"], str) for row in rows)
     assert r.main(command) == 2 and file.read_text() == found
-    file.write_text("".join(found.splitlines(True)[:3]))  # as if stopped
+    file.write_text("".join(found.splitlines(True)[:2]))  # as if stopped
     assert r.main([*command, "--resume"]) == 0 and file.read_text() == found
     (photos / "captions.jsonl").write_text(text.replace("circle", "disc"), "utf-8")
     assert r.main(train) == 2 and "data was" in capsys.readouterr().err, "a stage of other captions"
