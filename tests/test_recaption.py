@@ -67,7 +67,9 @@ def test_draws_are_reproducible_and_held_out_scenes_are_new():
     a, b = (r.draw_pictures(TINY, "data", 600, 9) for _ in range(2))
     assert torch.equal(a.images, b.images) and a.captions == b.captions
     assert [len(texts) for texts in a.captions.values()] == [600, 9, 9]
-    assert a.scenes != r.draw_pictures(dataclasses.replace(TINY, seed=1), "data", 600, 9).scenes
+    other = dataclasses.replace(TINY, seed=1)
+    assert a.scenes != r.draw_pictures(other, "data", 600, 9).scenes
+    assert len({r.generator(c, p).initial_seed() for c in (TINY, other) for p in "ab"}) == 4
     assert set(r.draw_pictures(TINY, "held out", 200, 0).scenes) & set(a.scenes)
     assert not set(r.draw_pictures(TINY, "held out", 200, 0, a.scenes).scenes) & set(a.scenes)
 
@@ -287,9 +289,10 @@ def test_a_run_writes_what_it_says(finished):
     assert result["wall_seconds"] > 0 and result["seed"] == 0 and len(result["script_sha256"]) == 64
 
 
-def test_finished_stages_are_kept_and_one_that_is_not_there_is_made_bit_for_bit(finished, capsys):
-    command, gone = [*SMOKE, str(finished.parent)], finished / "painter_descriptive_95.pt"
-    before = {path: path.read_bytes() for path in finished.glob("*.pt")}
+def test_finished_stages_are_kept_and_others_made_bit_for_bit(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "smoke")
+    command, gone = [*SMOKE, str(tmp_path)], folder / "painter_descriptive_95.pt"
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     state = torch.load(gone, weights_only=True)["made"]["state"]
     gone.unlink()
     assert r.main([*command, "--arms", "descriptive:95,short:50"]) == 0
