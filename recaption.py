@@ -19,10 +19,9 @@ short, descriptive   texts       SSC, DSC: short and descriptive synthetic capti
 ground_truth         texts       alt-text: noisy text that was found with the image
 x, text              (B, N, K)   latents of an image, and states of its caption (T5's there)
 
-Differences from the report, which gives no sizes, decoding or loss weights: drawn scenes stand for
-photographs, an image encoder trained with the rest for CLIP's, a rectified flow on principal
-components for latent diffusion, an encoder-decoder that learns to retell other captions at length
-for T5, the nearest rendering for human judges. Not included: the consistency decoder.
+The report gives no sizes, decoding or loss weights. Here drawn scenes stand for photographs, a new
+image encoder for CLIP's, a rectified flow on principal components for latent diffusion, a retelling
+text model for T5, nearest renderings for human judges. Not included: the consistency decoder.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ import time
 import urllib.parse
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # threads that wait must soon sleep
@@ -86,28 +84,21 @@ def clip_score(image: Tensor, text: Tensor) -> Tensor:
 
 
 def rectified_flow_loss(model: Callable, x: Tensor, text: Tensor, generator) -> Tensor:
-    """Mean square of v(x_t, t, text) - (x - noise) at x_t = t x + (1 - t) noise (Liu et al. 2022).
-
-    t is mostly near 0, the noise, where the text decides what the image x (B, ...) will be.
-    """
+    """Mean square of v(x_t, t, text) - (x - noise), x_t = t x + (1 - t) noise (Liu et al. 2022)."""
     t = torch.randn(len(x), generator=generator).to(x)  # drawn on the CPU: the same everywhere
-    t = torch.sigmoid(1.5 * t - 1.5).clamp(max=0.95)
+    t = torch.sigmoid(1.5 * t - 1.5).clamp(max=0.95)  # mostly near noise, where the text decides
     noise = torch.randn(x.shape, generator=generator).to(x)
     share = t.view(-1, *[1] * (x.ndim - 1))
     return F.mse_loss(model(share * x + (1 - share) * noise, t, text), x - noise)
 
 
 def guided_velocity(model: Callable, x: Tensor, t: Tensor, text: Tensor, guidance: float) -> Tensor:
-    """v(empty) + guidance (v(text) - v(empty)) (Ho and Salimans 2022); the empty text is zeros.
-
-    x: (B, ...), t: (B,), text: (B, ...) as the model takes it; returns a velocity like x.
-    """
+    """v(empty) + guidance (v(text) - v(empty)) (Ho and Salimans 2022); the empty text is zeros."""
     both = torch.cat([text, torch.zeros_like(text)])
     with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return without + guidance * (with_text - without)
 
 
-@torch.no_grad()
 def sample_latents(model, text: Tensor, shape, steps: int, guidance: float, generator) -> Tensor:
     """Latents (B, *shape): Euler's method from noise, t = 0, to t = 1, by steps that grow."""
     x = torch.randn(len(text), *shape, generator=generator).to(text.device)
@@ -118,9 +109,9 @@ def sample_latents(model, text: Tensor, shape, steps: int, guidance: float, gene
     return x
 
 
-LENGTH, STATES = 56, 8  # tokens of a text, which is cut there, and states that stand for it
-
 # ----- The captioner ------------------------------------------------------------------------------
+
+LENGTH, STATES = 56, 8  # tokens of a text, where it is cut, and states that stand for it later
 
 
 class MultiHead(nn.Module):
@@ -132,18 +123,16 @@ class MultiHead(nn.Module):
         self.q, self.kv = nn.Linear(D, D), nn.Linear(D, 2 * D)
 
     def forward(self, x, memory=None, mask=None, causal=False, cache=None) -> Tensor:
-        """x (B, L, D), memory (B, S, D) or None for x itself, mask (B, 1, 1, S) False at padding.
-
-        The dict cache keeps keys and values: x's are added, a memory's are computed once.
-        """
+        """x (B, L, D), memory (B, S, D), x itself if None, mask (B, 1, 1, S), False at padding."""
         B, L, D = x.shape  # batch, length, width
-        cache = {} if cache is None else cache
-        q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, heads, L, D / heads)
+        size, cache = D // self.heads, {} if cache is None else cache
+        q = self.q(x).view(B, L, self.heads, size).transpose(1, 2)  # (B, heads, L, size)
         if memory is None or self not in cache:
-            kv = self.kv(x if memory is None else memory).view(B, -1, 2, *q.shape[1::2])
-            kv = kv.permute(2, 0, 3, 1, 4)  # (2, B, heads, S, D / heads)
+            kv = self.kv(x if memory is None else memory).view(B, -1, 2, self.heads, size)
+            kv = kv.permute(2, 0, 3, 1, 4)  # keys and values: (2, B, heads, S, size)
+            # x's are added to those of earlier tokens; a memory's are computed once.
             cache[self] = torch.cat([cache[self], kv], dim=3) if self in cache else kv
-        causal = causal and L > 1
+        causal = causal and L > 1  # a single token may see all that is in the cache
         y = F.scaled_dot_product_attention(q, *cache[self], attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).reshape(B, L, D))
 
@@ -191,7 +180,6 @@ class TextDecoder(nn.Module):
             states = layer(states, memory, causal=True, cache=cache)
         return F.linear(self.norm(states), self.embed.weight)
 
-    @torch.no_grad()
     def generate(self, memory: Tensor) -> Tensor:
         """The likeliest tokens, one by one: (B, T), begin first; after a row's end is padding."""
         tokens = torch.full((len(memory), 1), Tokenizer.begin, device=memory.device)
@@ -233,15 +221,13 @@ class CoCa(nn.Module):
         ends = (tokens == Tokenizer.end).int().argmax(1)
         return self.of_text(states[torch.arange(len(tokens)), ends])
 
-    def losses(self, images: Tensor, tokens: Tensor, write: bool = True) -> tuple[Tensor, Tensor]:
-        """The CLIP loss and the caption loss of pairs; the second is 0 without `write`."""
-        memory, image = self.look(images)
-        states = self.decoder.read(tokens)
-        scale = self.log_scale.exp().clamp(max=100)
-        clip = clip_loss(image, self.embed_text(states, tokens), scale)
-        if not write:
-            return clip, torch.zeros_like(clip)
-        return clip, caption_loss(self.decoder.write(states, memory), tokens, Tokenizer.pad)
+    def caption(self, images: Tensor) -> list[str]:
+        """A caption of each of the images (N, H, W, 3) uint8."""
+        texts = []
+        for part in images.split(500):
+            memory, _ = self.look(part.to(self.place.device))
+            texts += self.tokenizer.decode(self.decoder.generate(memory))
+        return texts
 
 
 # ----- The experiment -----------------------------------------------------------------------------
@@ -257,75 +243,63 @@ def run_all(config: Config) -> None:
     captioners = train_captioners(config, data)
     captions = {"ground_truth": list(data.captions["ground_truth"].values())}
     for style in ("short", "descriptive"):
-        recaption = functools.partial(caption_images, captioners[style], data.images)
+        recaption = functools.partial(captioners[style].caption, data.images)
         captions[style] = stage(config, f"captions_{style}", recaption)
 
     text_model, latents = train_text_model(config, captioners["descriptive"]), Latents(data.images)
     x, painters = latents.encode(data.images), {}
     for arm in config.arms.split(","):
         painters[arm] = train_painter(config, arm, captions, text_model, x)
-    shape = x.shape[1:]
 
-    tokenizer, texts = captioners["base"].tokenizer, clean.captions["descriptive"]
-    judge = train_coca(config, "judge", tokenizer, clean.images, texts)
+    new = functools.partial(CoCa, config, text_model.tokenizer)
+    judge = train_coca(config, "judge", new, clean, "descriptive", config.judge_steps)
     result = {"captioners": {}, "models": {arm: {} for arm in ("real images", *painters)}}
     for name, captioner in captioners.items():
-        said = caption_images(captioner, held_out.images)
-        result["captioners"][name] = agreement(said, held_out.scenes)
+        result["captioners"][name] = agreement(captioner.caption(held_out.images), held_out.scenes)
     drawn = {"real images": held_out.images}
     for style in ("ground_truth", "descriptive"):
         prompts = list(held_out.captions[style].values())
         for arm, painter in painters.items():
             text, noise = text_model.encode(prompts), generator(config, "noise")
-            x = sample_latents(painter, text, shape, 10, config.guidance, noise)
-            drawn[arm] = latents.decode(x)
+            y = sample_latents(painter, text, x.shape[1:], 10, config.guidance, noise)
+            drawn[arm] = latents.decode(y)
         for arm, images in drawn.items():
             result["models"][arm][style] = score_images(judge, images, prompts)
-    finish(config, result | {"wall_seconds": round(time.perf_counter() - began, 1)})
-    draw_samples(Path(config.out) / "samples.png", drawn, prompts)
+    result["wall_seconds"] = round(time.perf_counter() - began, 1)
+    finish(config, result, drawn, prompts)
 
 
 def train_captioners(config: Config, data: Pictures) -> dict[str, CoCa]:
     """The base, and the fine-tunes that data has texts for, each from the base."""
     tokenizer = Tokenizer(text for texts in data.captions.values() for text in texts.values())
-    base = train_coca(config, "base", tokenizer, data.images, data.captions["ground_truth"])
-    captioners = {"base": base}
-    for style in ("short", "descriptive"):
-        if texts := data.captions[style]:
-            captioners[style] = train_coca(config, style, tokenizer, data.images, texts, base)
+    new = functools.partial(CoCa, config, tokenizer)
+    base = train_coca(config, "base", new, data, "ground_truth", config.base_steps)
+    captioners, new = {"base": base}, functools.partial(copy.deepcopy, base)
+    for style, steps in ("short", config.tune_steps // 2), ("descriptive", config.tune_steps):
+        if data.captions[style]:
+            captioners[style] = train_coca(config, style, new, data, style, steps)
     return captioners
 
 
-def train_coca(config, name, tokenizer, images, texts: dict[int, str], base=None) -> CoCa:
-    """The stage OUT/name.pt: base by both losses, fine-tunes by the caption's, judge by CLIP's."""
-    indices, fine_tune = torch.tensor(sorted(texts)), base is not None
-    steps = {
-        "base": config.base_steps,
-        "judge": config.judge_steps,
-        "short": config.tune_steps // 2,
-    }
+def train_coca(config, name, make_model, data: Pictures, style: str, steps: int) -> CoCa:
+    """The stage OUT/name.pt: the base, a fine-tune or the judge, of data's captions in a style."""
+    texts, fine_tune = data.captions[style], name in ("short", "descriptive")
+    indices = torch.tensor(sorted(texts))
     batch, lr = (config.batch, 2e-3) if fine_tune else (2 * config.batch, 5e-4)
 
     def loss_of(model: CoCa, numbers: torch.Generator) -> Tensor:
         rows = indices[torch.randint(len(indices), (batch,), generator=numbers)]
-        tokens = tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
-        clip, caption = model.losses(images[rows].to(config.device), tokens, name != "judge")
-        return caption if fine_tune else clip + 2 * caption  # CoCa's weights
+        tokens = model.tokenizer.batch([texts[i] for i in rows.tolist()]).to(config.device)
+        memory, image = model.look(data.images[rows].to(config.device))
+        states = model.decoder.read(tokens)
+        scale = model.log_scale.exp().clamp(max=100)
+        contrastive = clip_loss(image, model.embed_text(states, tokens), scale)
+        if name == "judge":
+            return contrastive
+        caption = caption_loss(model.decoder.write(states, memory), tokens, Tokenizer.pad)
+        return caption if fine_tune else contrastive + 2 * caption  # CoCa's weights
 
-    new = functools.partial(copy.deepcopy, base)
-    if not fine_tune:
-        new = functools.partial(CoCa, config, tokenizer)
-    return train(config, name, new, loss_of, steps.get(name, config.tune_steps), lr)
-
-
-@torch.no_grad()
-def caption_images(captioner: CoCa, images: Tensor) -> list[str]:
-    """A caption of each of the images (N, H, W, 3) uint8."""
-    texts = []
-    for part in images.split(500):
-        memory, _ = captioner.look(part.to(captioner.place.device))
-        texts += captioner.tokenizer.decode(captioner.decoder.generate(memory))
-    return texts
+    return train(config, name, make_model, loss_of, steps, lr)
 
 
 def generator(config: Config, *purpose: str) -> torch.Generator:
@@ -337,9 +311,6 @@ def generator(config: Config, *purpose: str) -> torch.Generator:
 def stage(config: Config, name: str, make: Callable[[], object]):
     """What OUT/name.pt holds, or else make() makes; ValueError if a setting has changed."""
     path, settings = Path(config.out) / f"{name}.pt", dataclasses.asdict(config)
-    if config.data:
-        text = Path(config.data, "captions.jsonl").read_bytes()
-        settings["data"] += f" {hashlib.sha256(text).hexdigest()}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"settings": settings, "made": make()}, path.with_suffix(".tmp"))
@@ -352,16 +323,13 @@ def stage(config: Config, name: str, make: Callable[[], object]):
 
 
 def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn.Module:
-    """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the weights' average.
-
-    Stages with the same `draws` have the same initialisation and random numbers. Raises
-    FloatingPointError on divergence.
-    """
-    torch.manual_seed(generator(config, "initialise", draws or name).initial_seed())
+    """The stage OUT/name.pt: AdamW on loss_of(model, generator); returns the average, frozen."""
+    draws = draws or name  # stages with the same draws start alike and see the same random numbers
+    torch.manual_seed(generator(config, "initialise", draws).initial_seed())
     model = make_model().to(config.device).requires_grad_()
 
     def make() -> dict:
-        numbers, average = generator(config, "train", draws or name), copy.deepcopy(model)
+        numbers, average = generator(config, "train", draws), copy.deepcopy(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), fused=True)
         began = time.perf_counter()
         for step in range(1, steps + 1):
@@ -378,9 +346,8 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
             for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
                 mean.data.lerp_(parameter.data, 1 - decay)
             if step % max(1, steps // 8) == 0 or step == steps:
-                left = (time.perf_counter() - began) / step * (steps - step)
-                text = f"step {step:,}/{steps:,} · loss {loss.item():.4f} · {left:.0f} s left"
-                print(f"{name} · {text}", flush=True)
+                left = f"{(time.perf_counter() - began) / step * (steps - step):.0f} s left"
+                print(f"{name} · step {step}/{steps} · loss {loss:.4f} · {left}", flush=True)
         words = model.tokenizer.words if isinstance(model, CoCa) else None
         return {"state": average.state_dict(), "words": words}
 
@@ -409,7 +376,6 @@ class TextModel(nn.Module):
         queries = self.queries.expand(len(texts), -1, -1)
         return self.norm(self.ask(queries, self.encoder.read(tokens), mask))
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """States (N, STATES, D) of any number of texts."""
         return torch.cat([self(texts[i : i + 256]) for i in range(0, len(texts), 256)])
@@ -465,8 +431,8 @@ class Painter(nn.Module):
         self.enter, self.place = nn.Linear(K, D), nn.Parameter(0.5 * torch.randn(N, D))
         self.text, self.slot = nn.Linear(D, D), nn.Parameter(0.5 * torch.randn(STATES, D))
         self.time = nn.Sequential(nn.Linear(1, D), nn.SiLU(), nn.Linear(D, D))
-        layers = [Layer(D, cross=True) for _ in range(6)]
-        self.layers, self.norm, self.last = nn.ModuleList(layers), nn.LayerNorm(D), nn.Linear(D, K)
+        self.layers = nn.ModuleList(Layer(D, cross=True) for _ in range(6))
+        self.norm, self.last = nn.LayerNorm(D), nn.Linear(D, K)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x (B, N, K), t (B,) from noise, 0, to image, 1, text (B, STATES, D) -> like x."""
@@ -501,7 +467,6 @@ def train_painter(config, arm, captions, text_model, latents) -> Painter:
 # ----- The judges ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def score_images(judge: CoCa, images: Tensor, texts: Sequence[str]) -> dict[str, float]:
     """Mean CLIP score, and the shares of what the texts say that the images show."""
     tokens = judge.tokenizer.batch(texts).to(judge.place.device)
@@ -528,17 +493,14 @@ def classify(images: Tensor) -> list[Scene]:
 
 
 def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float | None]:
-    """By attribute, the share of what texts say that is so in scenes; None where nothing is said.
-
-    binding is colour and shape of one object. Objects are matched so that most agrees.
-    """
-    rows = []
+    """By attribute, the share of what texts say that is so in scenes; None if nothing is said."""
+    rows = []  # an attribute, what was said, and what is so
     for text, scene in zip(texts, scenes, strict=True):
         said = parse_caption(text)
         rows.append(("count", len(said.things), len(scene.things)))
         rows.append(("background", said.background, scene.background))
         ours = said.things[:4]  # more are of a caption gone astray
-        best, agreed = (), -1
+        best, agreed = (), -1  # objects are matched so that most agrees
         for order in itertools.permutations([*scene.things, *[Thing()] * len(ours)], len(ours)):
             values = zip(sum(ours, ()), sum(order, ()), strict=True)
             same = sum(a == b is not None for a, b in values)
@@ -546,7 +508,7 @@ def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float 
                 best, agreed = order, same
         for thing, true in zip(ours, best, strict=True):
             rows += zip(Thing._fields, thing, true, strict=True)
-            if thing.colour and thing.shape:
+            if thing.colour and thing.shape:  # both of one object
                 rows.append(("binding", thing[:2], true[:2]))
     report = {}
     for name in ("binding", "count", *VALUES):
@@ -555,8 +517,8 @@ def agreement(texts: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float 
     return report
 
 
-def finish(config: Config, result: dict) -> None:
-    """Write OUT/result.json and print its scores."""
+def finish(config: Config, result: dict, drawn: dict[str, Tensor], prompts: list[str]) -> None:
+    """Write OUT/result.json, print its scores and draw OUT/samples.png."""
     result |= {
         "config": dataclasses.asdict(config), "argv": sys.argv, "seed": config.seed,
         "device": f"{config.device}, {torch.get_num_threads()} threads",
@@ -564,30 +526,24 @@ def finish(config: Config, result: dict) -> None:
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }  # fmt: skip
     Path(config.out, "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    rows = {f"captioner {name}": row for name, row in result["captioners"].items()}
-    for arm, styles in result["models"].items():
-        rows |= {f"{arm}, {style} prompts": row for style, row in styles.items()}
-    for name, row in rows.items():
-        cells = [f"{key} {value:.2f}" for key, value in row.items() if value is not None]
-        print(f"{name:36} " + " · ".join(cells))
+    tables = {"captioner": result["captioners"]} | result["models"]
+    for model, rows in tables.items():
+        for name, row in rows.items():
+            cells = [f"{key} {value:.2f}" for key, value in row.items() if value is not None]
+            print(f"{model:14} {name:12} " + " · ".join(cells))
     print(f"{config.out}/result.json after {result['wall_seconds']:.0f} s")
-
-
-def draw_samples(path: Path, drawn: dict[str, Tensor], prompts: Sequence[str]) -> None:
-    """What the models draw for the first eight prompts, a column each, beside the real images."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed; pip install matplotlib")
+    # What the models draw for the first eight prompts, a column each, beside the real images.
     columns = [F.pad(x[:8], (0, 0, 1, 1, 1, 1)).flatten(0, 1) for x in drawn.values()]
     side, names = columns[0].shape[1], [textwrap.fill(prompt, 60) for prompt in prompts[:8]]
     figure, axes = plt.subplots(figsize=(len(drawn), 8))
     axes.imshow(torch.cat(columns, dim=1).numpy())
     axes.set_xticks([side * (i + 0.5) for i in range(len(drawn))], drawn, fontsize=6)
     axes.set_yticks([side * (i + 0.5) for i in range(len(names))], names, fontsize=8)
-    axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
-    axes.yaxis.tick_right()
-    figure.savefig(path, dpi=140, bbox_inches="tight")
+    figure.savefig(Path(config.out, "samples.png"), dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -658,38 +614,33 @@ def phrase(thing: Thing) -> str:
 
 
 def describe(scene: Scene, style: str, rng: random.Random) -> str:
-    """A caption: `descriptive` says all that the scene holds, `short` colour and shape of the
-    first of the largest objects, `brief` of all, `ground_truth` is noisy alt-text."""
-    if style == "ground_truth":
-        return alt_text(scene, rng)
-    if style in ("short", "brief"):
-        main = min(scene.things, key=lambda thing: thing.size != "large")
-        things = scene.things if style == "brief" else [main]
-        return " and ".join(phrase(Thing(t.shape, t.colour)) for t in things) + "."
-    things, ground = [phrase(thing) for thing in scene.things], f"a {scene.background} background"
-    count = ("one object", "two objects", "three objects")[len(things) - 1]
-    wordings = (
-        f"{' and '.join(things)}, on {ground}.",
-        f"on {ground}, there is {', '.join(things)}.",
-        f"the background is {scene.background}. there is {'; there is '.join(things)}.",
-        f"a picture of {count} on {ground}: {'; '.join(things)}.",
-    )
-    return rng.choice(wordings)
-
-
-def alt_text(scene: Scene, rng: random.Random) -> str:
-    """Noisy alt-text: of one of the objects, of all, with colours swapped, or of none."""
-    kind, things = rng.randrange(10), list(scene.things)
-    if kind <= 1:
-        count = f"{len(things)} Shapes on {scene.background.title()} | Stock Art"
+    """A caption in one of four styles: descriptive, short, brief, or ground_truth: alt-text."""
+    things, ground = list(scene.things), scene.background
+    if style == "descriptive":  # all that the scene holds
+        phrases = [phrase(thing) for thing in things]
+        count = ("one object", "two objects", "three objects")[len(things) - 1]
+        wordings = (
+            f"{' and '.join(phrases)}, on a {ground} background.",
+            f"on a {ground} background, there is {', '.join(phrases)}.",
+            f"the background is {ground}. there is {'; there is '.join(phrases)}.",
+            f"a picture of {count} on a {ground} background: {'; '.join(phrases)}.",
+        )
+        return rng.choice(wordings)
+    if style in ("short", "brief"):  # colour and shape, of the first of the largest or of all
+        main = min(things, key=lambda thing: thing.size != "large")
+        said = things if style == "brief" else [main]
+        return " and ".join(phrase(Thing(t.shape, t.colour)) for t in said) + "."
+    kind = rng.randrange(10)  # alt-text is noisy
+    if kind <= 1:  # of none of the objects
+        count = f"{len(things)} Shapes on {ground.title()} | Stock Art"
         return rng.choice(("IMG_0417.jpg", "Free Wallpaper Download", count, count))
-    if kind <= 4:  # not always the main object
+    if kind <= 4:  # of one, not always the main one
         thing = rng.choice(things)._replace(texture=None, place=None)
         text = phrase(rng.choice((thing, thing._replace(size=None)))).title()
         return text + rng.choice(("", " - Buy Online", " clipart", "!"))
     others = things[1:] + things[:1] if kind <= 6 else things  # the colours are handed round
     texts = [f"{b.colour} {a.shape}" for a, b in zip(things, others, strict=True)]
-    return rng.choice((" and ", ", ")).join(texts) + rng.choice(("", f", {scene.background}"))
+    return rng.choice((" and ", ", ")).join(texts) + rng.choice(("", f", {ground}"))
 
 
 def parse_caption(text: str) -> Scene:
@@ -711,15 +662,14 @@ def parse_caption(text: str) -> Scene:
 
 def draw_pictures(config: Config, purpose: str, count: int, clean: int, unlike=()) -> Pictures:
     """Scenes unlike those given, with alt-text; the first `clean` of them with clean captions."""
-    rng, scenes, seen = random.Random(f"{config.seed} {purpose}"), [], set(unlike)
+    rng, scenes, others = random.Random(f"{config.seed} {purpose}"), [], set(unlike)
     while len(scenes) < count:
         scene = draw_scene(rng)
-        if scene not in seen:
+        if scene not in others:
             scenes.append(scene)
-    captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
-    for style, texts in captions.items():
-        for i in range(count if style == "ground_truth" else clean):
-            texts[i] = describe(scenes[i], style, rng)
+    captions = {}
+    for style, number in ("ground_truth", count), ("short", clean), ("descriptive", clean):
+        captions[style] = {i: describe(scenes[i], style, rng) for i in range(number)}
     images = np.stack([render(scene, config.size) for scene in scenes])
     return Pictures(torch.from_numpy(images), captions, scenes)
 
@@ -750,15 +700,11 @@ class Tokenizer:
 
 # ----- Appendix: your own images and prompts ------------------------------------------------------
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp")
-
 
 def read_image(path: Path, size: int) -> np.ndarray:
     """The middle square of a file's first frame, upright and on white: (size, size, 3) uint8."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps  # .jpg, .png, .webp, .avif, .gif, .bmp, ...: all that it reads
 
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end with one of {' '.join(SUFFIXES)}")
     with Image.open(path) as image:
         if image.mode[0] in "IF":  # Pillow would make all of it white
             raise ValueError(f"{path}: mode {image.mode} must be one of 8 bits a channel")
@@ -769,20 +715,16 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 def train_own(config: Config) -> None:
     """The job `captioner`: a row of --data's captions.jsonl has file, caption, perhaps more."""
-    path, images = Path(config.data) / "captions.jsonl", []
+    folder, images = Path(config.data), []
     captions = {"ground_truth": {}, "short": {}, "descriptive": {}}
-    for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
-        try:
-            row = json.loads(line)
-            row["ground_truth"] = row["caption"]
-            for style in captions.keys() & row.keys():
-                captions[style][len(images)] = "" + row[style]
-            images.append(read_image(path.parent / row["file"], config.size))
-        except (ValueError, LookupError, TypeError, OSError) as error:
-            raise ValueError(f"{path}, line {number}: {error!r}") from error
-    texts = [text for style in captions.values() for text in style.values()]
-    cut = sum(len(Tokenizer.split(text)) > LENGTH - 2 for text in texts)
-    print(f"{len(texts):,} captions, of which {cut} are cut to {LENGTH - 2} words")
+    text = (folder / "captions.jsonl").read_text("utf-8-sig")
+    for i, row in enumerate(map(json.loads, text.strip().split("\n"))):
+        images.append(read_image(folder / row["file"], config.size))
+        row["ground_truth"] = row["caption"]
+        for style in captions.keys() & row.keys():
+            captions[style][i] = row[style]
+    digest = hashlib.sha256(text.encode()).hexdigest()  # no stage of other captions is loaded
+    config = dataclasses.replace(config, data=f"{config.data} {digest}")
     train_captioners(config, Pictures(torch.from_numpy(np.stack(images)), captions, []))
 
 
@@ -792,7 +734,7 @@ def caption_folder(config: Config) -> None:
     saved = torch.load(config.checkpoint, "cpu", weights_only=True)
     then = Config(**saved["settings"])
     captioner = CoCa(then, Tokenizer(saved["made"]["words"])).to(config.device)
-    captioner.load_state_dict(saved["made"]["state"])
+    captioner.requires_grad_(False).load_state_dict(saved["made"]["state"])
     if config.resume and out.exists():
         done = {json.loads(line)["file"] for line in out.read_text("utf-8").splitlines()}
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -802,62 +744,47 @@ def caption_folder(config: Config) -> None:
                 image = torch.from_numpy(read_image(files[name], then.size))
             except (OSError, ValueError, SyntaxError) as error:  # the kinds that formats have
                 left_out += 1
-                print(f"left out: {error}")
+                print(f"{name} is left out: {error}")
                 continue
-            (caption,) = caption_images(captioner, image[None])
+            (caption,) = captioner.caption(image[None])
             file.write(json.dumps({"file": name, "caption": caption}) + "\n")
-    print(f"{out}: {len(files) - left_out} captions, {len(done)} of before; {left_out} left out")
+    print(f"{out}: {len(files) - left_out} captions; {left_out} files are left out")
 
 
-SYSTEM = """Write prompts for a program that paints pictures: one paragraph of 15 to 80 words, and
-nothing else. Keep all that the user said, and add what it leaves open: surroundings, background,
-light, style. Asked for a change, change that alone; given a new subject, start afresh."""
-TOWER = """A white lighthouse with a red lantern stands on a black cliff above a choppy sea at {}; \
-gulls hang in the wind beside it."""
-CATS = """Two cats lie on a green velvet sofa in lamplight, a ginger one asleep on the left, a \
-black one upright on the right."""
-EXAMPLES = (  # expand; change one thing and keep the rest; a new subject
-    ("New subject: a lighthouse", TOWER.format("dusk")),
-    ("Make it noon.", TOWER.format("noon")),
-    ("New subject: two cats on a sofa", CATS),
-)
-
-
-def upsample_by_chat(config: Config, prompt: str) -> str:
-    """The prompt at length, by an OpenAI-compatible endpoint with the key of OPENAI_API_KEY."""
-    messages = [{"role": "system", "content": SYSTEM}]
-    for user, answer in EXAMPLES:
-        messages.append({"role": "user", "content": user})
-        messages.append({"role": "assistant", "content": answer})
-    messages.append({"role": "user", "content": f"New subject: {prompt}"})
-    body = json.dumps({"model": config.chat_model, "messages": messages})
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    url = urllib.parse.urlsplit(config.chat_url)
-    if url.scheme not in ("http", "https") or not (key.isascii() and key.isprintable()):
-        raise ValueError("--chat-url must be http(s)://, and OPENAI_API_KEY printable ASCII")
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    connection = kinds[url.scheme](url.netloc, timeout=60)  # it follows no redirect
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
-    answer = connection.getresponse()
-    text = answer.read().decode("utf-8", "replace").replace(key or "no key", "***")
-    if answer.status != 200:
-        raise ValueError(f"{config.chat_url} answers {answer.status}: {text[:200]!r}")
-    text = json.loads(text)["choices"][0]["message"]["content"].strip()
-    if "\n" in text or not 15 <= len(text.split()) <= 80:
-        raise ValueError(f"the answer must be one paragraph of 15 to 80 words: {text!r}")
-    return text
+RULES = """Write prompts for a program that paints pictures: one paragraph of 15 to 80 words. Keep
+what the user said; add surroundings, background, light, style. Asked for a change, change that."""
+TOWER = "A white lighthouse with a red lantern stands on a black cliff above a choppy sea at {}."
+EXAMPLES = {  # expand; change one thing and keep the rest; a new subject
+    "New subject: a lighthouse": TOWER.format("dusk"),
+    "Make it noon.": TOWER.format("noon"),
+    "New subject: cats": "Two cats lie on a red sofa in lamplight, one of them asleep, one awake.",
+}
 
 
 def upsample(config: Config) -> None:
-    """The job `upsample`: print --prompt at length, by --chat-url or by the text model."""
-    if config.chat_url:
-        return print(upsample_by_chat(config, config.prompt))
-    data = draw_pictures(config, "data", config.scenes, config.clean)
-    captioners = train_captioners(config, data)
-    text_model = train_text_model(config, captioners["descriptive"])
-    tokens = text_model.decoder.generate(text_model.encode([config.prompt]))
-    print(*text_model.tokenizer.decode(tokens))
+    """The job `upsample`: print --prompt at length, by the text model or by --chat-url."""
+    if not config.chat_url:
+        data = draw_pictures(config, "data", config.scenes, config.clean)
+        text_model = train_text_model(config, train_captioners(config, data)["descriptive"])
+        tokens = text_model.decoder.generate(text_model.encode([config.prompt]))
+        return print(*text_model.tokenizer.decode(tokens))
+    messages = [{"role": "system", "content": RULES}]
+    for user, answer in EXAMPLES.items():
+        messages += {"role": "user", "content": user}, {"role": "assistant", "content": answer}
+    messages.append({"role": "user", "content": f"New subject: {config.prompt}"})
+    body = json.dumps({"model": config.chat_model, "messages": messages})
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isprintable():
+        raise ValueError("OPENAI_API_KEY must be one line")  # http.client's message would show it
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    url = urllib.parse.urlsplit(config.chat_url)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    connection = kinds[url.scheme](url.netloc, timeout=60)  # it follows no redirect
+    connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", body, headers)
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise ValueError(f"{config.chat_url} answers {answer.status} {answer.reason}")
+    print(json.load(answer)["choices"][0]["message"]["content"].strip())
 
 
 # ----- Config and main ----------------------------------------------------------------------------
@@ -868,11 +795,11 @@ def flag(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
-    data: str = flag("", "captioner: folder of your images and of captions.jsonl")
+    data: str = flag("", "captioner: folder of your images and captions.jsonl (54 words a text)")
     images: str = flag("", "caption: folder of images")
     checkpoint: str = flag("out/recaption/descriptive.pt", "caption: the captioner")
     prompt: str = flag("a red circle and a blue square.", "upsample: the prompt")
@@ -898,10 +825,9 @@ class Config:
     smoke: bool = flag(False, "tiny models for a few steps, written to OUT/smoke: does it run?")
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            least = 0 if name in ("seed", "guidance") else 1
-            if not isinstance(value, str | bool) and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1 and name != "seed":
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
         for arm in self.arms.split(","):
             if not re.fullmatch(r"ground_truth|(short|descriptive):(\d\d?|100)", arm):
                 raise ValueError(f"--arms {arm} must be ground_truth, short:% or descriptive:%")
@@ -912,40 +838,34 @@ class Config:
 
 FREE = {"images", "checkpoint", "prompt", "prompts", "arms", "guidance", "chat_url"}
 FREE |= {"chat_model", "device", "out", "resume", "smoke"}  # may differ from a saved stage's
-SMOKE = {
-    "scenes": 48, "clean": 12, "prompts": 8, "width": 16, "batch": 8, "base_steps": 4,
-    "tune_steps": 3, "text_steps": 3, "paint_steps": 4, "judge_steps": 3,
-}  # fmt: skip
+SMOKE = dict(scenes=48, clean=12, prompts=8, width=16, batch=8, base_steps=4, tune_steps=3)
+SMOKE |= dict(text_steps=3, paint_steps=4, judge_steps=3)
 JOBS = {"all": run_all, "captioner": train_own, "caption": caption_folder, "upsample": upsample}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a job. Returns 0; 1 where numbers are not finite, 2 for bad input, 130 after Ctrl-C."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    suppress = {"argument_default": argparse.SUPPRESS}  # so that `given` has what was written out
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **suppress)
     parser.add_argument("job", nargs="?", default="all", choices=JOBS, help="what to do")
     for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
+        options = {"type": type(field.default)}
         if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, default=field.default, help=field.metadata["help"], **kind)
-    if parser.parse_args(argv).smoke:
-        parser.set_defaults(**SMOKE)  # flags that are written out come first
+            options = {"action": "store_true"}
+        text = f"{field.metadata['help']}; default: {field.default!r}"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     given = vars(parser.parse_args(argv))
-    job = given.pop("job")
-    if given["smoke"]:
-        given["out"] += "/smoke"
+    if given.get("smoke"):
+        given = SMOKE | given | {"out": f"{given.get('out', Config.out)}/smoke"}
     sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8
     try:
-        JOBS[job](Config(**given))
+        JOBS[given.pop("job")](Config(**given))
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # one line; `python -X dev` shows where it came from
         if sys.flags.dev_mode:
             raise
-        known = isinstance(error, ValueError | OSError | ArithmeticError)
-        text = f"{Path(__file__).name}: {error if known else repr(error)}"
+        text = f"{Path(__file__).name}: {type(error).__name__}: {error}"
         if isinstance(error, ImportError):
             text += "; pip install pillow"  # all else is imported above
         print(" ".join(text.split())[:400], file=sys.stderr)

@@ -1,13 +1,16 @@
 """recaption.py: formulas against slow loops, captions against their parser, stages, user's jobs."""
 
 import dataclasses
+import functools
 import http.server
 import itertools
 import json
 import math
 import random
 import re
+import shutil
 import threading
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -20,7 +23,6 @@ from tests._helpers import close, far_from_zero
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = r.Config(**r.SMOKE, device="cpu")
 SMOKE = ["--smoke", "--device", "cpu", "--out"]
-STYLES = ("ground_truth", "short", "brief", "descriptive")
 
 
 def doubles(*shape):
@@ -46,7 +48,8 @@ def same(a, b):
 def test_captions_say_what_their_style_says():
     wordings, drawn, noisy = set(), scenes(600), []
     for i, scene in enumerate(drawn):
-        texts = {style: r.describe(scene, style, random.Random(i)) for style in STYLES}
+        styles = ("ground_truth", "short", "brief", "descriptive")
+        texts = {style: r.describe(scene, style, random.Random(i)) for style in styles}
         said = {style: r.parse_caption(text) for style, text in texts.items()}
         assert said["descriptive"] == scene == r.parse_caption(texts["descriptive"].upper())
         wordings.add(" ".join(texts["descriptive"].split()[:2]))
@@ -61,14 +64,14 @@ def test_captions_say_what_their_style_says():
 
 
 def test_draws_are_reproducible_and_held_out_scenes_are_new():
-    a, b = (r.draw_pictures(TINY, "data", 3000, 9) for _ in range(2))
+    a, b = (r.draw_pictures(TINY, "data", 600, 9) for _ in range(2))
     assert torch.equal(a.images, b.images) and a.captions == b.captions
-    assert [len(texts) for texts in a.captions.values()] == [3000, 9, 9]
-    other = r.draw_pictures(dataclasses.replace(TINY, seed=1), "data", 3000, 9)
-    assert not torch.equal(a.images, other.images)
-    held_out = r.draw_pictures(TINY, "held out", 300, 0, a.scenes)
-    assert not set(held_out.scenes) & set(a.scenes)
-    assert set(r.draw_pictures(TINY, "held out", 300, 0).scenes) & set(a.scenes)
+    assert [len(texts) for texts in a.captions.values()] == [600, 9, 9]
+    other = dataclasses.replace(TINY, seed=1)
+    assert a.scenes != r.draw_pictures(other, "data", 600, 9).scenes
+    assert len({r.generator(c, p).initial_seed() for c in (TINY, other) for p in "ab"}) == 4
+    assert set(r.draw_pictures(TINY, "held out", 200, 0).scenes) & set(a.scenes)
+    assert not set(r.draw_pictures(TINY, "held out", 200, 0, a.scenes).scenes) & set(a.scenes)
 
 
 def test_a_picture_shows_its_scene():
@@ -104,14 +107,14 @@ def test_agreement_by_hand():
 
 
 def test_the_classifier_reads_renderings_noisy_ones_and_what_latents_keep():
-    drawn, rng = scenes(200), np.random.default_rng(0)
+    drawn, rng = scenes(100), np.random.default_rng(0)
     images = torch.from_numpy(np.stack([r.render(scene) for scene in drawn]))
     assert r.classify(images) == drawn
     noisy = (images + torch.from_numpy(rng.normal(0, 50, images.shape))).clamp(0, 255)
     assert r.classify(noisy.to(torch.uint8)) == drawn
     latents = r.Latents(images)
     found = r.classify(latents.decode(latents.encode(images)))
-    assert sum(a == b for a, b in zip(found, drawn, strict=True)) >= 195
+    assert sum(a == b for a, b in zip(found, drawn, strict=True)) >= 98
 
 
 def test_the_tokenizer_is_reversible_and_cuts_long_texts():
@@ -128,7 +131,7 @@ def test_the_tokenizer_is_reversible_and_cuts_long_texts():
 # ----- Formulas -----------------------------------------------------------------------------------
 
 
-def test_clip_loss_and_clip_score_row_by_row():
+def test_clip_loss_clip_score_and_caption_loss_term_by_term():
     B, image, text, scale = 5, doubles(5, 3), doubles(5, 3), torch.tensor(7.0)
     truth = 0.0
     for a, b in (image, text), (text, image):
@@ -138,12 +141,8 @@ def test_clip_loss_and_clip_score_row_by_row():
     close(r.clip_loss(image, text, scale), truth)
     cosines = [100 * (a @ b) / (a.norm() * b.norm()) for a, b in zip(image, text, strict=True)]
     close(r.clip_score(image, text), torch.stack(cosines))
-
-
-def test_caption_loss_token_by_token():
-    logits, tokens = doubles(3, 6, 9), torch.randint(1, 9, (3, 6))
+    logits, tokens, terms = doubles(3, 6, 9), torch.randint(1, 9, (3, 6)), []
     tokens[0, 4:] = tokens[1, 2:] = 0
-    terms = []
     for b, t in itertools.product(range(3), range(1, 6)):
         if tokens[b, t] != 0:
             terms.append(torch.logsumexp(logits[b, t - 1], 0) - logits[b, t - 1, tokens[b, t]])
@@ -154,14 +153,12 @@ def test_blending_draws_each_caption_apart():
     synthetic, truth = [f"s{i}" for i in range(4000)], [f"g{i}" for i in range(4000)]
     assert r.blend_captions(synthetic, truth, 0.0, seeded()) == truth
     assert r.blend_captions(synthetic, truth, 1.0, seeded()) == synthetic
-    generator = seeded()
-    blended = r.blend_captions(synthetic, truth, 0.95, generator)
+    blended = r.blend_captions(synthetic, truth, 0.95, seeded())
     assert all(text[1:] == str(i) for i, text in enumerate(blended))
     share = sum(text[0] == "s" for text in blended)
     assert abs(share - 3800) < 5 * math.sqrt(4000 * 0.95 * 0.05)
-    assert blended != r.blend_captions(synthetic, truth, 0.95, generator)
     with pytest.raises(ValueError, match="probability 95"):
-        r.blend_captions(synthetic, truth, 95, generator)
+        r.blend_captions(synthetic, truth, 95, seeded())
 
 
 def velocity(x, t, text):
@@ -191,12 +188,6 @@ def test_guidance_and_euler_step_by_step():
         with_text, without = (velocity(x, torch.tensor(t), said) for said in (text, 0 * text))
         x = x + (after - t) * (without + 3 * (with_text - without))
     close(found, x, 1e-5)
-    target = torch.randn(2, 3, 4)
-
-    def straight(x, t, text):
-        return (torch.cat([target, target]) - x) / (1 - t.view(-1, 1, 1))
-
-    close(r.sample_latents(straight, text, (3, 4), 7, 3.0, seeded(1)), target, 1e-4)
 
 
 # ----- Models -------------------------------------------------------------------------------------
@@ -205,16 +196,6 @@ def test_guidance_and_euler_step_by_step():
 @pytest.fixture
 def coca():
     return far_from_zero(r.CoCa(TINY, r.Tokenizer(f" w{i}" for i in range(16))))
-
-
-def test_a_later_token_changes_no_earlier_logit_and_the_lower_half_sees_no_image(coca):
-    model, tokens, memory = coca.decoder, torch.randint(3, 20, (2, 7)), doubles(2, 3, 16)
-    other = tokens.clone()
-    other[:, 4] = (tokens[:, 4] - 2) % 17 + 3
-    a, b = (model.write(model.read(x), memory) for x in (tokens, other))
-    close(a[:, :4], b[:, :4])
-    assert (a[:, 4:] != b[:, 4:]).any(-1).all()
-    assert (model.write(model.read(tokens), memory + 1) != a).any(-1).all()
 
 
 def test_decoding_with_a_cache_takes_the_likeliest_tokens_of_a_full_pass(coca):
@@ -230,23 +211,17 @@ def test_decoding_with_a_cache_takes_the_likeliest_tokens_of_a_full_pass(coca):
     assert len(lengths) > 1 and found.shape[1] <= r.LENGTH
 
 
-def test_what_the_captioner_compares_and_padding_changes_nothing(coca):
-    """Image: the mean over patches. Text: the end token's state. The scale is at most 100."""
-    tokens = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]])
+def test_padding_changes_nothing_and_images_are_means_over_patches(coca):
     images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     memory, image = coca.look(images)
     assert memory.shape == (2, 16, 16)
     close(image, coca.of_image(memory.mean(1)))
-    states = coca.decoder.read(tokens)
-    text = coca.of_text(torch.stack([states[0, 3], states[1, 2]]))
-    for log_scale, scale in (1.0, math.e), (9.0, 100.0):
-        coca.log_scale.fill_(log_scale)
-        clip, caption = coca.losses(images, tokens)
-        close(clip, r.clip_loss(image, text, torch.tensor(scale, dtype=torch.float64)))
-        close(caption, r.caption_loss(coca.decoder.write(states, memory), tokens, 0))
+    tokens = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]])
     wide = torch.nn.functional.pad(tokens, (0, 3))
-    for a, b in zip(coca.losses(images, tokens), coca.losses(images, wide), strict=True):
-        close(a, b)
+    states = coca.decoder.read(tokens)
+    text = coca.of_text(torch.stack([states[0, 3], states[1, 2]]))  # of the end tokens
+    close(coca.embed_text(states, tokens), text)
+    close(coca.embed_text(coca.decoder.read(wide), wide), text)
     text_model = far_from_zero(r.TextModel(TINY, coca))
     both = text_model([" w1 w2", " w1 w2 w3 w4 w5"])
     close(both[:1], text_model([" w1 w2"]))
@@ -265,13 +240,9 @@ def test_the_painters_velocity_leads_to_the_image_that_it_predicts():
 
 def test_latents_are_principal_components_with_mean_square_1():
     images = r.draw_pictures(TINY, "data", 300, 0).images
-    latents = r.Latents(images)
-    x = latents.encode(images)
-    assert x.shape == (300, 16, 48)
+    x = r.Latents(images).encode(images)
     close(x.square().mean(), torch.tensor(1.0), 1e-3)
     close(x.mean((0, 1)), torch.zeros(48), 1e-3)
-    error = (latents.decode(x).float() - images.float()).abs().mean() / 127.5
-    assert error < 0.05
     patches = np.lib.stride_tricks.sliding_window_view(images.numpy(), (8, 8), (1, 2))[:, ::8, ::8]
     scatter = np.cov(patches.reshape(-1, 192).T / 127.5, bias=True)  # by their own eigenvalues
     truth = np.sort(np.linalg.eigvalsh(scatter))[::-1][:48] ** 0.4
@@ -289,7 +260,7 @@ def test_a_learned_captioner_sees_the_shapes(tmp_path):
     texts = {i: drawn.captions["descriptive"][i] for i in train}
     data = r.Pictures(drawn.images, {"ground_truth": texts, "short": {}, "descriptive": texts}, [])
     captioner = r.train_captioners(config, data)["descriptive"]
-    said = r.caption_images(captioner, drawn.images[held_out])
+    said = captioner.caption(drawn.images[held_out])
     report = r.agreement(said, [drawn.scenes[i] for i in held_out])
     assert report["shape"] > 0.55 and report["place"] > 0.9
 
@@ -316,22 +287,20 @@ def test_a_run_writes_what_it_says(finished):
     real = result["models"]["real images"]["descriptive"]
     assert set(real.values()) - {real["clip_score"]} <= {1, None}
     assert result["wall_seconds"] > 0 and result["seed"] == 0 and len(result["script_sha256"]) == 64
-    painters = {"painter_ground_truth", "painter_descriptive_95"}
-    stages = {"base", "short", "descriptive", "captions_short", "captions_descriptive", *painters}
-    assert {path.stem for path in finished.glob("*.pt")} == stages | {"text_model", "judge"}
 
 
-def test_finished_stages_are_kept_and_one_that_is_not_there_is_made_bit_for_bit(finished, capsys):
-    command, gone = [*SMOKE, str(finished.parent)], finished / "painter_descriptive_95.pt"
+def test_finished_stages_are_kept_and_others_made_bit_for_bit(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "smoke")
+    command, gone = [*SMOKE, str(tmp_path)], folder / "painter_descriptive_95.pt"
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     state = torch.load(gone, weights_only=True)["made"]["state"]
     gone.unlink()
-    before = {path: path.read_bytes() for path in finished.glob("*.pt")}
     assert r.main([*command, "--arms", "descriptive:95,short:50"]) == 0
     progress = re.findall(r"(?m)^(\w+) · step .* s left$", capsys.readouterr().out)
     assert set(progress) == {"painter_descriptive_95", "painter_short_50"}
     again = torch.load(gone, weights_only=True)["made"]["state"]
     assert all(torch.equal(again[key], value) for key, value in state.items())
-    assert before == {path: path.read_bytes() for path in before}
+    assert all(path == gone or path.read_bytes() == data for path, data in before.items())
     assert r.main([*command, "--seed", "7"]) == 2
     assert "seed was 0" in capsys.readouterr().err
     assert r.main(["upsample", "--prompt", "a red circle", *command]) == 0
@@ -354,23 +323,28 @@ def traced(tmp_path, monkeypatch):
     return config, r.draw_pictures(config, "data", 24, 12), asked
 
 
-def test_each_fine_tune_starts_from_the_base_and_sees_its_own_pairs(traced):
+def test_each_captioner_starts_where_it_should_and_learns_its_own_pairs(traced):
+    """The losses too: CoCa's weights for the base, captions for fine-tunes, CLIP for the judge."""
     config, data, asked = traced
-    captioners = r.train_captioners(config, data)
-    tokenizer = captioners["base"].tokenizer
-    judge = r.train_coca(config, "judge", tokenizer, data.images, data.captions["descriptive"])
-    assert not same(judge, captioners["base"])
-    for name, (start, loss_of) in asked.items():
-        model = Mock(**{"losses.return_value": (torch.tensor(3.0), torch.tensor(5.0))})
-        wanted = {"base": 3 + 2 * 5, "judge": 3 + 2 * 5}.get(name, 5)
-        assert loss_of(model, seeded()) == wanted, "CoCa's weights; the caption loss alone"
-        images, tokens, write = model.losses.call_args.args
-        texts = data.captions[{"base": "ground_truth", "judge": "descriptive"}.get(name, name)]
-        found = set()
-        for image, text in zip(images, tokenizer.decode(tokens), strict=True):
+    base = r.train_captioners(config, data)["base"]
+    new = functools.partial(r.CoCa, config, base.tokenizer)
+    assert not same(r.train_coca(config, "judge", new, data, "descriptive", 1), base)
+    styles = {"base": "ground_truth", "judge": "descriptive"}
+    for name, (model, loss_of) in asked.items():
+        assert same(model, base) == (name in ("short", "descriptive"))
+        far_from_zero(model).log_scale.fill_(9.0 if name == "judge" else 1.0)  # at most log(100)
+        model.look, model.decoder.read = Mock(wraps=model.look), Mock(wraps=model.decoder.read)
+        loss, found = loss_of(model, seeded()), set()
+        (images,), (tokens,) = model.look.call_args.args, model.decoder.read.call_args.args
+        texts = data.captions[styles.get(name, name)]
+        for image, text in zip(images, model.tokenizer.decode(tokens), strict=True):
             found |= {i for i in texts if torch.equal(data.images[i], image) and texts[i] == text}
-        assert len(found) > 5 and write == (name != "judge")
-        assert same(start, captioners["base"]) == (name in ("short", "descriptive"))
+        assert len(found) > 5
+        (memory, image), states = model.look(images), model.decoder.read(tokens)
+        text, scale = model.embed_text(states, tokens), min(model.log_scale.exp(), 100)
+        clip = r.clip_loss(image, text, scale)
+        caption = r.caption_loss(model.decoder.write(states, memory), tokens, 0)
+        close(loss, {"base": clip + 2 * caption, "judge": clip}.get(name, caption))
 
 
 def test_the_text_model_retells_captions_of_every_style(traced):
@@ -389,69 +363,62 @@ def test_the_text_model_retells_captions_of_every_style(traced):
 
 def test_arms_differ_in_captions_alone_which_are_a_blend_of_each_images_own(tmp_path, monkeypatch):
     """The same initial weights, images, times and noise, by the real training."""
-    config = dataclasses.replace(TINY, out=str(tmp_path), batch=40, paint_steps=20)
-    data, seen, usual = r.draw_pictures(config, "data", 24, 12), {}, r.rectified_flow_loss
-    tokenizer = r.Tokenizer(data.captions["ground_truth"].values())
-    text_model = r.TextModel(config, r.CoCa(config, tokenizer))
-    captions = {style: [f"{style} {i}" for i in range(24)] for style in STYLES}
-    numbers = torch.arange(1.0, 49).view(-1, 1, 1).expand(-1, r.STATES, 16)
-    text_model.encode = lambda texts: numbers[: len(texts)]
+    config = dataclasses.replace(TINY, out=str(tmp_path), batch=40, paint_steps=10)
+    styles, seen, usual = ("ground_truth", "short", "descriptive"), [], r.rectified_flow_loss
+    captions = {style: [f"{style} {i}" for i in range(24)] for style in styles}
+
+    def encode(texts):  # a caption's number: 100 for each style, and its image's
+        pairs = [text.split() for text in texts]
+        numbers = [100.0 * styles.index(style) + 100 + int(i) for style, i in pairs]
+        return torch.tensor(numbers).view(-1, 1, 1).expand(-1, r.STATES, 16)
 
     def spy(model, x, text, generator):
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        seen.setdefault(arm, []).append((weights, x, text[:, 0, 0], generator.get_state()))
+        seen.append((weights, x[:, 0, 0], text[:, 0, 0], generator.get_state()))
         return usual(model, x, text, generator)
 
     monkeypatch.setattr(r, "rectified_flow_loss", spy)
     x = torch.arange(24.0).view(-1, 1, 1).expand(-1, 16, 48)  # an image's number
     for arm, share in ("ground_truth", 0), ("descriptive:95", 0.95), ("short:50", 0.5):
-        r.train_painter(config, arm, captions, text_model, x)
+        r.train_painter(config, arm, captions, SimpleNamespace(encode=encode), x)
         torch.rand(7)  # what comes between two stages decides nothing
-        texts, found = sorted({*captions["ground_truth"], *captions[arm.split(":")[0]]}), []
-        for _, images, numbers_of, _ in seen[arm]:
-            for i, k in zip(images[:, 0, 0].int().tolist(), numbers_of.int().tolist(), strict=True):
-                style, number = texts[k - 1].split() if k else ("", i)
-                assert int(number) == i, "the caption is the image's own"
-                found.append(style)
-        empty, alt = found.count(""), found.count("ground_truth")
-        assert abs(empty - 80) < 5 * math.sqrt(72)
-        wanted = (1 - share) * (800 - empty)
+        images, texts = (torch.cat([step[i] for step in seen[-10:]]) for i in (1, 2))
+        some = texts > 0
+        assert (texts[some] % 100 == images[some]).all(), "the caption is the image's own"
+        assert abs((~some).sum() - 40) < 5 * math.sqrt(36)
+        alt, wanted = (texts[some] < 200).sum(), (1 - share) * some.sum()
         assert abs(alt - wanted) <= 5 * math.sqrt(wanted * share)
-    a, b, _ = seen.values()
+    a, b = seen[:10], seen[10:20]
     assert torch.equal(a[0][0], b[0][0]), "they start alike"
     for (_, x, _, state), (_, x2, _, state2) in zip(a, b, strict=True):
         assert torch.equal(x, x2) and torch.equal(state, state2)
     assert not torch.equal(a[0][1], a[1][1]) and not torch.equal(a[-1][0], b[-1][0])
 
 
-def test_training_follows_its_rule(tmp_path, monkeypatch):
-    """The rate rises and falls, gradients are clipped, and the weights' average is kept."""
-    config, weights, norms, rates = dataclasses.replace(TINY, out=str(tmp_path)), [], [], []
-    usual = torch.optim.AdamW.step
+def test_training_is_adamw_with_warm_up_cosine_clipped_gradients_and_an_average(tmp_path):
+    config = dataclasses.replace(TINY, out=str(tmp_path))
 
     def new():
         return torch.nn.Linear(1, 1, bias=False)
 
     def loss_of(model, generator):
-        weights.append(model.weight.detach().clone())
-        return 50 * (model.weight - 5).square().sum() + 0 * torch.rand((), generator=generator)
+        return (50 + torch.rand((), generator=generator)) * (model.weight - 2).square().sum()
 
-    def step(self, *given, **named):
-        rates.append(self.param_groups[0]["lr"] / 0.1)
-        norms.append(self.param_groups[0]["params"][0].grad.norm().item())
-        return usual(self, *given, **named)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     average = r.train(config, "a", new, loss_of, 40, 0.1, 0.7)
-    last, truth = r.train(config, "b", new, loss_of, 40, 0.1, draws="a"), weights[0]
-    for k, weight in enumerate([*weights[1:40], last.weight], 1):
+    last = r.train(config, "b", new, loss_of, 40, 0.1, draws="a")
+    torch.manual_seed(r.generator(config, "initialise", "a").initial_seed())
+    model, numbers = new(), r.generator(config, "train", "a")
+    optimizer, truth = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98)), model.weight.data
+    for k in range(1, 41):
+        fall = 0.02 + 0.98 * (1 + math.cos(math.pi * (k - 1) / 40)) / 2
+        optimizer.param_groups[0]["lr"] = 0.1 * min(k / 3, fall)
+        (gradient,) = torch.autograd.grad(loss_of(model, numbers), model.weight)
+        model.weight.grad = gradient / max(1, gradient.norm())
+        optimizer.step()
         decay = min(0.7, k / (10 + k))
-        truth = decay * truth + (1 - decay) * weight
+        truth = decay * truth + (1 - decay) * model.weight.data
     close(average.weight, truth, 1e-5)
-    assert torch.equal(weights[0], weights[40]), "the same draws, the same start"
-    assert max(norms) < 1.001 and rates[0] < 0.5 < 0.9 < max(rates) <= 1 and rates[39] < 0.1
-    peak = rates.index(max(rates))
-    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:40] == sorted(rates[peak:40])[::-1]
+    close(last.weight, model.weight.data, 1e-5)
     with pytest.raises(FloatingPointError, match="c diverged at step 1"):
         r.train(config, "c", new, lambda m, _: m.weight.sum() * math.nan, 4, 1)
     assert not (tmp_path / "c.pt").exists()
@@ -460,52 +427,38 @@ def test_training_follows_its_rule(tmp_path, monkeypatch):
 # ----- The user's own images ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """Seven images, one of them in a folder, with captions, and two files that are no images."""
+def test_a_captioner_of_ones_own_images(tmp_path, capsys):
+    """Four images, one of them in a folder, with captions, and three files that are no images."""
     Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    folder, lines = tmp_path / "photos", []
-    (folder / "deep").mkdir(parents=True)
-    for i, scene in enumerate(scenes(7)):
+    photos, lines, file = tmp_path / "photos", [], tmp_path / "found.jsonl"
+    (photos / "deep").mkdir(parents=True)
+    for i, scene in enumerate(scenes(4)):
         name = f"{i}.png" if i else "deep/0.JPG"
-        Image.fromarray(r.render(scene, 48)).save(folder / name)
+        Image.fromarray(r.render(scene, 48)).save(photos / name)
         lines.append({"file": name, "caption": r.describe(scene, "ground_truth", random.Random(i))})
-        if i < 4:
+        if i < 2:
             lines[-1]["descriptive"] = r.describe(scene, "descriptive", random.Random(i))
-    text = "\n".join(json.dumps(line) for line in lines)
-    (folder / "captions.jsonl").write_text("\ufeff" + text + "\n", "utf-8")
-    (folder / "broken.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("mine")
-    return folder
-
-
-def test_a_captioner_of_ones_own_images(photos, tmp_path, capsys):
-    file = tmp_path / "found.jsonl"
+    text = "\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n"
+    (photos / "captions.jsonl").write_text(text, "utf-8")
+    (photos / "broken.png").write_bytes((photos / "1.png").read_bytes()[:99])
+    (photos / "notes.txt").write_text("mine")
     train = ["captioner", "--data", str(photos), *SMOKE, str(tmp_path)]
     assert r.main(train) == 0
     assert {p.stem for p in (tmp_path / "smoke").glob("*.pt")} == {"base", "descriptive"}
     command = ["caption", "--images", str(photos), "--device", "cpu", "--out", str(file)]
     command += ["--checkpoint", str(tmp_path / "smoke" / "descriptive.pt")]
     assert r.main(command) == 0
-    printed, text = capsys.readouterr().out, file.read_text()
-    assert "7 captions, 0 of before; 3 left out" in printed
+    printed, found = capsys.readouterr().out, file.read_text()
+    assert "4 captions; 3 files are left out" in printed
     assert all(name in printed for name in ("broken.png", "notes.txt", "captions.jsonl"))
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert [row["file"] for row in rows] == [*(f"{i}.png" for i in range(1, 7)), "deep/0.JPG"]
+    rows = [json.loads(line) for line in found.splitlines()]
+    assert [row["file"] for row in rows] == ["1.png", "2.png", "3.png", "deep/0.JPG"]
     assert all(isinstance(row["caption"], str) for row in rows)
-    assert r.main(command) == 2 and file.read_text() == text
-    file.write_text("".join(text.splitlines(True)[:3]))  # as if stopped
-    assert r.main([*command, "--resume"]) == 0 and file.read_text() == text
-    other = (photos / "captions.jsonl").read_text("utf-8").replace("circle", "disc")
-    (photos / "captions.jsonl").write_text(other, "utf-8")
+    assert r.main(command) == 2 and file.read_text() == found
+    file.write_text("".join(found.splitlines(True)[:2]))  # as if stopped
+    assert r.main([*command, "--resume"]) == 0 and file.read_text() == found
+    (photos / "captions.jsonl").write_text(text.replace("circle", "disc"), "utf-8")
     assert r.main(train) == 2 and "data was" in capsys.readouterr().err, "a stage of other captions"
-
-
-@pytest.mark.parametrize("row", ["{", '{"file": "1.png", "caption": 3}', '["1.png", "x"]'])
-def test_a_bad_row_is_named(photos, tmp_path, capsys, row):
-    (photos / "captions.jsonl").write_text('{"file": "1.png", "caption": "x"}\n' + row + "\n")
-    assert r.main(["captioner", "--data", str(photos), *SMOKE, str(tmp_path)]) == 2
-    assert "captions.jsonl, line 2" in capsys.readouterr().err
 
 
 def test_images_are_turned_made_opaque_and_cut_to_a_square(tmp_path):
@@ -523,6 +476,9 @@ def test_images_are_turned_made_opaque_and_cut_to_a_square(tmp_path):
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("lime", "black")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     assert (r.read_image(tmp_path / "two.gif", 8) == [0, 255, 0]).all()
+    for kind in ("jpg", "jfif", "png", "webp", "gif", "bmp"):
+        frames[0].save(tmp_path / f"one.{kind}")
+        assert abs(r.read_image(tmp_path / f"one.{kind}", 8).astype(int) - [0, 255, 0]).max() < 9
     Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png: mode I;16"):
         r.read_image(tmp_path / "deep.png", 8)
@@ -530,18 +486,14 @@ def test_images_are_turned_made_opaque_and_cut_to_a_square(tmp_path):
 
 # ----- Command line and chat endpoint -------------------------------------------------------------
 
-KEY = "sk-not-to-be-seen"
-GOOD = " ".join(["word"] * 20)
-
 
 @pytest.mark.parametrize(
     "flags,words",
     [
         (["--arms", "long:95"], "--arms long:95"),
-        (["--arms", "short:950"], "--arms short:950"),
+        (["--paint-steps", "0"], "--paint-steps 0"),
         (["captioner", "--data", "nowhere"], "nowhere"),
-        (["caption", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
-        (["upsample", "--chat-url", "ftp://x"], "--chat-url"),
+        (["upsample", "--chat-url", "ftp://x"], "ftp"),
         (["--smoke", "--device", "abacus"], "abacus"),
     ],
 )
@@ -552,98 +504,69 @@ def test_bad_flags_exit_2_with_one_line(tmp_path, capsys, monkeypatch, flags, wo
     assert words in error and error.count("\n") == 1
 
 
-@pytest.fixture
-def endpoint(monkeypatch):
-    """A server on this machine that answers what `answers` says, and keeps the requests."""
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """Answers with the server's `answer`, and keeps the requests."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, self.headers.get("Authorization"), body))
-            status, text = answers.pop(0)
-            self.send_response(status)
-            self.send_header("Location", url)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text.encode())
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        status, text = self.server.answer
+        self.send_response(status)
+        self.send_header("Location", "/v1/chat/completions")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
 
-        def log_message(self, *_):
-            pass
-
-    seen, answers = [], []
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        yield url, seen, answers
-        server.shutdown()
+    def log_message(self, *_):
+        pass
 
 
-def ask(url, *flags):
-    return r.main(
-        ["upsample", "--prompt", "a red fox", "--chat-url", url, "--chat-model", "m", *flags]
-    )
-
-
-def says(text):
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-def test_the_conversation_has_rules_three_examples_and_the_prompt(endpoint, capsys, tmp_path):
-    url, seen, answers = endpoint
-    answers.append(says(f" {GOOD}\n"))
-    assert ask(url, "--out", str(tmp_path)) == 0
-    assert "".join(capsys.readouterr()).strip() == GOOD
-    ((path, authorization, body),) = seen
-    assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
-    roles = [message["role"] for message in body["messages"]]
-    assert body["model"] == "m" and roles == ["system", *["user", "assistant"] * 3, "user"]
-    assert "a red fox" in body["messages"][-1]["content"]
-    for message in body["messages"][2:-1:2]:
-        assert "\n" not in message["content"] and 15 <= len(message["content"].split()) <= 80
+KEY = "sk-not-to-be-seen"
+GOOD = json.dumps({"choices": [{"message": {"role": "assistant", "content": " a fox\n"}}]})
 
 
 @pytest.mark.parametrize(
-    "answer,words",
+    "key,answer,words",
     [
-        ((401, f"bad key {KEY}"), "answers 401: 'bad key ***"),
-        ((302, ""), "answers 302"),
-        ((400, "x" * 190 + KEY), "answers 400"),  # no part of the key is shown, either
-        ((200, KEY), "Expecting value"),
-        (says("word " * 14), "15 to 80 words"),
-        (says("word " * 81), "15 to 80 words"),
-        (says(f"{GOOD}\n\n{GOOD}"), "one paragraph"),
-        (f"{KEY}\n{KEY}", "OPENAI_API_KEY"),  # keys that no header can hold
-        (f"{KEY}é", "OPENAI_API_KEY"),
+        (KEY, (200, GOOD), "a fox\n"),
+        (KEY, (401, f"bad key {KEY}"), "answers 401"),
+        (KEY, (302, ""), "answers 302"),
+        (KEY, (200, KEY), "Expecting value"),
+        (f"{KEY}\n{KEY}", None, "OPENAI_API_KEY"),
     ],
 )
-def test_what_goes_wrong_is_said_without_the_key(
-    endpoint, monkeypatch, capsys, tmp_path, answer, words
+def test_a_chat_endpoint_gets_rules_examples_and_the_prompt_and_the_key_is_not_shown(
+    monkeypatch, capsys, key, answer, words
 ):
-    url, seen, answers = endpoint
-    if isinstance(answer, str):
-        monkeypatch.setenv("OPENAI_API_KEY", answer)
-    answers.append(answer)
-    assert ask(url, "--out", str(tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert words in error and KEY[:6] not in error
-    assert len(seen) == (not isinstance(answer, str)), "no redirect is followed"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        server.answer, server.seen = answer, []
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        flags = ["--chat-url", f"http://127.0.0.1:{server.server_port}/v1/", "--chat-model", "m"]
+        status = r.main(["upsample", "--prompt", "a red fox", *flags])
+        server.shutdown()
+    shown = "".join(capsys.readouterr())
+    assert words in shown and KEY[:6] not in shown and (status == 0) == (answer == (200, GOOD))
+    assert len(server.seen) == (answer is not None), "no redirect is followed"
+    for path, authorization, body in server.seen:
+        assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
+        roles, texts = zip(*(message.values() for message in body["messages"]), strict=True)
+        assert body["model"] == "m" and roles == ("system", *("user", "assistant") * 3, "user")
+        assert "a red fox" in texts[-1]
+        assert all(15 <= len(text.split()) <= 80 and "\n" not in text for text in texts[2:-1:2])
 
 
-def test_the_claims_program_compares_seed_by_seed_and_keeps_what_is_done(tmp_path, capsys):
+def test_the_claims_program_goes_on_from_stages_and_has_students_intervals(finished, tmp_path):
     from tests.claims import recaption_claims as program
 
-    asked = ["--smoke", "--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
-    program.main(asked)
-    for seed, bindings in (1, (0.1, 0.6)), (2, (0.1, 0.8)):  # so little training learns nothing
-        file = tmp_path / f"recaption_{seed}" / "result.json"
-        result = json.loads(file.read_text())
-        for arm, binding in zip(("ground_truth", "descriptive:95"), bindings, strict=True):
-            result["models"][arm]["descriptive"]["binding"] = binding
-        file.write_text(json.dumps(result))
-    capsys.readouterr()
-    found = program.main(asked)["claims"]["models"]["descriptive:95, descriptive"]
-    assert "step" not in capsys.readouterr().out
-    less = found["binding, less ground_truth"]
-    assert found["binding"]["each"] == [0.6, 0.8] and less["mean"] == pytest.approx(0.6)
-    assert less["half"] == pytest.approx(12.706 * np.std([0.5, 0.7], ddof=1) / math.sqrt(2))
+    shutil.copytree(finished, tmp_path / "recaption_0")
+    arms = ["--arms", "ground_truth,descriptive:95", "--out", str(tmp_path)]
+    claims = program.main(["--smoke", "--seeds", "0", *arms])["claims"]["models"]
+    assert (tmp_path / "better_captions_default.json").is_file()
+    for style in ("descriptive", "upsampled"):
+        ours, truth = (claims[f"{arm}, {style}"] for arm in ("descriptive:95", "ground_truth"))
+        for key in ("clip_score", "binding"):
+            less = ours[key]["mean"] - truth[key]["mean"]
+            assert ours[f"{key}, less ground_truth"]["mean"] == pytest.approx(less)
+    found = program.over([0.5, 0.7])
+    assert found["mean"] == 0.6 and found["half"] == pytest.approx(12.706 * 0.1)

@@ -36,10 +36,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def fixed(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
 # ----- tests/claims -------------------------------------------------------------------------------
 
 TABLES = {}  # by name of the result file
@@ -59,55 +55,19 @@ def sample(script: str, lines: int = 12) -> str:
     return "\n".join(["```text", *text.splitlines()[:lines], "```"])
 
 
-def recaption_drawn(name: str) -> str:
-    """What the models of one default run draw; shares of what the prompts say."""
-    result, clip, rows = read(CLAIMS / f"recaption_{name}.json"), "clip_score", []
-    keys = ("binding", "count", "shape", "colour", "size", "texture", "place")
-    models = result.get("models")
-    if models is None:  # a file from before the rewrite
-        models = {"real images": {"descriptive": result["real"]}} | result["arms"]
-        keys = ("shape", "colour", "binding", "texture", "place", "relation", "count")
-        clip = "clip"
-    for model, of_prompts in models.items():
-        for prompts, row in of_prompts.items():
-            shares = [fixed(row[key], 2) for key in keys]
-            rows.append([model, prompts.replace("_", " "), fixed(row[clip], 1), *shares])
-    return markdown(["trained on", "prompts", "CLIP score", *keys], rows, left=2)
-
-
-def recaption_captioners() -> str:
-    keys, rows = ("f1", "hallucinated", "spatial_f1", "spatial_hallucinated", "binding"), []
-    for name, row in read(CLAIMS / "recaption_default.json")["captioners"].items():
-        cells = [fixed(row[key], 3) for key in keys]
-        rows.append([name, *cells, number(row["images_a_second"])])
-    head = ["captioner", "attribute F1", "hallucinated", "spatial F1", "spatial, hallucinated"]
-    return markdown([*head, "binding", "images/s"], rows)
-
-
-def better_captions(part: str) -> str:
-    """A claim's rows as mean ± half; CLIP scores as they are, all else as per cent."""
-    judged = ("clip", "clip, less ground_truth", "binding", "binding, less ground_truth")
-    spatial = ("spatial_f1", "spatial_hallucinated")
-    columns = {
-        "captioner": ["f1", "hallucinated", *spatial, "shape", "colour"],
-        "kind": [*judged, "relation", "count"],
-        "blend": judged,
-        "upsampling": [*judged, "count"],
-    }[part]
-
-    def cell(arm: str, column: str, value: dict | None) -> str:
-        if not value or ("less" in column and arm.startswith("ground_truth")):
-            return ""
-        scale, mark = (1, "") if column.startswith("clip") else (100, " %")
-        sign = "+" if "less" in arm + column else ""
-        return f"{scale * value['mean']:{sign}.1f} ± {scale * value['half']:.1f}{mark}"
-
-    rows, claims = [], read(CLAIMS / "better_captions.json")["claims"]
-    for arm, row in claims["caption kind" if part == "kind" else part].items():
-        rows.append([arm.replace("_", " "), *(cell(arm, c, row.get(c)) for c in columns)])
-    names = {"f1": "attribute F1", "spatial_f1": "spatial F1"}
-    head = [names.get(c, c.replace("_", " ").replace("clip", "CLIP score")) for c in columns]
-    return markdown(["captioner" if part == "captioner" else "trained on, drawn from", *head], rows)
+def recaption() -> str:
+    """What captioners say and models draw in two default runs: seed 0 / seed 1."""
+    keys = ("clip_score", "binding", "count", "shape", "colour", "size", "texture", "place")
+    runs, rows = [read(CLAIMS / f"recaption_seed_{seed}.json") for seed in (0, 1)], []
+    tables = [{"captioner": run["captioners"]} | run["models"] for run in runs]
+    for model, names in tables[0].items():
+        for name in names:
+            cells = []
+            for key in keys:
+                values = [table[model][name].get(key) for table in tables]
+                cells.append(" / ".join(f"{value:.2f}" for value in values if value is not None))
+            rows.append([model, name.replace("_", " "), *cells])
+    return markdown(["", "prompts", "CLIP score", *keys[1:]], rows, left=2)
 
 
 # ----- tests/bench --------------------------------------------------------------------------------
