@@ -93,7 +93,10 @@ def rectified_flow_loss(model: Callable, x: Tensor, text: Tensor, generator) -> 
 
 
 def guided_velocity(model: Callable, x: Tensor, t: Tensor, text: Tensor, guidance: float) -> Tensor:
-    """v(empty) + guidance (v(text) - v(empty)) (Ho and Salimans 2022); the empty text is zeros."""
+    """v(empty) + guidance (v(text) - v(empty)), like x (B, ...), at times t (B,); empty is zeros.
+
+    Ho and Salimans 2022. text: (B, ...), as the model takes it.
+    """
     both = torch.cat([text, torch.zeros_like(text)])
     with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return without + guidance * (with_text - without)
@@ -346,8 +349,9 @@ def train(config, name, make_model, loss_of, steps, lr, ema=0.0, draws="") -> nn
             for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
                 mean.data.lerp_(parameter.data, 1 - decay)
             if step % max(1, steps // 8) == 0 or step == steps:
-                left = f"{(time.perf_counter() - began) / step * (steps - step):.0f} s left"
-                print(f"{name} · step {step}/{steps} · loss {loss:.4f} · {left}", flush=True)
+                minutes = (time.perf_counter() - began) / step * (steps - step) / 60
+                text = f"{name} {step}/{steps} · loss {loss:.4f} · {minutes:.1f} minutes left"
+                print(text, flush=True)
         words = model.tokenizer.words if isinstance(model, CoCa) else None
         return {"state": average.state_dict(), "words": words}
 

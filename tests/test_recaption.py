@@ -296,7 +296,7 @@ def test_finished_stages_are_kept_and_others_made_bit_for_bit(finished, tmp_path
     state = torch.load(gone, weights_only=True)["made"]["state"]
     gone.unlink()
     assert r.main([*command, "--arms", "descriptive:95,short:50"]) == 0
-    progress = re.findall(r"(?m)^(\w+) · step .* s left$", capsys.readouterr().out)
+    progress = re.findall(r"(?m)^(\w+) \d+/\d+ · .* minutes left$", capsys.readouterr().out)
     assert set(progress) == {"painter_descriptive_95", "painter_short_50"}
     again = torch.load(gone, weights_only=True)["made"]["state"]
     assert all(torch.equal(again[key], value) for key, value in state.items())
