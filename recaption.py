@@ -93,10 +93,7 @@ def rectified_flow_loss(model: Callable, x: Tensor, text: Tensor, generator) -> 
 
 
 def guided_velocity(model: Callable, x: Tensor, t: Tensor, text: Tensor, guidance: float) -> Tensor:
-    """v(empty) + guidance (v(text) - v(empty)), like x (B, ...), at times t (B,); empty is zeros.
-
-    Ho and Salimans 2022. text: (B, ...), as the model takes it.
-    """
+    """v(0) + guidance (v(text) - v(0)) at x (B, ...), t (B,); 0: no text (Ho and Salimans 2022)."""
     both = torch.cat([text, torch.zeros_like(text)])
     with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return without + guidance * (with_text - without)

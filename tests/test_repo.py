@@ -18,7 +18,7 @@ MOST_LINES = {  # of a script; they may only shrink
     "constrained_ppo.py": 796,
     "iclm_sort.py": 796,
     "safe_rlhf.py": 907,
-    "recaption.py": 881,
+    "recaption.py": 878,
 }
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
