@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import platform
 import re
 import shlex
@@ -20,9 +21,10 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(
-    0, str(HERE.parent.parent)
-)  # for `import mamba`: the scripts are run, not installed
+sys.path.insert(0, str(HERE.parent.parent))  # for `import mamba`: scripts are not installed
+
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's, by the number of seeds
 
 
 class Setting(NamedTuple):
@@ -130,6 +132,15 @@ def mean_sd(values: list[float]) -> dict:
     """Mean, sample standard deviation (0 for one value) and the values."""
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.mean(values), "sd": sd, "each": list(values)}
+
+
+def over(values: list[float | None]) -> dict | None:
+    """Mean, half the width of its 95 % interval by Student's t, and the values; None if one is."""
+    if None in values:
+        return None
+    n = len(values)
+    half = T_95[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    return {"mean": statistics.mean(values), "half": half, "each": values}
 
 
 def plus_minus(score: dict, digits: int) -> str:

@@ -15,7 +15,6 @@ Writes results/constrained_rlhf.json and a picture. About 5 minutes a seed and w
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -26,11 +25,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
-from _claims import compact  # noqa: E402
+from _claims import compact, over  # noqa: E402
 
 import constrained_ppo as c  # noqa: E402
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's, by the number of seeds
 WORLDS = {"correlated": 0.6, "independent": 0.0}
 SETTINGS = {  # of PPO: coefficient and weights that are the best by the exact table
     "correlated": {"ppo": (0.33, "1,1"), "ppo, tuned": (0.083, "0,1")},
@@ -88,13 +86,6 @@ def one_seed(arguments: argparse.Namespace, world: str, seed: int) -> dict:
 def end(column: list[float]) -> float:
     """The mean of a run's last four evaluations."""
     return statistics.mean(column[-4:])
-
-
-def over(values: list[float]) -> dict:
-    """Mean, half of the 95 % interval by Student's t, and each value."""
-    n = len(values)
-    half = T_95[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
-    return {"mean": statistics.mean(values), "half": half, "each": values}
 
 
 def claims(seeds: list[dict]) -> dict:

@@ -14,20 +14,19 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import random
-import statistics
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+
+from _claims import over  # noqa: E402
 
 import recaption as r  # noqa: E402
 
 ARMS = "ground_truth,descriptive:65,descriptive:80,descriptive:90,descriptive:95,descriptive:100"
 ARMS += ",short:95"
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, by the number of seeds
 
 
 def one_seed(asked: argparse.Namespace, seed: int) -> dict:
@@ -67,16 +66,6 @@ def upsampling(config: r.Config) -> dict:
             y = r.sample_latents(painter, states, x.shape[1:], 10, config.guidance, noise)
             found[arm][style] = r.score_images(judge, latents.decode(y), brief)
     return found
-
-
-def over(values: list[float | None]) -> dict | None:
-    """Mean, half the width of its 95 % interval by Student's t, and each value; or None."""
-    if None in values:
-        return None
-    n, half = len(values), 0.0
-    if n > 1:
-        half = T_95[n] * statistics.stdev(values) / math.sqrt(n)
-    return {"mean": statistics.mean(values), "half": half, "each": values}
 
 
 def claims(seeds: list[dict]) -> dict:

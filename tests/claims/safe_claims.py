@@ -11,8 +11,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
-from _claims import compact, markdown, save_picture  # noqa: E402
+from _claims import compact, markdown, over, save_picture  # noqa: E402
 
 import safe_rlhf as s  # noqa: E402
 
@@ -33,7 +31,6 @@ for nu in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0):
 for d in ("0", "-2", "-3"):  # thresholds beside the default
     RUNS[f"d {d}"] = {"method": "ppo_lag", "threshold": d}
 RUNS["fixed lambda"] = {"method": "ppo_lag", "lagrange_lr": 0.0}
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's, by the number of seeds
 KEYS = ("helpfulness", "cost_harm", "true_harm", "unsafe_harm", "refused")
 KEPT = ("update", "lambda_harm", "cost_harm", "batch_cost_harm", "helpfulness", "reward")
 ROWS = {  # of the table: the run's name in the result file
@@ -46,13 +43,6 @@ ROWS = {  # of the table: the run's name in the result file
 
 
 # ----- Statistics ---------------------------------------------------------------------------------
-
-
-def over(values: list[float]) -> dict:
-    """Mean, half the width of its 95 % interval by Student's t, and the values."""
-    n = len(values)
-    half = T_95[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
-    return {"mean": statistics.mean(values), "half": half, "each": values}
 
 
 def win_rates(rows: list[dict], baseline: list[dict]) -> dict[str, tuple[int, float | None]]:
