@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6"]
-# ///
 """Constrained RLHF: PPO that holds each reward where it stops being a good proxy.
 
 Moskovitz et al., "Confronting Reward Model Overoptimization with Constrained RLHF", 2310.04373.

@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6"]
-# ///
 """In-Context Pretraining: sort a corpus so that related documents share a context.
 
 Shi et al., "In-Context Pretraining: Language Modeling Beyond Document Boundaries",
@@ -697,10 +693,10 @@ def progress(name: str, items: Iterable, total: int = 0) -> Iterator:
         yield item
         now = time.perf_counter()
         if now - shown > 5:
-            shown, rate = now, done / (now - start)
-            minutes = (total - done) / rate / 60
-            left = f" · {minutes:.1f} minutes left" if total else ""
-            print(f"{name} {done:,}/{total or '?'} · {rate:,.1f} a second{left}", flush=True)
+            shown, rate, of, left = now, done / (now - start), "", ""
+            if total:
+                of, left = f"/{total:,}", f" · {(total - done) / rate / 60:.1f} minutes left"
+            print(f"{name} {done:,}{of} · {rate:,.1f} a second{left}", flush=True)
 
 
 def processes() -> tuple[int, int]:

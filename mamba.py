@@ -310,6 +310,8 @@ class Mamba(nn.Module):
 
 def sample_token(logits, temperature=1.0, top_k=None, generator=None) -> Tensor:
     """Draw a token (B,) from logits (B, V), of the top_k likeliest; temperature 0 is greedy."""
+    if not temperature >= 0:
+        raise ValueError(f"{temperature=} must be at least 0")
     if temperature < 1e-6:  # logits divided by less overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -605,7 +607,7 @@ def train(config: Config) -> dict:
     began, out, device = time.perf_counter(), Path(config.out), start_process(config.device)
     config = dataclasses.replace(config, length=config.length or DEFAULT_LENGTH)
     if config.resume:
-        model, tokenizer, saved = load_model(config)
+        model, tokenizer, saved = load_model(dataclasses.replace(config, checkpoint=""))
         corpus = load_corpus(config.data, tokenizer)
     else:
         saved, corpus = {"config": {}, "history": []}, load_corpus(config.data, config.tokenizer)
@@ -1116,6 +1118,8 @@ def load_tokenizer(name: str, documents: list[str]) -> Tokenizer:
     if name.endswith(".tiktoken"):
         rows = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        if sum(len(token) == 1 for token in ranks) < 256 or len(set(ranks.values())) < len(rows):
+            raise ValueError(f"{name} must rank every single byte, and nothing twice")
         return Tokenizer(ranks, CL100K, {ENDS[0]: max(ranks.values()) + 1})
     encoding = tiktoken.get_encoding(name)  # downloads it once
     return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
@@ -1141,10 +1145,12 @@ def train_bpe(name: str, documents: list[str]) -> Tokenizer:
     for word in words:
         count_pairs(word, 1)
     ranks, size = {bytes([b]): b for b in range(256)}, int(name.removeprefix("bpe:"))
-    while len(ranks) != size - 1:
+    if size < 257:
+        raise ValueError(f"--tokenizer {name}: N must be at least 257, all bytes and a separator")
+    while len(ranks) < size - 1:
         pair = max(total, key=total.get, default=None)
-        if size < 257 or pair is None or total[pair] < 1:
-            raise ValueError(f"--tokenizer {name}: N may be 257 to {len(ranks) + 1} for this text")
+        if pair is None or total[pair] < 1:
+            raise ValueError(f"--tokenizer {name}: this text yields only {len(ranks) + 1} ids")
         ranks.setdefault(b"".join(pair), len(ranks))
         for word in places.pop(pair):
             count_pairs(word, -1)

@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6"]
-# ///
 """Better captions: train a captioner, recaption the images, train text-to-image models on that.
 
 Betker et al., "Improving Image Generation with Better Captions" (the DALL-E 3 report), 2023.
@@ -84,7 +80,10 @@ def clip_score(image: Tensor, text: Tensor) -> Tensor:
 
 
 def rectified_flow_loss(model: Callable, x: Tensor, text: Tensor, generator) -> Tensor:
-    """Mean square of v(x_t, t, text) - (x - noise), x_t = t x + (1 - t) noise (Liu et al. 2022)."""
+    """Mean square of v(x_t, t, text) - (x - noise), x_t = t x + (1 - t) noise (Liu et al. 2022).
+
+    x: (B, ...); text: (B, ...) as the model takes it; t: (B,), drawn here.
+    """
     t = torch.randn(len(x), generator=generator).to(x)  # drawn on the CPU: the same everywhere
     t = torch.sigmoid(1.5 * t - 1.5).clamp(max=0.95)  # mostly near noise, where the text decides
     noise = torch.randn(x.shape, generator=generator).to(x)

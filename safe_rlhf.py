@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0"]
-# ///
 """Safe RLHF: PPO for helpfulness under a constraint on harm, both learned from preferences.
 
 Dai et al., "Safe RLHF: Safe Reinforcement Learning from Human Feedback", arXiv 2310.12773.

@@ -381,7 +381,7 @@ def test_bpe_joins_the_commonest_pair():
 def test_bpe_cuts_long_words():
     """Of text without spaces, whose one word would take minutes, tokens are at most 32 bytes."""
     assert max(map(len, mamba.load_tokenizer("bpe:263", ["ACGT" * 500]).bytes_of.values())) == 32
-    with pytest.raises(ValueError, match="N may be 257 to 263 for"):
+    with pytest.raises(ValueError, match="yields only 263 ids"):
         mamba.load_tokenizer("bpe:264", ["ACGT" * 500])
 
 
@@ -650,7 +650,9 @@ BAD = {  # flags after the usual ones; a word of the line, where it is our own
     "--out good --resume --lr 0.5": "lr was 0.01 and is 0.5",
     "--out text.txt": "",
     "--tokenizer tokenizer.json": "; pip install tokenizers",
-    "--tokenizer bpe:9999999": "N may be 257 to",
+    "--tokenizer bpe:9999999": "this text yields only",
+    "--tokenizer bpe:256": "N must be at least 257",
+    "--tokenizer two.tiktoken": "every single byte",
     "--d-state 0": "--d-state 0 must be at least 1",
     "--lr nan": "--lr nan must be at least 0",
     "--batch 3 --accumulate 2": "",
@@ -669,7 +671,7 @@ def bad_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     files = {"text.txt": sentences(1), "grown.txt": sentences(1), "empty.txt": "", "zero.pt": ""}
     files |= {"rows.jsonl": '{"text": "a"}\n\n{"text": 3}\n', "tokenizer.json": "{}"}
-    files |= {"junk/checkpoint.pt": "not tensors at all"}
+    files |= {"junk/checkpoint.pt": "not tensors at all", "two.tiktoken": "YQ== 0\nYg== 1\n"}
     (folder / "junk").mkdir()
     (folder / "plain").mkdir()
     sizes = {"d_model": 12, "n_layer": 1, "vocab_size": 29}
